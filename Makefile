@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Everything that a tool keeps for itself stays in the repository, so that a read-only home is enough.
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+
+.PHONY: help demo test clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Train a deep plain CNN with and without the penalty: pictures and a table
+	$(BIN)/convspectra demo
+
+test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests and examples
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
+	$(BIN)/pytest
+
+clean: ## Remove what these commands make: .venv, caches, builds, results in out
+	rm -rf .venv .cache .hypothesis .ruff_cache dist out
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build backend is installed beside torch, not isolated: constraints do not reach an isolated build.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'convspectra needs Python 3.10 or newer; name one: make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) torch hatchling
+	$(PIP_INSTALL) --no-build-isolation --editable '.[demo,dev]'
+	touch $@

@@ -1,0 +1,40 @@
+"""The numerical linear algebra of convolutional layers."""
+
+from importlib.metadata import version
+
+from convspectra import matlab, penalties
+from convspectra.convolution import kernel_to_weight, weight_to_kernel
+from convspectra.inverse import logabsdet, solve
+from convspectra.operator import ConvOperator
+from convspectra.regularizer import SpectralRegularizer
+from convspectra.spectra import (
+    ConvergenceError,
+    SVDResult,
+    cond,
+    frobenius_norm,
+    sigma_max,
+    sigma_min,
+    svds,
+    svdvals,
+)
+
+__version__ = version("convspectra")
+
+__all__ = [
+    "ConvOperator",
+    "ConvergenceError",
+    "SVDResult",
+    "SpectralRegularizer",
+    "cond",
+    "frobenius_norm",
+    "kernel_to_weight",
+    "logabsdet",
+    "matlab",
+    "penalties",
+    "sigma_max",
+    "sigma_min",
+    "solve",
+    "svds",
+    "svdvals",
+    "weight_to_kernel",
+]

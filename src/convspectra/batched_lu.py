@@ -1,0 +1,84 @@
+"""LU factorisation, inverse and log-determinant of a batch of matrices.
+
+Note [Batched LU on the CPU]. PyTorch factors the matrices of a batch in several threads at once,
+and the LAPACK below is not safe so for matrices of a hundred rows or more once
+``torch.set_num_threads`` has been called: pivots and factors come out wrong, in silence (pytorch
+pull request 181570). Larger matrices on the CPU are therefore factored one after the other here,
+each with all threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ORDER_SAFE_IN_BATCH = 32
+
+
+def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors and pivots of (..., n, n); a zero pivot is left to show in the factors."""
+    if matrix.is_cuda or matrix.shape[-1] <= ORDER_SAFE_IN_BATCH:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+        return lu, pivots
+    flat = matrix.flatten(0, -3)
+    lu = torch.empty_like(flat)
+    pivots = torch.empty(flat.shape[:-1], dtype=torch.int32, device=flat.device)
+    for i, one in enumerate(flat):
+        lu[i], pivots[i], _ = torch.linalg.lu_factor_ex(one)
+    return lu.reshape(matrix.shape), pivots.reshape(matrix.shape[:-1])
+
+
+def inverse_and_logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse (..., n, n) and log |det| (...,) of real or complex matrices, with gradient.
+
+    One factorisation serves both. A singular matrix gives Inf or NaN, and -inf. A second
+    derivative raises.
+    """
+    result: tuple[Tensor, Tensor] = _InverseAndLogAbsDet.apply(matrix)  # type: ignore[no-untyped-call]
+    return result
+
+
+def logabsdet(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
+    """Log |det| (...,) of matrices whose LU factors are known, with gradient ``matrix^{-H}``."""
+    result: Tensor = _LogAbsDet.apply(matrix, lu, pivots)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _InverseAndLogAbsDet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        lu, pivots = lu_factor(matrix)
+        inverse = _inverse(lu, pivots)
+        ctx.save_for_backward(inverse)
+        return inverse, _log_diagonal(lu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_inverse: Tensor, grad_log: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        adjoint = inverse.mH
+        return grad_log[..., None, None] * adjoint - adjoint @ grad_inverse @ adjoint
+
+
+class _LogAbsDet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
+        ctx.save_for_backward(lu, pivots)
+        return _log_diagonal(lu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[..., None, None] * _inverse(*ctx.saved_tensors).mH, None, None
+
+
+def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:
+    identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
+    return torch.linalg.lu_solve(lu, pivots, identity.expand_as(lu))
+
+
+def _log_diagonal(lu: Tensor) -> Tensor:
+    return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)

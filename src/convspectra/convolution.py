@@ -1,0 +1,107 @@
+"""Convolution and its transpose as plain functions of (array, weight, geometry).
+
+PyTorch's own convolutions do the work; the padding modes, asymmetric padding and the adjoint of
+each are index arithmetic on the geometry's tables.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convspectra.geometry import ConvGeometry
+
+_CONV = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
+    """The layer without bias: (b, g, *input_size) -> (b, h, *output_size); b may be absent."""
+    if geometry.ndim == 0:
+        return F.linear(x, weight)
+    used = [
+        (n - 1) * s + r
+        for n, s, r in zip(geometry.output_size, geometry.stride, geometry.reach, strict=True)
+    ]
+    if geometry.padding_mode == "zeros":
+        sides = zip(used, geometry.input_size, geometry.padding, strict=True)
+        x = _pad([(before, length - n - before) for length, n, (before, _) in sides], x)
+    else:
+        first = x.ndim - geometry.ndim
+        for axis, length in enumerate(used):
+            source = torch.from_numpy(geometry.padded_sources(axis)[:length]).to(x.device)
+            x = x.index_select(first + axis, source)
+    result: Tensor = _CONV[geometry.ndim - 1](
+        x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=groups
+    )
+    return result
+
+
+def convolve_transpose(y: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
+    """The adjoint of `convolve`: (b, h, *output_size) -> (b, g, *input_size); b may be absent."""
+    if geometry.ndim == 0:
+        return F.linear(y, weight.T)
+    x: Tensor = _CONV_TRANSPOSE[geometry.ndim - 1](
+        y, weight, stride=geometry.stride, dilation=geometry.dilation, groups=groups
+    )
+    first = x.ndim - geometry.ndim
+    if geometry.padding_mode == "zeros":
+        sides = zip(x.shape[first:], geometry.input_size, geometry.padding, strict=True)
+        return _pad([(-before, n + before - length) for length, n, (before, _) in sides], x)
+    for axis, n in enumerate(geometry.input_size):
+        dim = first + axis
+        source = torch.from_numpy(geometry.padded_sources(axis)[: x.shape[dim]]).to(x.device)
+        shape = (*x.shape[:dim], n, *x.shape[dim + 1 :])
+        x = x.new_zeros(shape).index_add(dim, source, x)
+    return x
+
+
+def full_weight(weight: Tensor, groups: int) -> Tensor:
+    """The weight over all channels, (h, g, *kernel), zero between different groups."""
+    if groups == 1:
+        return weight
+    blocks = weight.reshape(groups, -1, 1, *weight.shape[1:])
+    same_group = torch.eye(groups, dtype=weight.dtype, device=weight.device)
+    mask = same_group.reshape(groups, 1, groups, 1, *(1,) * (weight.ndim - 2))
+    full: Tensor = blocks * mask
+    return full.flatten(2, 3).flatten(0, 1)
+
+
+def kernel_to_weight(kernel: Tensor) -> Tensor:
+    """The paper's kernel (*taps, g, h) as a PyTorch weight (h, g, *taps); a view.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kernel_to_weight(torch.zeros(3, 5, 2, 7)).shape
+    torch.Size([7, 2, 3, 5])
+    """
+    if kernel.ndim < 3:
+        raise ValueError(
+            f"expected a kernel of shape (*taps, g, h) with 1 to 3 axes of taps, "
+            f"got {tuple(kernel.shape)}"
+        )
+    return kernel.movedim((-1, -2), (0, 1))
+
+
+def weight_to_kernel(weight: Tensor) -> Tensor:
+    """A PyTorch weight (h, g, *taps) as the paper's kernel (*taps, g, h); a view.
+
+    Examples
+    --------
+    >>> import torch
+    >>> weight_to_kernel(torch.zeros(7, 2, 3, 5)).shape
+    torch.Size([3, 5, 2, 7])
+    """
+    if weight.ndim < 3:
+        raise ValueError(
+            f"expected a weight of shape (h, g, *taps) with 1 to 3 axes of taps, "
+            f"got {tuple(weight.shape)}"
+        )
+    return weight.movedim((0, 1), (-1, -2))
+
+
+def _pad(sides: list[tuple[int, int]], x: Tensor) -> Tensor:
+    """Zeros before and after each of the last axes; a negative amount crops."""
+    return F.pad(x, [amount for pair in reversed(sides) for amount in pair])

@@ -1,0 +1,141 @@
+"""What needs the inverse of a convolution: linear systems and the log-determinant."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
+from convspectra.checks import check_array, check_type
+from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
+from convspectra.operator import ConvOperator
+from convspectra.strategy import SMALL_WORK
+
+BACKWARD_ERROR_LIMIT = 1e-10
+
+
+def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
+    """The sum of the logarithms of the singular values, a 0-dim float64 tensor with gradient.
+
+    For a square M this is log |det M|; for a rectangular one, the logarithm of the
+    pseudo-determinant, half of log det of the smaller Gram matrix.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    max_bytes : int
+        Limit on the border matrix, or on the dense matrix.
+
+    Returns
+    -------
+    Tensor
+        -inf where M is rank deficient to working precision: a singular value of at most
+        ``max(rows, columns) eps sigma_max``.
+
+    Raises
+    ------
+    ValueError
+        If neither the structure of the layer nor its size allows it: a matrix over `max_bytes`.
+
+    Notes
+    -----
+    A square layer with zero padding and stride 1 costs one LU factorisation of the border matrix
+    (`CapacitanceFactorization`), and one inversion of it for the gradient. Any other layer costs a
+    dense SVD. Twice differentiable nowhere: a second derivative raises.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> op = cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)
+    >>> round(cs.logabsdet(op).exp().item(), 6)
+    51.0
+    """
+    check_type("op", op, ConvOperator)
+    weight = op.weight.double()
+    largest = float(weight.detach().abs().amax())
+    if largest == 0.0:
+        return weight.new_full((), -math.inf)
+    scaled = op.with_weight(weight / largest)
+    shift = min(op.shape) * math.log(largest)
+    rows, columns = op.shape
+    if rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
+        try:
+            return CapacitanceFactorization(scaled, max_bytes).logabsdet() + shift
+        except ArithmeticError:
+            check_bytes(
+                "the dense matrix of a layer close to singular", 8 * rows * columns, max_bytes
+            )
+    values = torch.linalg.svdvals(scaled.to_dense(max_bytes))
+    if float(values[-1]) <= max(rows, columns) * torch.finfo(values.dtype).eps * float(values[0]):
+        return weight.new_full((), -math.inf)
+    total: Tensor = values.log().sum() + shift
+    return total
+
+
+def solve(
+    op: ConvOperator, y: Tensor, adjoint: bool = False, *, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Tensor:
+    """The x with M x = y, or with M' x = y if `adjoint`, for a square M.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        With as many rows as columns.
+    y : Tensor
+        (*output_shape) or (b, *output_shape), or of input_shape if `adjoint`; of the operator's
+        dtype and device.
+
+    Returns
+    -------
+    Tensor
+        Of y's dtype, computed in float64, detached. A small backward error does not make x
+        accurate: the forward error is up to cond(op) times as large.
+
+    Raises
+    ------
+    ValueError
+        If M is not square, y has another shape, dtype or device, or a matrix is over `max_bytes`.
+    ArithmeticError
+        If M is singular to working precision: the backward error
+        ``||M x - y|| / (||weight|| ||x||)`` came out above 1e-10.
+
+    Notes
+    -----
+    Cost: one LU factorisation of the border matrix for zero padding and stride 1, of the dense M
+    otherwise; then two FFTs, or ``2 n^2`` flops, for each right-hand side.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> op = cs.ConvOperator(torch.tensor([[[1.0, 4.0, 1.0]]]), 4)
+    >>> cs.solve(op, op.matvec(torch.tensor([[1.0, 2.0, 3.0, 4.0]])))
+    tensor([[1., 2., 3., 4.]])
+    """
+    check_type("op", op, ConvOperator)
+    rows, columns = op.shape
+    if rows != columns:
+        raise ValueError(
+            f"expected a square operator to solve with, got {op!r} of shape {op.shape}"
+        )
+    shape = op.input_shape if adjoint else op.output_shape
+    check_array("y", y, shape, like=op.weight)
+    wide = op.with_weight(op.weight.detach().double())
+    batch = y.detach().double().reshape(-1, *shape)
+    system = wide.T if adjoint else wide
+    if is_square_toeplitz(op) and rows**3 > SMALL_WORK:
+        x = CapacitanceFactorization(system, max_bytes).solve(batch)
+    else:
+        factors = torch.linalg.lu_factor_ex(system.to_dense(max_bytes))
+        x = torch.linalg.lu_solve(factors.LU, factors.pivots, batch.flatten(1).T).T
+        x = x.reshape(-1, *system.input_shape)
+    residual = torch.linalg.vector_norm((batch - system.apply(x)).flatten(1), dim=1)
+    size = torch.linalg.vector_norm(wide.weight) * torch.linalg.vector_norm(x.flatten(1), dim=1)
+    if not bool((residual <= BACKWARD_ERROR_LIMIT * size).all()):
+        worst = float((residual / size).nan_to_num(math.inf).amax())
+        raise ArithmeticError(
+            f"expected a backward error of at most {BACKWARD_ERROR_LIMIT:.0e}, got {worst:.1e}: "
+            "the layer is singular to working precision"
+        )
+    return x.to(y.dtype).reshape(*y.shape[: y.ndim - len(shape)], *system.input_shape)

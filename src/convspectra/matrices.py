@@ -1,0 +1,134 @@
+"""Explicit matrices of a convolution: dense, sparse and SciPy's, with a limit on their size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from convspectra.convolution import full_weight
+from convspectra.geometry import ConvGeometry, IntArray
+
+FloatArray: TypeAlias = npt.NDArray[Any]
+
+DEFAULT_MAX_BYTES = 2 * 2**30
+
+
+def dense_matrix(
+    weight: Tensor, geometry: ConvGeometry, groups: int, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Tensor:
+    """Matrix of `convolve`, (h * prod(N_out), g * prod(N_in)), differentiable in the weight.
+
+    One axis of taps after the other is contracted with its 0/1 table of who reads what, so that an
+    entry where several taps meet (circular or reflect padding) is their sum.
+    """
+    rows, columns = _matrix_shape(weight, geometry, groups)
+    check_bytes("the dense matrix", rows * columns * weight.element_size(), max_bytes)
+    blocks = full_weight(weight, groups)
+    for axis in range(geometry.ndim):
+        positions = np.arange(geometry.input_size[axis])
+        reads = geometry.tap_sources(axis)[:, :, None] == positions
+        table = torch.from_numpy(reads).to(blocks)
+        blocks = torch.tensordot(blocks, table, dims=([2], [0]))
+    # (h, g, out_1, in_1, out_2, in_2, ...) -> (h, out_1, out_2, ..., g, in_1, in_2, ...)
+    last = 2 + 2 * geometry.ndim
+    order = [0, *range(2, last, 2), 1, *range(3, last, 2)]
+    return blocks.permute(order).reshape(rows, columns)
+
+
+def sparse_matrix(
+    weight: Tensor, geometry: ConvGeometry, groups: int, max_bytes: int = DEFAULT_MAX_BYTES
+) -> scipy.sparse.csr_array:
+    """Matrix of `convolve` as ``sum_p kron(weight[:, :, p], S_p)``, S_p the 0/1 matrix of tap p."""
+    stored = int(geometry.tap_counts().sum()) * weight.shape[0] * weight.shape[1]
+    check_bytes("the sparse matrix", 16 * stored, max_bytes)
+    taps = full_weight(weight, groups).detach().cpu().numpy()
+    size = (math.prod(geometry.output_size), math.prod(geometry.input_size))
+    matrix = scipy.sparse.csr_array(_matrix_shape(weight, geometry, groups), dtype=taps.dtype)
+    for tap in np.ndindex(*geometry.kernel_size):
+        ones = np.ones(len(geometry.index_set(tap)[0]), dtype=taps.dtype)
+        shift = scipy.sparse.csr_array((ones, geometry.index_set(tap)), shape=size)
+        channels = scipy.sparse.csr_array(taps[(slice(None), slice(None), *tap)])
+        # kron forgets the dtype where a factor has no entries.
+        product = scipy.sparse.kron(channels, shift, format="csr").astype(taps.dtype, copy=False)
+        matrix = matrix + product
+    return matrix
+
+
+def index_set(
+    weight: Tensor, geometry: ConvGeometry, groups: int, index: tuple[int, ...]
+) -> tuple[IntArray, IntArray]:
+    """Omega of ``weight[index]``: (rows, columns) of the matrix of `convolve` where it stands."""
+    out_channel, in_channel_of_group, *tap = index
+    group = out_channel // (weight.shape[0] // groups)
+    in_channel = group * weight.shape[1] + in_channel_of_group
+    rows, columns = geometry.index_set(tuple(tap))
+    return (
+        rows + out_channel * math.prod(geometry.output_size),
+        columns + in_channel * math.prod(geometry.input_size),
+    )
+
+
+def scipy_operator(
+    matvec: Callable[[Tensor], Tensor],
+    rmatvec: Callable[[Tensor], Tensor],
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    like: Tensor,
+) -> LinearOperator:
+    """A SciPy operator on flat NumPy columns from batched maps on tensors typed as `like`."""
+    dtype = torch.zeros((), dtype=like.dtype).numpy().dtype
+
+    def on_columns(
+        function: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+    ) -> Callable[[FloatArray], FloatArray]:
+        def apply(array: FloatArray) -> FloatArray:
+            columns = np.asarray(array, dtype=dtype).reshape(math.prod(shape), -1)
+            batch = torch.tensor(columns.T, device=like.device).reshape(-1, *shape)
+            result = function(batch).flatten(1).T.cpu().numpy()
+            return result.reshape(-1, *array.shape[1:])
+
+        return apply
+
+    forward, adjoint = on_columns(matvec, input_shape), on_columns(rmatvec, output_shape)
+    return LinearOperator(
+        shape=(math.prod(output_shape), math.prod(input_shape)),
+        dtype=dtype,
+        matvec=forward,
+        rmatvec=adjoint,
+        matmat=forward,
+        rmatmat=adjoint,
+    )
+
+
+def check_bytes(what: str, needed: int, max_bytes: int) -> None:
+    """Raise a ValueError, with both sizes, if `what` would take more than `max_bytes`."""
+    if needed > max_bytes:
+        raise ValueError(
+            f"expected {what} to take at most max_bytes={max_bytes:,} bytes, it would take "
+            f"{needed:,}; work without it (matvec, rmatvec, svds) or raise max_bytes"
+        )
+
+
+def _matrix_shape(weight: Tensor, geometry: ConvGeometry, groups: int) -> tuple[int, int]:
+    rows = weight.shape[0] * math.prod(geometry.output_size)
+    return rows, weight.shape[1] * groups * math.prod(geometry.input_size)
+
+
+def squared_frobenius_norm(weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """||M||_F^2 as a quadratic form in the weight: a 0-dim tensor, differentiable twice.
+
+    Per axis the form is the Gram matrix of the taps, diag(|Omega|) for zero padding.
+    """
+    weighted = weight
+    for axis in range(geometry.ndim):
+        gram = torch.from_numpy(geometry.tap_gram(axis)).to(weight)
+        weighted = torch.tensordot(weighted, gram, dims=([2], [0]))
+    return (weight * weighted).sum()

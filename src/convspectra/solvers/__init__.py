@@ -1,0 +1,1 @@
+"""Algorithms for singular values, one a file; they know nothing of convolution."""

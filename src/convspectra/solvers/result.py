@@ -1,0 +1,39 @@
+"""What every singular-value algorithm gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SingularTriplets:
+    """Some singular triplets of an m x n matrix A, with what is known of their accuracy.
+
+    Attributes
+    ----------
+    u : Tensor
+        Left singular vectors in rows, (k, m).
+    s : Tensor
+        Singular values, (k,).
+    v : Tensor
+        Right singular vectors in rows, (k, n).
+    lower, upper : Tensor
+        Enclosure of each singular value, (k,).
+    converged : bool
+        Whether every value reached the tolerance.
+    matvecs : int
+        Applications of A and of A' taken together.
+    certificate : str
+        What the enclosure rests on.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    lower: Tensor
+    upper: Tensor
+    converged: bool
+    matvecs: int
+    certificate: str

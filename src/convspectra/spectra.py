@@ -1,0 +1,325 @@
+"""Singular values of a convolution: computed in float64, with a certificate.
+
+Everything is computed for the weight divided by a power of two that brings it near 1, so that
+neither tiny nor huge layers lose anything, and scaled back at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convspectra.capacitance import is_square_toeplitz
+from convspectra.checks import check_choice, check_type
+from convspectra.matrices import DEFAULT_MAX_BYTES, squared_frobenius_norm
+from convspectra.operator import ConvOperator
+from convspectra.solvers.result import SingularTriplets
+from convspectra.strategy import METHODS, Search
+
+
+class ConvergenceError(RuntimeError):
+    """A singular value did not reach the tolerance; `result` holds the best estimate."""
+
+    def __init__(self, message: str, result: SVDResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class SVDResult:
+    """Singular triplets of a `ConvOperator` with their certificate.
+
+    Attributes
+    ----------
+    u, v : Tensor or None
+        Singular vectors, (k, *output_shape) and (k, *input_shape), float64; None if not asked for.
+    s : Tensor
+        Singular values, (k,), float64: descending for "LM", ascending for "SM".
+    residuals : Tensor
+        ``sqrt(||M v - s u||^2 + ||M' u - s v||^2)`` of each triplet, measured with M itself.
+    lower, upper : Tensor
+        Enclosure of each singular value: an upper bound of inf or a lower one of 0 says that
+        nothing is known on that side.
+    converged : bool
+        Whether every value reached the tolerance.
+    method : str
+        The way taken: one of those `svds` lists, or "zero" for a zero weight.
+    matvecs : int
+        Applications of M and M', or of their inverses, taken together.
+    certificate : str
+        What the enclosure rests on.
+    """
+
+    u: Tensor | None
+    s: Tensor
+    v: Tensor | None
+    residuals: Tensor
+    lower: Tensor
+    upper: Tensor
+    converged: bool
+    method: str
+    matvecs: int
+    certificate: str
+
+
+def svds(
+    op: ConvOperator,
+    k: int = 1,
+    which: str = "LM",
+    *,
+    return_singular_vectors: bool = True,
+    method: str = "auto",
+    tol: float = 1e-8,
+    maxiter: int = 300,
+    generator: torch.Generator | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> SVDResult:
+    """The k largest or smallest singular values of a convolution, certified.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Any layer; a float32, float16 or bfloat16 weight is widened to float64, exactly.
+    k : int
+        1 to min(op.shape).
+    which : {"LM", "SM"}
+        Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
+    return_singular_vectors : bool
+    method : {"auto", "dense", "gram", "golub-kahan", "lobpcg", "capacitance"}
+        "dense" forms M; "gram" forms the smaller of M M' and M' M. For the largest values,
+        "golub-kahan" needs only products with M. For the smallest, "capacitance" inverts a square,
+        zero-padded, stride-1 layer exactly, and "lobpcg" needs only products with M but gives no
+        lower bound. "auto" takes the cheapest that can be certified.
+    tol : float
+        Of the iterative ways: residual of each triplet relative to the largest singular value of
+        the operator iterated with (M, or its inverse). Values are about tol^2 accurate.
+    maxiter : int
+        Most Lanczos steps of one sweep.
+    generator : torch.Generator, optional
+        Of the random start vectors. Without it they come from a fixed seed: the answer is the same
+        at every call.
+    max_bytes : int
+        Limit on the dense matrix, the Gram matrix or the border matrix.
+
+    Returns
+    -------
+    SVDResult
+        With `converged` False if an iterative way stopped at `maxiter`; nothing is raised then.
+
+    Raises
+    ------
+    ValueError
+        For a k, which or method that cannot be, a method that the layer does not admit, or a
+        matrix over `max_bytes`.
+    ArithmeticError
+        If "capacitance" is forced on a layer it cannot factor (a rank-deficient weight).
+
+    Notes
+    -----
+    Cost: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "golub-kahan" two convolutions and
+    8 j (m + n) flops at step j; "capacitance" 2/3 (channels * border)^3 once, then about ten
+    solves.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import convspectra as cs
+    >>> op = cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)
+    >>> result = cs.svds(op, 2, "SM")
+    >>> [f"{s:.4e}" for s in result.s.tolist()], result.converged, result.method
+    (['3.7933e-03', '1.5159e-02'], True, 'dense')
+    """
+    check_type("op", op, ConvOperator)
+    check_choice("which", which, ("LM", "SM"))
+    check_choice(f"method for which={which!r}", method, METHODS[which])
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(op.shape):
+        raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
+    if method == "capacitance" and not is_square_toeplitz(op):
+        raise ValueError(
+            "expected a square layer with zero padding and stride 1 for method='capacitance', "
+            f"got {op!r}; use method='auto'"
+        )
+    scaled, exponent = normalised(op)
+    if exponent is None:
+        return _zero_result(op, k, return_singular_vectors)
+    search = Search(scaled, k, which == "LM", tol, maxiter, _generator(op, generator), max_bytes)
+    triplets, method = search.run(method)
+    return _finish(scaled, triplets, method, exponent, return_singular_vectors)
+
+
+def sigma_max(op: ConvOperator, **options: object) -> float:
+    """The largest singular value of the layer: its operator norm. Options as for `svds`.
+
+    Raises
+    ------
+    ConvergenceError
+        If the tolerance was not reached; it carries the result.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.sigma_max(cs.ConvOperator(torch.ones(1, 1, 3), 50)), 6)
+    2.996207
+    """
+    return _extreme(op, "LM", options)
+
+
+def sigma_min(op: ConvOperator, **options: object) -> float:
+    """The smallest of the min(rows, columns) singular values. Options as for `svds`.
+
+    Raises
+    ------
+    ConvergenceError
+        If the tolerance was not reached; it carries the result.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> f"{cs.sigma_min(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)):.4e}"
+    '3.7933e-03'
+    """
+    return _extreme(op, "SM", options)
+
+
+def cond(op: ConvOperator, **options: object) -> float:
+    """Condition number sigma_max / sigma_min; inf where the enclosure of sigma_min reaches 0.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.cond(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)))
+    1053
+    """
+    largest = sigma_max(op, **options)
+    smallest = _certified(op, "SM", options)
+    if float(smallest.lower[0]) == 0.0:
+        return math.inf
+    return largest / float(smallest.s[0])
+
+
+def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
+    """All min(rows, columns) singular values, descending, float64.
+
+    Raises
+    ------
+    ValueError
+        If the dense matrix takes more than `max_bytes`.
+
+    Notes
+    -----
+    Cost: a dense SVD without vectors, about ``4 m n min(m, n)`` flops. The error of each value is
+    at most about ``max(m, n) eps sigma_max``.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> cs.svdvals(cs.ConvOperator(torch.eye(2)[:, :, None], 3))
+    tensor([1., 1., 1., 1., 1., 1.], dtype=torch.float64)
+    """
+    check_type("op", op, ConvOperator)
+    scaled, exponent = normalised(op)
+    if exponent is None:
+        return torch.zeros(min(op.shape), dtype=torch.float64, device=op.device)
+    return _ldexp(torch.linalg.svdvals(scaled.to_dense(max_bytes)), exponent)
+
+
+def frobenius_norm(op: ConvOperator) -> float:
+    """||M||_F, from the weight and the tap counts alone.
+
+    ``||M||_F^2 = sum_p |Omega_p| ||weight[:, :, p]||^2`` for zero padding; with other padding
+    modes the taps that read one pixel are summed first. Cost: a few operations per weight.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.frobenius_norm(cs.ConvOperator(torch.ones(1, 1, 3), 50)) ** 2)
+    148
+    """
+    check_type("op", op, ConvOperator)
+    scaled, exponent = normalised(op)
+    if exponent is None:
+        return 0.0
+    square = squared_frobenius_norm(scaled.weight, scaled.geometry)
+    return float(_ldexp(square.sqrt(), exponent))
+
+
+def normalised(op: ConvOperator) -> tuple[ConvOperator, int | None]:
+    """The layer detached, in float64, divided by 2^exponent; the exponent is None for weight 0."""
+    weight = op.weight.detach().double()
+    largest = weight.abs().amax()
+    if float(largest) == 0.0:
+        return op.with_weight(weight), None
+    exponent = int(torch.frexp(largest).exponent)
+    return op.with_weight(_ldexp(weight, -exponent)), exponent
+
+
+def _ldexp(x: Tensor, exponent: int) -> Tensor:
+    """The product x 2^exponent, in two factors so that neither overflows before x does."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _generator(op: ConvOperator, generator: torch.Generator | None) -> torch.Generator:
+    return generator or torch.Generator(device=op.device).manual_seed(0)
+
+
+def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
+    result = svds(op, 1, which, return_singular_vectors=False, **options)  # type: ignore[arg-type]
+    if not result.converged:
+        raise ConvergenceError(
+            f"the {'largest' if which == 'LM' else 'smallest'} singular value did not converge: "
+            f"best estimate {float(result.s[0]):.6e} in [{float(result.lower[0]):.6e}, "
+            f"{float(result.upper[0]):.6e}] after {result.matvecs} applications "
+            f"({result.method}); raise maxiter, or take .result of this exception",
+            result,
+        )
+    return result
+
+
+def _extreme(op: ConvOperator, which: str, options: dict[str, object]) -> float:
+    return float(_certified(op, which, options).s[0])
+
+
+def _zero_result(op: ConvOperator, k: int, vectors: bool) -> SVDResult:
+    """Every unit vector is singular for the value 0: the first k coordinate vectors are given."""
+    zeros = torch.zeros(k, dtype=torch.float64, device=op.device)
+    u, v = (torch.zeros(k, n, dtype=torch.float64, device=op.device) for n in op.shape)
+    for vectors_of_one_side in (u, v):
+        vectors_of_one_side.fill_diagonal_(1)
+    return SVDResult(
+        u=u.reshape(k, *op.output_shape) if vectors else None,
+        s=zeros,
+        v=v.reshape(k, *op.input_shape) if vectors else None,
+        residuals=zeros,
+        lower=zeros,
+        upper=zeros,
+        converged=True,
+        method="zero",
+        matvecs=0,
+        certificate="exact: the weight is zero",
+    )
+
+
+def _finish(
+    op: ConvOperator, triplets: SingularTriplets, method: str, exponent: int, vectors: bool
+) -> SVDResult:
+    u = triplets.u.reshape(-1, *op.output_shape)
+    v = triplets.v.reshape(-1, *op.input_shape)
+    s = triplets.s
+    forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
+    adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
+    return SVDResult(
+        u=u if vectors else None,
+        s=_ldexp(s, exponent),
+        v=v if vectors else None,
+        residuals=_ldexp((forward + adjoint).sqrt(), exponent),
+        lower=_ldexp(triplets.lower, exponent),
+        upper=_ldexp(triplets.upper, exponent),
+        converged=triplets.converged,
+        method=method,
+        matvecs=triplets.matvecs,
+        certificate=triplets.certificate,
+    )
