@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from convspectra import matlab, penalties
 from convspectra.convolution import kernel_to_weight, weight_to_kernel
+from convspectra.descent import DescentResult, descend
 from convspectra.inverse import logabsdet, solve
 from convspectra.operator import ConvOperator
 from convspectra.regularizer import SpectralRegularizer
@@ -23,9 +24,11 @@ __version__ = version("convspectra")
 __all__ = [
     "ConvOperator",
     "ConvergenceError",
+    "DescentResult",
     "SVDResult",
     "SpectralRegularizer",
     "cond",
+    "descend",
     "frobenius_norm",
     "kernel_to_weight",
     "logabsdet",

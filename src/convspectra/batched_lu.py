@@ -60,7 +60,8 @@ class _InverseAndLogAbsDet(torch.autograd.Function):
     def backward(ctx: Any, grad_inverse: Tensor, grad_log: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         adjoint = inverse.mH
-        return grad_log[..., None, None] * adjoint - adjoint @ grad_inverse @ adjoint
+        gradient: Tensor = grad_log[..., None, None] * adjoint - adjoint @ grad_inverse @ adjoint
+        return gradient
 
 
 class _LogAbsDet(torch.autograd.Function):
@@ -72,13 +73,17 @@ class _LogAbsDet(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[..., None, None] * _inverse(*ctx.saved_tensors).mH, None, None
+        gradient: Tensor = grad[..., None, None] * _inverse(*ctx.saved_tensors).mH
+        return gradient, None, None
 
 
 def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:
     identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
-    return torch.linalg.lu_solve(lu, pivots, identity.expand_as(lu))
+    inverse: Tensor = torch.linalg.lu_solve(lu, pivots, identity.expand_as(lu))
+    return inverse
 
 
 def _log_diagonal(lu: Tensor) -> Tensor:
-    return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    diagonal: Tensor = lu.diagonal(dim1=-2, dim2=-1)
+    logarithms: Tensor = diagonal.abs().log().sum(-1)
+    return logarithms

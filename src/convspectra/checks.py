@@ -5,18 +5,22 @@ Every message says what was expected, what was given and, where it is not plain,
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
+
+FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_weight(weight: Tensor) -> None:
     """Raise a ValueError unless the weight is a finite, real floating (h, g, *kernel)."""
     if not isinstance(weight, Tensor):
         raise ValueError(f"expected weight to be a torch.Tensor, got {type(weight).__name__}")
-    if not weight.is_floating_point():
+    if weight.dtype not in FLOATING_TYPES or weight.layout != torch.strided:
         raise ValueError(
-            f"expected a weight of a real floating type, got {weight.dtype}; convert it, "
-            "for example with weight.double()"
+            f"expected a dense weight of a real floating type, got {weight.dtype} "
+            f"({weight.layout}); convert it, for example with weight.double()"
         )
     if not 2 <= weight.ndim <= 5:
         raise ValueError(
@@ -33,7 +37,7 @@ def check_weight(weight: Tensor) -> None:
 
 def check_groups(weight: Tensor, groups: int) -> None:
     """Raise a ValueError unless the groups are a positive integer that divides the channels."""
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
         raise ValueError(f"expected groups to be a positive integer, got {groups!r}")
     if weight.shape[0] % groups:
         raise ValueError(

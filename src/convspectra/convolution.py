@@ -77,10 +77,10 @@ def kernel_to_weight(kernel: Tensor) -> Tensor:
     >>> kernel_to_weight(torch.zeros(3, 5, 2, 7)).shape
     torch.Size([7, 2, 3, 5])
     """
-    if kernel.ndim < 3:
+    if not isinstance(kernel, Tensor) or not 3 <= kernel.ndim <= 5:
         raise ValueError(
             f"expected a kernel of shape (*taps, g, h) with 1 to 3 axes of taps, "
-            f"got {tuple(kernel.shape)}"
+            f"got {tuple(kernel.shape) if isinstance(kernel, Tensor) else type(kernel).__name__}"
         )
     return kernel.movedim((-1, -2), (0, 1))
 
@@ -94,14 +94,17 @@ def weight_to_kernel(weight: Tensor) -> Tensor:
     >>> weight_to_kernel(torch.zeros(7, 2, 3, 5)).shape
     torch.Size([3, 5, 2, 7])
     """
-    if weight.ndim < 3:
+    if not isinstance(weight, Tensor) or not 3 <= weight.ndim <= 5:
         raise ValueError(
             f"expected a weight of shape (h, g, *taps) with 1 to 3 axes of taps, "
-            f"got {tuple(weight.shape)}"
+            f"got {tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}"
         )
     return weight.movedim((0, 1), (-1, -2))
 
 
 def _pad(sides: list[tuple[int, int]], x: Tensor) -> Tensor:
     """Zeros before and after each of the last axes; a negative amount crops."""
-    return F.pad(x, [amount for pair in reversed(sides) for amount in pair])
+    amounts = [amount for pair in reversed(sides) for amount in pair]
+    # In two steps: F.pad crops before it pads, and may then find nothing left to crop.
+    grown = F.pad(x, [max(amount, 0) for amount in amounts])
+    return F.pad(grown, [min(amount, 0) for amount in amounts]) if min(amounts) < 0 else grown

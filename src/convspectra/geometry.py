@@ -254,6 +254,8 @@ def _reach(kernel_size: int, dilation: int) -> int:
 
 
 def _per_axis(name: str, value: int | Sequence[int], ndim: int, *, minimum: int) -> tuple[int, ...]:
+    if ndim == 0 and not isinstance(value, Sequence) and value != minimum:
+        raise ValueError(f"expected {minimum} for {name} of a linear layer, got {value!r}")
     values = value if isinstance(value, Sequence) else (value,) * ndim
     if isinstance(value, str) or len(values) != ndim:
         raise ValueError(f"expected {ndim} integers for {name}, one per axis, got {value!r}")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convspectra.operator import CONVOLUTION_TYPES, LAYER_TYPES, ConvOperator
+from convspectra.modules import CONVOLUTION_TYPES, LAYER_TYPES
+from convspectra.operator import ConvOperator
 
 Predicate = Callable[[str, nn.Module], bool]
 

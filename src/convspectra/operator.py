@@ -7,8 +7,8 @@ views are derived from the same geometry.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import scipy.sparse
 import torch
@@ -31,18 +31,7 @@ from convspectra.matrices import (
     scipy_operator,
     sparse_matrix,
 )
-
-LAYER_TYPES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
-CONVOLUTION_TYPES = LAYER_TYPES[:-1]
-_TRANSPOSED_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from convspectra.modules import convolution_options
 
 
 class ConvOperator:
@@ -110,13 +99,15 @@ class ConvOperator:
         check_weight(weight)
         check_groups(weight, groups)
         ndim = weight.ndim - 2
-        if isinstance(input_size, int):
-            input_size = (input_size,) * ndim
+        if not isinstance(input_size, Sequence) and isinstance(input_size, Integral):
+            input_size = (input_size,) * max(ndim, 1)
         if not isinstance(input_size, Sequence) or len(input_size) != ndim:
             raise ValueError(
                 f"expected an input_size of {ndim} integers for a weight of shape "
                 f"{tuple(weight.shape)}, got {input_size!r}"
             )
+        if not isinstance(transposed, bool):
+            raise ValueError(f"expected transposed to be True or False, got {transposed!r}")
         if ndim == 0 and transposed:
             raise ValueError("expected transposed=False for a linear layer's weight, got True")
         kernel_size = tuple(weight.shape[2:])
@@ -145,7 +136,7 @@ class ConvOperator:
                 padding_mode=padding_mode,
             )
         self._weight = weight
-        self._groups = groups
+        self._groups = int(groups)
         self._transposed = transposed
 
     @classmethod
@@ -161,8 +152,8 @@ class ConvOperator:
         Raises
         ------
         ValueError
-            For any other module, a lazy module that has no weight yet, or a weight on the meta
-            device.
+            For any other module, one with a forward pass of its own, a lazy module that has no
+            weight yet, or a weight on the meta device.
 
         Examples
         --------
@@ -170,28 +161,8 @@ class ConvOperator:
         >>> ConvOperator.from_module(nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).shape
         (2048, 3072)
         """
-        if not isinstance(module, LAYER_TYPES):
-            names = ", ".join(f"nn.{t.__name__}" for t in LAYER_TYPES)
-            raise ValueError(f"expected one of {names}, got {type(module).__name__}")
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-            raise ValueError(
-                f"expected a module with its weight in place, got the lazy {type(module).__name__};"
-                " run one forward pass first"
-            )
-        if isinstance(module, nn.Linear):
-            return cls(module.weight, input_size)
-        conv = cast("nn.Conv2d | nn.ConvTranspose2d", module)
-        return cls(
-            conv.weight,
-            input_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-            transposed=isinstance(module, _TRANSPOSED_TYPES),
-            output_padding=conv.output_padding,
-        )
+        weight, options = convolution_options(module)
+        return cls(weight, input_size, **options)
 
     @property
     def weight(self) -> Tensor:
@@ -288,13 +259,11 @@ class ConvOperator:
 
     def apply(self, x: Tensor) -> Tensor:
         """`matvec` without its checks, for inner loops."""
-        function = convolve_transpose if self._transposed else convolve
-        return function(x, self._weight, self._geometry, self._groups)
+        return self._without_autocast(convolve_transpose if self._transposed else convolve, x)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """`rmatvec` without its checks, for inner loops."""
-        function = convolve if self._transposed else convolve_transpose
-        return function(y, self._weight, self._geometry, self._groups)
+        return self._without_autocast(convolve if self._transposed else convolve_transpose, y)
 
     def index_set(self, weight_index: Sequence[int]) -> tuple[IntArray, IntArray]:
         """Omega of one kernel entry: where ``weight[weight_index]`` stands in M.
@@ -326,14 +295,7 @@ class ConvOperator:
         >>> [i.tolist() for i in op.index_set((0, 0, 2))]
         [[0, 1, 2], [1, 2, 3]]
         """
-        index = tuple(int(i) for i in weight_index)
-        if len(index) != self._weight.ndim or any(
-            not 0 <= i < n for i, n in zip(index, self._weight.shape, strict=True)
-        ):
-            raise ValueError(
-                f"expected an index into a weight of shape {tuple(self._weight.shape)}, got {index}"
-            )
-        rows, columns = index_set(self._weight, self._geometry, self._groups, index)
+        rows, columns = index_set(self._weight, self._geometry, self._groups, weight_index)
         return (columns, rows) if self._transposed else (rows, columns)
 
     def to_dense(self, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
@@ -406,6 +368,12 @@ class ConvOperator:
         other._groups = self._groups
         other._transposed = transposed
         return other
+
+    def _without_autocast(
+        self, function: Callable[[Tensor, Tensor, ConvGeometry, int], Tensor], x: Tensor
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, self._weight, self._geometry, self._groups)
 
     def _wide(self) -> ConvOperator:
         """The operator in a type that NumPy has: float16 and bfloat16 become float32."""

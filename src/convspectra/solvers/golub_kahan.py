@@ -305,10 +305,11 @@ class _Basis:
             generator=generator,
         )
         x = self._project_out(x)
-        return x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+        unit: Tensor = x / torch.linalg.vector_norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+        return unit
 
     def _project_out(self, x: Tensor) -> Tensor:
         basis = self._store[: self._count]
         for _ in range(2):
-            x = x.sub(basis.T @ (basis @ x))
+            x = torch.addmv(x, basis.T, basis @ x, alpha=-1)
         return x

@@ -1,0 +1,58 @@
+"""What an ``nn.Module`` says of its convolution."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+CONVOLUTION_TYPES = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+LAYER_TYPES = (*CONVOLUTION_TYPES, nn.Linear)
+_TRANSPOSED_TYPES = CONVOLUTION_TYPES[3:]
+_FORWARD_METHODS = ("forward", "_conv_forward")
+
+
+def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    """Weight and options of an ``nn.ConvNd``, ``nn.ConvTransposeNd`` or ``nn.Linear``.
+
+    Raises
+    ------
+    ValueError
+        For any other module; for a subclass that overrides the forward pass, whose linear map need
+        not be that of its weight; for a lazy module without a weight.
+    """
+    base = next((t for t in LAYER_TYPES if isinstance(module, t)), None)
+    if base is None:
+        names = ", ".join(f"nn.{t.__name__}" for t in LAYER_TYPES)
+        raise ValueError(f"expected one of {names}, got {type(module).__name__}")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(
+            f"expected a module with its weight in place, got the lazy {type(module).__name__}; "
+            "run one forward pass first"
+        )
+    for method in _FORWARD_METHODS:
+        if getattr(type(module), method, None) is not getattr(base, method, None):
+            raise ValueError(
+                f"expected nn.{base.__name__} or a subclass with the same forward pass, got "
+                f"{type(module).__name__}, which has a {method} of its own; give its effective "
+                "weight and padding to ConvOperator"
+            )
+    if isinstance(module, nn.Linear):
+        return module.weight, {}
+    conv = cast("nn.Conv2d | nn.ConvTranspose2d", module)
+    return conv.weight, {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+        "transposed": isinstance(module, _TRANSPOSED_TYPES),
+        "output_padding": conv.output_padding,
+    }
