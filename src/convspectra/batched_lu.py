@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ORDER_SAFE_IN_BATCH = 32
 
@@ -23,7 +22,7 @@ def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.is_cuda or matrix.shape[-1] <= ORDER_SAFE_IN_BATCH:
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         return lu, pivots
-    flat = matrix.flatten(0, -3)
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
     lu = torch.empty_like(flat)
     pivots = torch.empty(flat.shape[:-1], dtype=torch.int32, device=flat.device)
     for i, one in enumerate(flat):
@@ -42,9 +41,44 @@ def inverse_and_logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logabsdet(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
-    """Log |det| (...,) of matrices whose LU factors are known, with gradient ``matrix^{-H}``."""
-    result: Tensor = _LogAbsDet.apply(matrix, lu, pivots)  # type: ignore[no-untyped-call]
+    """Log |det| (...,) of matrices whose LU factors are known, with gradient ``matrix^{-H}``.
+
+    A second derivative raises.
+    """
+    anchor = matrix.diagonal(dim1=-2, dim2=-1).sum()
+    result: Tensor = _LogAbsDet.apply(matrix, lu, pivots, anchor)  # type: ignore[no-untyped-call]
     return result
+
+
+def differentiable_once(gradient: Tensor, anchor: Tensor) -> Tensor:
+    """The gradient that a backward pass returns, made to raise if it is differentiated in its turn.
+
+    Autograd's own ``once_differentiable`` raises only where the incoming gradient has a graph; a
+    penalty in a sum of terms has none, and its second derivative would be taken for 0 in silence.
+
+    Parameters
+    ----------
+    gradient : Tensor
+    anchor : Tensor
+        Any tensor that depends on what the gradient depends on, with its graph.
+    """
+    if not torch.is_grad_enabled():
+        return gradient
+    result: Tensor = _DifferentiableOnce.apply(gradient, anchor)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "expected at most one derivative, got a second one: the factors or singular vectors "
+            "behind this gradient are held fixed, so that its own derivative would be wrong"
+        )
 
 
 class _InverseAndLogAbsDet(torch.autograd.Function):
@@ -56,25 +90,26 @@ class _InverseAndLogAbsDet(torch.autograd.Function):
         return inverse, _log_diagonal(lu)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_inverse: Tensor, grad_log: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        adjoint = inverse.mH
-        gradient: Tensor = grad_log[..., None, None] * adjoint - adjoint @ grad_inverse @ adjoint
-        return gradient
+        with torch.no_grad():
+            adjoint = inverse.mH
+            gradient = grad_log[..., None, None] * adjoint - adjoint @ grad_inverse @ adjoint
+        return differentiable_once(gradient, inverse)
 
 
 class _LogAbsDet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
-        ctx.save_for_backward(lu, pivots)
+    def forward(ctx: Any, matrix: Tensor, lu: Tensor, pivots: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(lu, pivots, anchor)
         return _log_diagonal(lu)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        gradient: Tensor = grad[..., None, None] * _inverse(*ctx.saved_tensors).mH
-        return gradient, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        lu, pivots, anchor = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = grad[..., None, None] * _inverse(lu, pivots).mH
+        return differentiable_once(gradient, anchor), None, None, None
 
 
 def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:

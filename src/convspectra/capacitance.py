@@ -38,6 +38,8 @@ MAX_FACTORIZATIONS = 4
 PROBE_ACCEPTED_AT_ONCE = 1e-11
 PROBE_LIMIT = 1e-6
 REFINEMENT_THRESHOLD = 1e-11
+SINGULAR_RESIDUAL = 0.1
+"""A solve that leaves this much of its data says that M is singular to working precision."""
 
 
 def is_square_toeplitz(op: ConvOperator) -> bool:
@@ -86,9 +88,9 @@ class CapacitanceFactorization:
         best = None
         for embedding in itertools.islice(_embeddings(op), MAX_FACTORIZATIONS):
             self._use(embedding)
-            accuracy = self._probe()
+            accuracy, direction = self._probe()
             if best is None or accuracy < best[0]:
-                best = accuracy, embedding
+                best = accuracy, embedding, direction
             if accuracy <= PROBE_ACCEPTED_AT_ONCE:
                 break
         if best is None or best[0] > PROBE_LIMIT:
@@ -97,6 +99,7 @@ class CapacitanceFactorization:
                 "kernel is probably rank deficient"
             )
         self._use(best[1])
+        self._direction = best[2]
         self.worst_residual = 0.0
 
     def _use(self, embedding: _Embedding) -> None:
@@ -104,8 +107,8 @@ class CapacitanceFactorization:
         self._factors = lu_factor(embedding.border_matrix.detach())
         self._inverse_symbols = embedding.inverse_symbols.detach()
 
-    def _probe(self) -> float:
-        """Backward error ``||M x - y|| / (||M|| ||x||)`` of one solve, for a random y.
+    def _probe(self) -> tuple[float, Tensor]:
+        """Backward error ``||M x - y|| / (||M|| ||x||)`` of one solve for a random y, and x.
 
         It tells a poor embedding from an ill-conditioned M, which no embedding can mend.
         """
@@ -120,21 +123,30 @@ class CapacitanceFactorization:
         x = self._apply_inverse(y, self._op.transposed)
         residual = torch.linalg.vector_norm(y - self._op.apply(x))
         error = float(residual / (self._embedding.norm * torch.linalg.vector_norm(x)))
-        return error if math.isfinite(error) else math.inf
+        return error if math.isfinite(error) else math.inf, x
+
+    def is_singular(self) -> bool:
+        """Whether M is singular to working precision: a smallest singular value near eps ||M||.
+
+        The direction that M^{-1} makes largest is solved for with M'; where sigma_min is lost in
+        rounding that solve leaves a residual as large as its data. Cost: one solve.
+        """
+        _, residual = self._refined(self._direction, not self._op.transposed)
+        return residual >= SINGULAR_RESIDUAL
 
     def solve(self, y: Tensor) -> Tensor:
         """M^{-1} y for a batch (b, *output_shape), with one step of refinement where it helps.
 
         Cost: two FFTs, a product with every inverted symbol, and one solve with the factors of W.
         """
-        return self._refined(y, self._op.transposed)
+        return self._recorded(y, self._op.transposed)
 
     def solve_adjoint(self, x: Tensor) -> Tensor:
         """M'^{-1} x for a batch (b, *input_shape): as `solve`."""
-        return self._refined(x, not self._op.transposed)
+        return self._recorded(x, not self._op.transposed)
 
     def logabsdet(self) -> Tensor:
-        """Log |det M|, a 0-dim tensor with gradient; -inf for a singular M.
+        """Log |det M|, a 0-dim tensor with gradient; of no meaning for a singular M.
 
         The gradient is M'^{-1} summed over the index sets Omega, obtained through the symbols.
         """
@@ -142,7 +154,13 @@ class CapacitanceFactorization:
         total: Tensor = self._embedding.log_det_circulant + log_det_border.sum()
         return total
 
-    def _refined(self, y: Tensor, adjoint: bool) -> Tensor:
+    def _recorded(self, y: Tensor, adjoint: bool) -> Tensor:
+        x, residual = self._refined(y, adjoint)
+        self.worst_residual = max(self.worst_residual, residual)
+        return x
+
+    def _refined(self, y: Tensor, adjoint: bool) -> tuple[Tensor, float]:
+        """The solution, and its residual relative to y."""
         forward = self._op.apply_adjoint if adjoint != self._op.transposed else self._op.apply
         x = self._apply_inverse(y, adjoint)
         residual = y - forward(x)
@@ -153,9 +171,9 @@ class CapacitanceFactorization:
             refined_size = float(torch.linalg.vector_norm(y - forward(refined)))
             if refined_size < size:
                 x, size = refined, refined_size
-        if scale > 0:
-            self.worst_residual = max(self.worst_residual, size / scale)
-        return x
+        if not math.isfinite(size):
+            raise ArithmeticError("a solve with M overflowed: M is singular to working precision")
+        return x, size / scale if scale > 0 else 0.0
 
     def _apply_inverse(self, y: Tensor, adjoint: bool) -> Tensor:
         """``[I 0] C^{-1} [y; -W^{-1} D y]``; with `adjoint`, the same of the transposes."""

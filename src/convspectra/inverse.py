@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convspectra.batched_lu import differentiable_once
 from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
 from convspectra.checks import check_array, check_type
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
+from convspectra.spectra import ldexp, normalised
 from convspectra.strategy import SMALL_WORK
 
 BACKWARD_ERROR_LIMIT = 1e-10
+RESIDUAL_LIMIT = 1e-2
 
 
 def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
@@ -31,7 +35,7 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     Returns
     -------
     Tensor
-        -inf where M is rank deficient to working precision: a singular value of at most
+        -inf where M is rank deficient to working precision: a singular value of at most about
         ``max(rows, columns) eps sigma_max``.
 
     Raises
@@ -62,16 +66,26 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     rows, columns = op.shape
     if rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
         try:
-            return CapacitanceFactorization(scaled, max_bytes).logabsdet() + shift
+            factorization = CapacitanceFactorization(scaled, max_bytes)
+            if factorization.is_singular():
+                return weight.new_full((), -math.inf)
+            return factorization.logabsdet() + shift
         except ArithmeticError:
             check_bytes(
                 "the dense matrix of a layer close to singular", 8 * rows * columns, max_bytes
             )
-    values = torch.linalg.svdvals(scaled.to_dense(max_bytes))
+    matrix = scaled.to_dense(max_bytes)
+    if matrix.requires_grad:
+        u, values, vh = torch.linalg.svd(matrix.detach(), full_matrices=False)
+    else:
+        values = torch.linalg.svdvals(matrix)
     if float(values[-1]) <= max(rows, columns) * torch.finfo(values.dtype).eps * float(values[0]):
         return weight.new_full((), -math.inf)
-    total: Tensor = values.log().sum() + shift
-    return total
+    total: Tensor = values.log().sum()
+    if matrix.requires_grad:
+        anchor = matrix.diagonal().sum()
+        total = _LogPseudoDet.apply(matrix, u, values, vh, anchor)  # type: ignore[no-untyped-call]
+    return total + shift
 
 
 def solve(
@@ -99,7 +113,8 @@ def solve(
         If M is not square, y has another shape, dtype or device, or a matrix is over `max_bytes`.
     ArithmeticError
         If M is singular to working precision: the backward error
-        ``||M x - y|| / (||weight|| ||x||)`` came out above 1e-10.
+        ``||M x - y|| / (||weight|| ||x||)`` came out above 1e-10, or the residual
+        ``||M x - y||`` above 1e-2 ``||y||``.
 
     Notes
     -----
@@ -121,9 +136,12 @@ def solve(
         )
     shape = op.input_shape if adjoint else op.output_shape
     check_array("y", y, shape, like=op.weight)
-    wide = op.with_weight(op.weight.detach().double())
-    batch = y.detach().double().reshape(-1, *shape)
-    system = wide.T if adjoint else wide
+    scaled, exponent = normalised(op)
+    if exponent is None:
+        raise ArithmeticError(f"expected a layer that is not zero, got {op!r} with a weight of 0")
+    y_exponent = int(torch.frexp(y.detach().double().abs().amax()).exponent)
+    batch = ldexp(y.detach().double(), -y_exponent).reshape(-1, *shape)
+    system = scaled.T if adjoint else scaled
     if is_square_toeplitz(op) and rows**3 > SMALL_WORK:
         x = CapacitanceFactorization(system, max_bytes).solve(batch)
     else:
@@ -131,11 +149,35 @@ def solve(
         x = torch.linalg.lu_solve(factors.LU, factors.pivots, batch.flatten(1).T).T
         x = x.reshape(-1, *system.input_shape)
     residual = torch.linalg.vector_norm((batch - system.apply(x)).flatten(1), dim=1)
-    size = torch.linalg.vector_norm(wide.weight) * torch.linalg.vector_norm(x.flatten(1), dim=1)
-    if not bool((residual <= BACKWARD_ERROR_LIMIT * size).all()):
+    size = torch.linalg.vector_norm(scaled.weight) * torch.linalg.vector_norm(x.flatten(1), dim=1)
+    allowed = torch.minimum(
+        BACKWARD_ERROR_LIMIT * size,
+        RESIDUAL_LIMIT * torch.linalg.vector_norm(batch.flatten(1), dim=1),
+    )
+    if not bool((residual <= allowed).all()):
         worst = float((residual / size).nan_to_num(math.inf).amax())
         raise ArithmeticError(
-            f"expected a backward error of at most {BACKWARD_ERROR_LIMIT:.0e}, got {worst:.1e}: "
-            "the layer is singular to working precision"
+            f"expected a backward error of at most {BACKWARD_ERROR_LIMIT:.0e} and a residual of at "
+            f"most {RESIDUAL_LIMIT:.0e} of y, got a backward error of {worst:.1e} and a residual "
+            f"of {float(residual.amax()):.1e}: the layer is singular to working precision"
         )
-    return x.to(y.dtype).reshape(*y.shape[: y.ndim - len(shape)], *system.input_shape)
+    x = ldexp(x, y_exponent - exponent).to(y.dtype)
+    return x.reshape(*y.shape[: y.ndim - len(shape)], *system.input_shape)
+
+
+class _LogPseudoDet(torch.autograd.Function):
+    """The sum of log s for ``matrix = u diag(s) vh``, with gradient ``u diag(1 / s) vh``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Tensor, u: Tensor, s: Tensor, vh: Tensor, anchor: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(u, s, vh, anchor)
+        return s.log().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, s, vh, anchor = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = grad * (u / s) @ vh
+        return differentiable_once(gradient, anchor), None, None, None, None

@@ -69,8 +69,8 @@ def find_layers(
     ------
     ValueError
         If an included module is not one that `ConvOperator` knows, has a lazy or meta weight, gets
-        an input without a batch axis, or is never reached; if no module is included; if the
-        example input is not finite. The module is named.
+        its input by keyword, or is never reached; if no module is included; if the example input
+        is not finite. The module is named.
 
     Examples
     --------

@@ -5,8 +5,10 @@ The gradient of a singular value rests on the bilinear identity: M is linear in 
 Theorems 2.2 and 3.2, for every stride, padding, dilation, group and dimension.
 
 Note [Clustered values]. A repeated singular value has no gradient, but the sum over all its copies
-has. Where the smallest singular values agree to `CLUSTER_TOLERANCE`, the gradient given is the mean
-over the cluster, a subgradient of sigma_min; the value stays that of the smallest.
+has. Where the smallest singular values agree to `CLUSTER_TOLERANCE`, or to the accuracy to which
+they are known, the gradient given is the mean over the cluster, a subgradient of sigma_min; the
+value stays that of the smallest. Of more than `CLUSTER_LIMIT` copies, or of values that are 0 to
+working precision, it is the mean over those at hand, a subgradient too.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from convspectra.batched_lu import differentiable_once
 from convspectra.checks import check_type
 from convspectra.inverse import logabsdet
 from convspectra.matrices import squared_frobenius_norm
 from convspectra.operator import ConvOperator
-from convspectra.spectra import ConvergenceError, svds
+from convspectra.spectra import ConvergenceError, check_count, svds
 
 CLUSTER_TOLERANCE = 1e-7
 """Singular values closer than this times sigma count as one repeated value."""
+CLUSTER_LIMIT = 64
+"""Copies of a repeated value after which no more are looked for."""
 
 
 def frobenius(op: ConvOperator) -> Tensor:
@@ -93,10 +97,11 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
     (-2.0038, [0.9981, -1.0, 0.9981])
     """
     check_type("op", op, ConvOperator)
-    wanted, cluster = k, 0
+    check_count(op, k)
     limit = min(op.shape)
+    wanted, cluster = min(k + 1, limit), 0
     while cluster == 0:
-        result = svds(op, min(wanted + 1, limit) if wanted == k else wanted, "SM")
+        result = svds(op, wanted, "SM")
         if not result.converged:
             raise ConvergenceError(
                 f"the {len(result.s)} smallest singular values of {op!r} did not converge; use "
@@ -104,11 +109,13 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
                 result,
             )
         s = result.s
-        close = int((s <= s[k - 1] * (1 + CLUSTER_TOLERANCE)).sum())
-        if close < len(s) or len(s) == limit:
+        last, uncertainty = float(s[k - 1]), float(result.upper[k - 1] - s[k - 1])
+        margin = max(CLUSTER_TOLERANCE * last, 2 * uncertainty)
+        close = int((s <= last + margin).sum())
+        if close < len(s) or len(s) == limit or last <= margin or len(s) >= k + CLUSTER_LIMIT:
             cluster = close
         wanted = min(2 * len(s), limit)
-    first = int((s < s[k - 1] * (1 - CLUSTER_TOLERANCE)).sum())
+    first = int((s < last - margin).sum())
     # Weights of a mean over the k smallest whose last, repeated value is shared by its copies.
     share = s.new_full((cluster,), 1 / k)
     share[first:] = (k - first) / (k * (cluster - first))
@@ -190,17 +197,17 @@ class _MeanSingularValue(torch.autograd.Function):
         ctx: Any, weight: Tensor, op: ConvOperator, u: Tensor, v: Tensor, share: Tensor, s: Tensor
     ) -> Tensor:
         ctx.op = op.with_weight(weight.detach())
-        ctx.save_for_backward(u, v, share)
+        ctx.save_for_backward(u, v, share, weight)
         return s.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        u, v, share = ctx.saved_tensors
-        weight = ctx.op.weight
+        u, v, share, weight = ctx.saved_tensors
         with torch.enable_grad():
-            variable = weight.double().requires_grad_()
+            variable = weight.detach().double().requires_grad_()
             products = ctx.op.with_weight(variable).apply(v)
             value = (share * (u * products).flatten(1).sum(1)).sum()
             (gradient,) = torch.autograd.grad(value, variable)
-        return (grad * gradient).to(weight.dtype), None, None, None, None, None
+        with torch.no_grad():
+            gradient = (grad * gradient).to(weight.dtype)
+        return differentiable_once(gradient, weight), None, None, None, None, None

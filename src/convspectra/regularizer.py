@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from convspectra import penalties
+from convspectra.capacitance import is_square_toeplitz
 from convspectra.layers import Layer, Predicate, find_layers, is_convolution
 from convspectra.operator import ConvOperator, block_diagonal
 
 Penalty: TypeAlias = Callable[[ConvOperator], Tensor]
-
-ADDITIVE = (penalties.frobenius, penalties.stein)
-"""Penalties whose value for a block diagonal M is the sum of those of its blocks."""
 
 PENALTIES: dict[str, Penalty] = {
     "frobenius": penalties.frobenius,
@@ -112,30 +110,45 @@ class SpectralRegularizer:
         ValueError, ArithmeticError, ConvergenceError
             What the penalty raises, with the name of the layer in front.
         """
-        terms = []
-        for name, op, count in self._operators():
-            with torch.autocast(op.device.type, enabled=False):
-                try:
-                    terms.append(self._penalty(op) / count)
-                except (ValueError, ArithmeticError, RuntimeError) as error:
-                    error.args = (f"{name}: {error.args[0]}", *error.args[1:])
-                    raise
+        terms = [term for layers in self._kinds() for term in self._terms(layers)]
         total = torch.stack(terms).sum()
         dtype = torch.promote_types(torch.float32, self._layers[0].operator().dtype)
         return (self.weight * total).to(dtype)
 
-    def _operators(self) -> Iterator[tuple[str, ConvOperator, int]]:
-        """What to penalise: (name for errors, operator, singular values of one layer).
+    def _kinds(self) -> Iterable[list[Layer]]:
+        """The layers, those that can be the groups of one operator together.
 
-        For a penalty that adds up over the blocks of a block diagonal matrix, layers of one kind
-        are stacked as the groups of one operator.
+        That takes a penalty that adds up over the blocks of a block diagonal matrix, and a way to
+        compute it that costs no more for the blocks together than one by one.
         """
         kinds: dict[Hashable, list[Layer]] = {}
         for position, layer in enumerate(self._layers):
-            stackable = self._penalty in ADDITIVE and is_convolution(layer.name, layer.module)
+            stackable = is_convolution(layer.name, layer.module) and (
+                self._penalty is penalties.frobenius
+                or (self._penalty is penalties.stein and is_square_toeplitz(layer.operator()))
+            )
             kinds.setdefault(layer.kind() if stackable else position, []).append(layer)
-        for layers in kinds.values():
-            names = ", ".join(repr(layer.name) for layer in layers)
-            ops = [layer.operator() for layer in layers]
-            count = 1 if self._penalty is penalties.sigma_min else min(ops[0].shape)
-            yield f"layer {names}", block_diagonal(ops) if len(ops) > 1 else ops[0], count
+        return kinds.values()
+
+    def _terms(self, layers: list[Layer]) -> list[Tensor]:
+        """The penalty of layers of one kind: their sum, or one by one where that fails."""
+        ops = [layer.operator() for layer in layers]
+        if len(ops) > 1:
+            try:
+                return [self._value(block_diagonal(ops), min(ops[0].shape))]
+            except (ValueError, ArithmeticError):
+                pass  # Too large together, or one of them singular: below it is named.
+        return [self._term(layer.name, op) for layer, op in zip(layers, ops, strict=True)]
+
+    def _term(self, name: str, op: ConvOperator) -> Tensor:
+        try:
+            return self._value(op, min(op.shape))
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            reason = [f"layer {name!r}", *map(str, error.args[:1])]
+            error.args = (": ".join(reason), *error.args[1:])
+            raise
+
+    def _value(self, op: ConvOperator, count: int) -> Tensor:
+        """The penalty, divided by the number of singular values of one layer."""
+        with torch.autocast(op.device.type, enabled=False):
+            return self._penalty(op) / (1 if self._penalty is penalties.sigma_min else count)

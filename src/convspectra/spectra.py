@@ -112,8 +112,8 @@ def svds(
     Raises
     ------
     ValueError
-        For a k, which or method that cannot be, a method that the layer does not admit, or a
-        matrix over `max_bytes`.
+        For a k, which, method, tol or maxiter that cannot be, a method that the layer does not
+        admit, or a matrix over `max_bytes`.
     ArithmeticError
         If "capacitance" is forced on a layer it cannot factor (a rank-deficient weight).
 
@@ -135,8 +135,11 @@ def svds(
     check_type("op", op, ConvOperator)
     check_choice("which", which, ("LM", "SM"))
     check_choice(f"method for which={which!r}", method, METHODS[which])
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(op.shape):
-        raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
+    check_count(op, k)
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise ValueError(f"expected a tol between 0 and 1, got {tol!r}")
+    if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1:
+        raise ValueError(f"expected maxiter to be a positive integer, got {maxiter!r}")
     if method == "capacitance" and not is_square_toeplitz(op):
         raise ValueError(
             "expected a square layer with zero padding and stride 1 for method='capacitance', "
@@ -223,7 +226,7 @@ def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     scaled, exponent = normalised(op)
     if exponent is None:
         return torch.zeros(min(op.shape), dtype=torch.float64, device=op.device)
-    return _ldexp(torch.linalg.svdvals(scaled.to_dense(max_bytes)), exponent)
+    return ldexp(torch.linalg.svdvals(scaled.to_dense(max_bytes)), exponent)
 
 
 def frobenius_norm(op: ConvOperator) -> float:
@@ -243,7 +246,7 @@ def frobenius_norm(op: ConvOperator) -> float:
     if exponent is None:
         return 0.0
     square = squared_frobenius_norm(scaled.weight, scaled.geometry)
-    return float(_ldexp(square.sqrt(), exponent))
+    return float(ldexp(square.sqrt(), exponent))
 
 
 def normalised(op: ConvOperator) -> tuple[ConvOperator, int | None]:
@@ -253,10 +256,16 @@ def normalised(op: ConvOperator) -> tuple[ConvOperator, int | None]:
     if float(largest) == 0.0:
         return op.with_weight(weight), None
     exponent = int(torch.frexp(largest).exponent)
-    return op.with_weight(_ldexp(weight, -exponent)), exponent
+    return op.with_weight(ldexp(weight, -exponent)), exponent
 
 
-def _ldexp(x: Tensor, exponent: int) -> Tensor:
+def check_count(op: ConvOperator, k: int) -> None:
+    """Raise a ValueError unless k singular values can be asked for."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(op.shape):
+        raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
+
+
+def ldexp(x: Tensor, exponent: int) -> Tensor:
     """The product x 2^exponent, in two factors so that neither overflows before x does."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)
@@ -313,11 +322,11 @@ def _finish(
     adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
     return SVDResult(
         u=u if vectors else None,
-        s=_ldexp(s, exponent),
+        s=ldexp(s, exponent),
         v=v if vectors else None,
-        residuals=_ldexp((forward + adjoint).sqrt(), exponent),
-        lower=_ldexp(triplets.lower, exponent),
-        upper=_ldexp(triplets.upper, exponent),
+        residuals=ldexp((forward + adjoint).sqrt(), exponent),
+        lower=ldexp(triplets.lower, exponent),
+        upper=ldexp(triplets.upper, exponent),
         converged=triplets.converged,
         method=method,
         matvecs=triplets.matvecs,

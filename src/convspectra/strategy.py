@@ -26,7 +26,6 @@ METHODS = {
 SMALL_WORK = 2e7
 """Flops, m n min(m, n), under which a dense SVD beats everything."""
 GRAM_LIMIT = 4096
-GRAM_RESOLUTION = 1e-8
 DENSE_WORK_LIMIT = 1e11
 
 
@@ -88,8 +87,6 @@ class Search:
         products = op.apply_adjoint(_identity(op.output_shape, op.weight))
         gram = op.apply(products).flatten(1)
         triplets = gram_eigh(0.5 * (gram + gram.T), products.flatten(1), self.k, self.largest)
-        resolved = triplets.upper - triplets.lower <= GRAM_RESOLUTION * triplets.s
-        triplets = replace(triplets, converged=bool(resolved.all()))
         return triplets if rows <= columns else replace(triplets, u=triplets.v, v=triplets.u)
 
     def _golub_kahan(self) -> SingularTriplets:

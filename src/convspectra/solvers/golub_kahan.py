@@ -23,6 +23,8 @@ from torch import Tensor
 from convspectra.solvers.result import SingularTriplets
 
 FAILURE_PROBABILITY = 1e-10
+ROUNDING_UNITS = 16
+"""A length of at most this many eps times sigma_max is rounding error, and counts as 0."""
 
 
 def golub_kahan(
@@ -49,7 +51,8 @@ def golub_kahan(
         A triplet has converged when its residual is at most ``tol * sigma_max``. The error of the
         value itself is then about ``tol^2 sigma_max^2`` over the gap to the next one.
     maxiter : int
-        Most steps of one sweep; the basis holds as many vectors of length m and n.
+        Most steps of one sweep, of which there are never fewer than the values it looks for; the
+        basis holds as many vectors of length m and n.
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
@@ -106,7 +109,8 @@ def golub_kahan(
             break
     u, s, v = found.u[:k], found.s[:k], found.v[:k]
     # Weyl: A is the found triplets plus the rest, up to a matrix no larger than the residuals.
-    slack = found.residuals.sum() + 4 * max(shape) ** 0.5 * torch.finfo(s.dtype).eps * found.s[0]
+    units = ROUNDING_UNITS + 4 * max(shape) ** 0.5
+    slack = found.residuals.sum() + units * torch.finfo(s.dtype).eps * found.s[0]
     upper = torch.maximum(s, s.new_tensor(0.0 if exhausted else rest_bound)) + slack
     return SingularTriplets(
         u=u,
@@ -177,20 +181,20 @@ def _sweep(
     left, right = _Basis(found.u), _Basis(found.v)
     alphas: list[float] = []
     betas: list[float] = []
-    eps = torch.finfo(found.u.dtype).eps
+    rounding = ROUNDING_UNITS * torch.finfo(found.u.dtype).eps
     scale = float(found.s[0]) if len(found.s) else 0.0
     v = right.random_direction(generator)
     right.append(v)
     while True:
         u = matvec(v)
         size = float(torch.linalg.vector_norm(u))
-        u, alpha = left.orthogonalise(u, generator, floor=16 * eps * max(size, scale))
+        u, alpha = left.orthogonalise(u, generator, floor=rounding * max(size, scale))
         alphas.append(alpha)
         left.append(u)
         w = rmatvec(u)
         size = float(torch.linalg.vector_norm(w))
         scale = max(scale, size)
-        v, beta = right.orthogonalise(w, generator, floor=16 * eps * max(size, scale))
+        v, beta = right.orthogonalise(w, generator, floor=rounding * max(size, scale))
         betas.append(beta)
         steps = len(alphas)
         small = torch.diag(torch.tensor(alphas, dtype=torch.float64))
@@ -200,10 +204,10 @@ def _sweep(
         residuals = beta * p[-1].abs()
         take = min(wanted, steps)
         exhausted = beta == 0.0 or steps == dimension
-        polynomial = _LanczosPolynomial(alphas, betas, ritz, dimension, scale)
+        polynomial = _LanczosPolynomial(alphas, betas, ritz, dimension, rounding * scale)
         converged = bool((residuals[:take] <= tol * scale).all()) and take == min(wanted, dimension)
         below = enough_below > 0 and polynomial.bounds(enough_below)
-        if exhausted or converged or below or steps >= maxiter:
+        if exhausted or converged or below or steps >= max(maxiter, wanted):
             break
         right.append(v)
     return _Sweep(
@@ -223,7 +227,8 @@ class _LanczosPolynomial:
     |p_j(sigma^2)| times the component of q_1 along the singular vector is a component of q_{j+1},
     so at most 1. Where q_1 has a component of at least delta, any x above the Ritz values with
     ``p_j(x^2) >= 1 / delta`` is an upper bound. p_j is the product of (lambda - ritz^2) over that
-    of the off-diagonal entries alpha_i beta_i of the Lanczos matrix.
+    of the off-diagonal entries alpha_i beta_i of the Lanczos matrix. A factor that was taken for 0
+    enters as `floor`, the largest that it can have been.
     """
 
     def __init__(
@@ -232,13 +237,13 @@ class _LanczosPolynomial:
         betas: list[float],
         ritz: Tensor,
         dimension: int,
-        scale: float,
+        floor: float,
     ) -> None:
         log_delta = math.log(FAILURE_PROBABILITY) + 0.5 * math.log(math.pi / (2 * dimension))
-        self._floor = torch.finfo(ritz.dtype).eps * scale**2
-        off_diagonal = [max(a * b, self._floor) for a, b in zip(alphas, betas, strict=True)]
-        if self._floor > 0:
-            self._target = sum(map(math.log, off_diagonal)) - log_delta
+        self._smallest_gap = floor**2
+        if floor > 0:
+            factors = (max(x, floor) for x in (*alphas, *betas))
+            self._target = sum(map(math.log, factors)) - log_delta
         self._squares = (ritz**2).tolist()
 
     def bounds(self, x: float) -> bool:
@@ -247,7 +252,7 @@ class _LanczosPolynomial:
 
     def largest_root(self) -> float:
         """The smallest upper bound."""
-        high = self._floor
+        high = self._smallest_gap
         if high == 0:
             return 0.0
         while not self._reaches(high):

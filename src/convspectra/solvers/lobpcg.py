@@ -38,8 +38,8 @@ def lobpcg(
     k : int
     tol : float
         A triplet has converged when ``||A'A v - s^2 v|| <= tol * s * sigma_max``, or when that
-        residual is down at the rounding error of A'A, which resolves no singular value below about
-        ``sqrt(eps) sigma_max``.
+        residual is down at the rounding error of A'A and s is at most ``tol * sigma_max``: A'A
+        resolves no singular value below about ``sqrt(eps) sigma_max``.
     maxiter : int
     like : Tensor
         Gives the dtype and the device.
@@ -52,7 +52,8 @@ def lobpcg(
     -------
     SingularTriplets
         Upper bounds are Rayleigh-Ritz values and hold for certain. There is no lower bound but 0:
-        the iteration cannot tell that it missed a smaller value.
+        the iteration cannot tell that it missed a smaller value. The left vectors ``A v / s`` of
+        values down at rounding error are noise.
 
     Notes
     -----
@@ -75,11 +76,15 @@ def lobpcg(
         matvecs += block
         size = torch.linalg.vector_norm(residual, dim=1)[:k]
         floor = 8 * eps * largest**2
-        if bool((size <= (tol * s[:k] * largest).clamp_min(floor)).all()):
-            converged = True
+        reached = size <= tol * s[:k] * largest
+        if bool((reached | (size <= floor)).all()):
+            converged = bool((reached | (s[:k] <= tol * largest)).all())
             break
         search = residual if precondition is None else precondition(residual)
         basis = _orthonormal(torch.cat([search, p]), x)
+        if len(basis) == 0:  # x spans the whole space
+            converged = True
+            break
         images = matvec(basis)
         matvecs += len(basis)
         # The smallest left singular vectors of all images are the Ritz vectors of A'A.
@@ -97,7 +102,7 @@ def lobpcg(
         s=s,
         v=x[:k][order],
         lower=torch.zeros_like(s),
-        upper=s + m**0.5 * eps * largest,
+        upper=s + 8 * m**0.5 * eps * largest,
         converged=converged,
         matvecs=matvecs,
         certificate="Rayleigh-Ritz values above; no bound below",
@@ -109,8 +114,8 @@ def _orthonormal(rows: Tensor, against: Tensor) -> Tensor:
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(
         torch.finfo(rows.dtype).tiny
     )
-    for _ in range(2):
+    for smallest in (1e-10, 0.5):
         rows = rows - (rows @ against.T) @ against
         _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
-        rows = directions[sizes > 1e-10 * sizes[0]] if float(sizes[0]) > 0 else directions[:0]
+        rows = directions[sizes > smallest]
     return rows

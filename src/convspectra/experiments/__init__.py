@@ -1,0 +1,1 @@
+"""Experiments: what the paper shows, and what its title claims, on real images."""
