@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -65,15 +66,11 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     shift = min(op.shape) * math.log(largest)
     rows, columns = op.shape
     if rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
-        try:
+        with contextlib.suppress(ArithmeticError):
             factorization = CapacitanceFactorization(scaled, max_bytes)
-            if factorization.is_singular():
-                return weight.new_full((), -math.inf)
-            return factorization.logabsdet() + shift
-        except ArithmeticError:
-            check_bytes(
-                "the dense matrix of a layer close to singular", 8 * rows * columns, max_bytes
-            )
+            if not factorization.is_singular():
+                return factorization.logabsdet() + shift
+        check_bytes("the dense matrix of a layer close to singular", 8 * rows * columns, max_bytes)
     matrix = scaled.to_dense(max_bytes)
     if matrix.requires_grad:
         u, values, vh = torch.linalg.svd(matrix.detach(), full_matrices=False)

@@ -85,7 +85,8 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
 
     Notes
     -----
-    Cost: that of `svds` for k + 1 values, and one weight gradient of the convolution.
+    Cost: that of `svds` for k values and their separation from the others, and one weight
+    gradient of the convolution.
 
     Examples
     --------
@@ -99,9 +100,9 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
     check_type("op", op, ConvOperator)
     check_count(op, k)
     limit = min(op.shape)
-    wanted, cluster = min(k + 1, limit), 0
+    wanted, cluster = k, 0
     while cluster == 0:
-        result = svds(op, wanted, "SM")
+        result = svds(op, wanted, "SM", separation=2 * CLUSTER_TOLERANCE)
         if not result.converged:
             raise ConvergenceError(
                 f"the {len(result.s)} smallest singular values of {op!r} did not converge; use "
@@ -112,7 +113,8 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
         last, uncertainty = float(s[k - 1]), float(result.upper[k - 1] - s[k - 1])
         margin = max(CLUSTER_TOLERANCE * last, 2 * uncertainty)
         close = int((s <= last + margin).sum())
-        if close < len(s) or len(s) == limit or last <= margin or len(s) >= k + CLUSTER_LIMIT:
+        complete = close < len(s) or result.others > last + margin
+        if complete or last <= margin or len(s) >= min(limit, k + CLUSTER_LIMIT):
             cluster = close
         wanted = min(2 * len(s), limit)
     first = int((s < last - margin).sum())

@@ -20,6 +20,10 @@ from convspectra.solvers.result import SingularTriplets
 from convspectra.strategy import METHODS, Search
 
 
+VALUE_TOLERANCE = 1e-6
+"""Residual tolerance where only values are asked for: their error is of second order in it."""
+
+
 class ConvergenceError(RuntimeError):
     """A singular value did not reach the tolerance; `result` holds the best estimate."""
 
@@ -43,6 +47,9 @@ class SVDResult:
     lower, upper : Tensor
         Enclosure of each singular value: an upper bound of inf or a lower one of 0 says that
         nothing is known on that side.
+    others : float
+        Bound on every singular value not among these: from above for "LM", from below for "SM";
+        inf and 0 say that nothing is known (or for "SM", inf, that there are no others).
     converged : bool
         Whether every value reached the tolerance.
     method : str
@@ -59,6 +66,7 @@ class SVDResult:
     residuals: Tensor
     lower: Tensor
     upper: Tensor
+    others: float
     converged: bool
     method: str
     matvecs: int
@@ -75,6 +83,7 @@ def svds(
     tol: float = 1e-8,
     maxiter: int = 300,
     generator: torch.Generator | None = None,
+    separation: float | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> SVDResult:
     """The k largest or smallest singular values of a convolution, certified.
@@ -101,6 +110,9 @@ def svds(
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.
+    separation : float, optional
+        Have the iterative ways go on until `others` shows the k-th value separated from the rest by
+        this fraction of it, or not: a repeated value is told from a simple one so.
     max_bytes : int
         Limit on the dense matrix, the Gram matrix or the border matrix.
 
@@ -148,13 +160,17 @@ def svds(
     scaled, exponent = normalised(op)
     if exponent is None:
         return _zero_result(op, k, return_singular_vectors)
-    search = Search(scaled, k, which == "LM", tol, maxiter, _generator(op, generator), max_bytes)
+    largest, start = which == "LM", _generator(op, generator)
+    search = Search(scaled, k, largest, tol, maxiter, start, max_bytes, separation)
     triplets, method = search.run(method)
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
 
 
 def sigma_max(op: ConvOperator, **options: object) -> float:
-    """The largest singular value of the layer: its operator norm. Options as for `svds`.
+    """The largest singular value of the layer: its operator norm.
+
+    Options as for `svds`, but ``tol=1e-6``: an error of about 1e-12, relative to the gap to the next
+    singular value.
 
     Raises
     ------
@@ -171,7 +187,7 @@ def sigma_max(op: ConvOperator, **options: object) -> float:
 
 
 def sigma_min(op: ConvOperator, **options: object) -> float:
-    """The smallest of the min(rows, columns) singular values. Options as for `svds`.
+    """The smallest of the min(rows, columns) singular values. Options as for `sigma_max`.
 
     Raises
     ------
@@ -276,7 +292,8 @@ def _generator(op: ConvOperator, generator: torch.Generator | None) -> torch.Gen
 
 
 def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
-    result = svds(op, 1, which, return_singular_vectors=False, **options)  # type: ignore[arg-type]
+    options = {"tol": VALUE_TOLERANCE, "return_singular_vectors": False} | options
+    result = svds(op, 1, which, **options)  # type: ignore[arg-type]
     if not result.converged:
         raise ConvergenceError(
             f"the {'largest' if which == 'LM' else 'smallest'} singular value did not converge: "
@@ -305,6 +322,7 @@ def _zero_result(op: ConvOperator, k: int, vectors: bool) -> SVDResult:
         residuals=zeros,
         lower=zeros,
         upper=zeros,
+        others=0.0,
         converged=True,
         method="zero",
         matvecs=0,
@@ -327,6 +345,7 @@ def _finish(
         residuals=ldexp((forward + adjoint).sqrt(), exponent),
         lower=ldexp(triplets.lower, exponent),
         upper=ldexp(triplets.upper, exponent),
+        others=float(ldexp(triplets.s.new_tensor(triplets.others), exponent)),
         converged=triplets.converged,
         method=method,
         matvecs=triplets.matvecs,

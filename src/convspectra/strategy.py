@@ -40,6 +40,7 @@ class Search:
     maxiter: int
     generator: torch.Generator
     max_bytes: int
+    separation: float | None
 
     def run(self, method: str) -> tuple[SingularTriplets, str]:
         """The triplets and the way that gave them; "auto" goes on until one is certified."""
@@ -99,6 +100,7 @@ class Search:
             maxiter=self.maxiter,
             like=self.op.weight,
             generator=self.generator,
+            separation=self.separation,
         )
 
     def _lobpcg(self) -> SingularTriplets:
@@ -128,6 +130,7 @@ class Search:
             maxiter=self.maxiter,
             like=self.op.weight,
             generator=self.generator,
+            separation=self.separation,
         )
         # The solves invert M (I - R) with ||R|| about the largest residual seen.
         wrong = 10 * factorization.worst_residual
@@ -140,6 +143,7 @@ class Search:
             s=1 / inverse.s,
             lower=(1 - wrong) / inverse.upper,
             upper=(1 + wrong) / inverse.lower,
+            others=(1 - wrong) / inverse.others if inverse.others > 0 else math.inf,
             certificate=(
                 f"of the inverse: {inverse.certificate}; and ten times the largest residual of "
                 f"its solves, {factorization.worst_residual:.1e}"

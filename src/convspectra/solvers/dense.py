@@ -26,6 +26,7 @@ def dense_svd(matrix: Tensor, k: int, largest: bool) -> SingularTriplets:
         v=vh[chosen],
         lower=(s[chosen] - error).clamp_min(0),
         upper=s[chosen] + error,
+        others=_others(s, k, largest, float(error)),
         converged=True,
         matvecs=0,
         certificate="backward error of a dense SVD, max(m, n) eps sigma_max",
@@ -64,7 +65,8 @@ def gram_eigh(gram: Tensor, products: Tensor, k: int, largest: bool) -> Singular
         v=images[order] / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None],
         lower=lower,
         upper=upper,
-        converged=bool((upper - lower <= GRAM_RESOLUTION * s).all()),
+        others=_others(squares.clamp_min(0).flip(0), k, largest, float(error)) ** 0.5,
+        converged=bool(((upper - lower <= GRAM_RESOLUTION * s) & (s > 0)).all()),
         matvecs=len(gram),
         certificate="backward error of the Gram matrix, max(m, n) eps sigma_max^2 in the square",
     )
@@ -76,3 +78,12 @@ def _ends(
     """Positions of the k values wanted in a sorted array, best first."""
     first = torch.arange(k, device=device)
     return first if largest != ascending else count - 1 - first
+
+
+def _others(descending: Tensor, k: int, largest: bool, error: float) -> float:
+    """Bound on the values after the k wanted; where there are none, on nothing: 0 or inf."""
+    if k == len(descending):
+        return 0.0 if largest else float("inf")
+    if largest:
+        return float(descending[k]) + error
+    return max(float(descending[-1 - k]) - error, 0.0)

@@ -37,6 +37,7 @@ def golub_kahan(
     maxiter: int,
     like: Tensor,
     generator: torch.Generator | None = None,
+    separation: float | None = None,
 ) -> SingularTriplets:
     """The k largest singular triplets of A, descending.
 
@@ -57,12 +58,20 @@ def golub_kahan(
         Gives the dtype and the device.
     generator : torch.Generator, optional
         Of the random start vectors, on that device.
+    separation : float, optional
+        Go on until all other values are known to be smaller than the k-th by this fraction of it,
+        or are found not to be: `others` tells.
 
     Returns
     -------
     SingularTriplets
         The lower bounds hold for certain (Rayleigh-Ritz and residuals), the upper ones except with
         probability `FAILURE_PROBABILITY`. With `converged` False, the best estimate so far.
+
+    Raises
+    ------
+    ArithmeticError
+        If a product is not finite.
 
     Notes
     -----
@@ -79,6 +88,7 @@ def golub_kahan(
             maxiter=maxiter,
             like=like,
             generator=generator,
+            separation=separation,
         )
         return replace(swapped, u=swapped.v, v=swapped.u)
     found = _Sweep.empty(shape, like)
@@ -92,7 +102,9 @@ def golub_kahan(
             found,
             tol=tol,
             maxiter=maxiter,
-            enough_below=float(found.s[k - 1]) if len(found.s) >= k else 0.0,
+            enough_below=(1 - (separation or 0)) * float(found.s[k - 1])
+            if len(found.s) >= k
+            else 0.0,
             generator=generator,
         )
         matvecs += sweep.matvecs
@@ -105,7 +117,7 @@ def golub_kahan(
         if news:
             found = found.merged_with(sweep)
         exhausted = len(found.s) == min(shape)
-        if not complete or not news or exhausted or (k == 1 and not have_k):
+        if not complete or not news or exhausted or (k == 1 and not have_k and separation is None):
             break
     u, s, v = found.u[:k], found.s[:k], found.v[:k]
     # Weyl: A is the found triplets plus the rest, up to a matrix no larger than the residuals.
@@ -118,6 +130,7 @@ def golub_kahan(
         v=v,
         lower=(s - slack).clamp_min(0),
         upper=upper,
+        others=_bound_on_others(found, k, slack, exhausted, rest_bound),
         converged=complete,
         matvecs=matvecs,
         certificate=(
@@ -125,6 +138,13 @@ def golub_kahan(
             f"fails with probability {FAILURE_PROBABILITY:.0e}"
         ),
     )
+
+
+def _bound_on_others(
+    found: _Sweep, k: int, slack: Tensor, exhausted: bool, rest_bound: float
+) -> float:
+    further = float(found.s[k]) if len(found.s) > k else 0.0
+    return max(further, 0.0 if exhausted else rest_bound) + float(slack)
 
 
 @dataclass(frozen=True)
@@ -297,6 +317,8 @@ class _Basis:
         """
         x = self._project_out(x)
         length = float(torch.linalg.vector_norm(x))
+        if not math.isfinite(length):
+            raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
         if length > floor:
             return x / length, length
         return self.random_direction(generator), 0.0

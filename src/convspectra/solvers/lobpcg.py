@@ -102,6 +102,7 @@ def lobpcg(
         s=s,
         v=x[:k][order],
         lower=torch.zeros_like(s),
+        others=0.0,
         upper=s + 8 * m**0.5 * eps * largest,
         converged=converged,
         matvecs=matvecs,

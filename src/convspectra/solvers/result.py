@@ -21,6 +21,9 @@ class SingularTriplets:
         Right singular vectors in rows, (k, n).
     lower, upper : Tensor
         Enclosure of each singular value, (k,).
+    others : float
+        Bound on every singular value that is not given: from above if the largest were sought, from
+        below for the smallest; inf or 0 where nothing is known.
     converged : bool
         Whether every value reached the tolerance.
     matvecs : int
@@ -34,6 +37,7 @@ class SingularTriplets:
     v: Tensor
     lower: Tensor
     upper: Tensor
+    others: float
     converged: bool
     matvecs: int
     certificate: str

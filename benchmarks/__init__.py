@@ -1,0 +1,1 @@
+"""Benchmarks: accuracy and ratios of times within one run."""

@@ -1,0 +1,41 @@
+"""The command line: what it writes, prints and refuses."""
+
+import json
+
+import pytest
+from strategies import one_thread as one_thread
+
+import convspectra
+from convspectra.cli import main
+
+SMALL = ["--depth", "2", "--channels", "2", "--epochs", "1", "--penalty-steps", "1"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == convspectra.__version__
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_demo_writes_and_prints_where(tmp_path, capsys):
+    assert main(["demo", *SMALL, "--batch-size", "700", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    names = [f"stable_gradients.{kind}" for kind in ("png", "svg", "md", "csv", "json")]
+    for name in names:
+        assert (tmp_path / "out" / name).stat().st_size > 0
+        assert f"wrote {tmp_path / 'out' / name}" in printed
+    results = json.loads((tmp_path / "out" / "stable_gradients.json").read_text())
+    assert results["settings"]["depth"] == 2
+    assert results["images"].startswith("scikit-learn digits")
+
+
+def test_demo_refuses_a_folder_without_images(tmp_path, capsys):
+    assert main(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "expected train-images-idx3-ubyte" in capsys.readouterr().err
