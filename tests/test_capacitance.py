@@ -326,6 +326,13 @@ def test_nearly_singular_is_not_singular(smallest):
     assert factorization.worst_residual <= 1e-13 / smallest
 
 
+def test_an_embedding_that_solves_nothing_is_refused():
+    weight = dead_channel(0, copy=True)
+    weight[1] += 1e-13 * random(4, 3, 3, seed=5)
+    with pytest.raises(ArithmeticError, match="nearly so on every torus tried"):
+        CapacitanceFactorization(ConvOperator(weight, 5))
+
+
 def test_a_block_of_layers_is_singular_if_one_of_them_is():
     weights = torch.cat([kernel(1, 3, 1), kernel(1, 0, 1), kernel(1, 4, 1)])
     assert CapacitanceFactorization(ConvOperator(weights, 9, groups=3)).is_singular()

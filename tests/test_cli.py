@@ -39,3 +39,23 @@ def test_demo_writes_and_prints_where(tmp_path, capsys):
 def test_demo_refuses_a_folder_without_images(tmp_path, capsys):
     assert main(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "expected train-images-idx3-ubyte" in capsys.readouterr().err
+
+
+def test_reproduce_writes_and_prints_where(tmp_path, capsys):
+    arguments = ["--input-size", "4", "--max-iter", "2", "--further-max-iter", "1"]
+    assert main(["reproduce", *arguments, "--sizes", "1x2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    written = sorted(path for path in tmp_path.iterdir())
+    assert {path.suffix for path in written} >= {".png", ".svg", ".csv"}
+    assert all(f"wrote {path}" in printed for path in written)
+
+
+def test_reproduce_refuses_sizes_that_are_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--sizes", "3by1"])
+    assert "expected two numbers of channels as in 2x3, got 3by1" in capsys.readouterr().err
+
+
+def test_reproduce_refuses_an_input_that_is_too_small(tmp_path, capsys):
+    assert main(["reproduce", "--input-size", "1", "--out", str(tmp_path)]) == 1
+    assert "expected an input_size of at least 2" in capsys.readouterr().err

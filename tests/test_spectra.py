@@ -86,6 +86,13 @@ def check(layer: Layer, result: cs.SVDResult, k: int, which: str, true: np.ndarr
     rounding = 8 * EPS * scale  # of NumPy's SVD
     assert (lower <= wanted + rounding).all(), (result.method, lower - wanted)
     assert (wanted <= upper + rounding).all(), (result.method, wanted - upper)
+    if k < len(true):
+        next_one = true[k] if which == "LM" else true[-1 - k]
+        assert (
+            next_one <= result.others + rounding
+            if which == "LM"
+            else (result.others <= next_one + rounding)
+        )
 
     dense = layer.dense().detach().double()
     u, v = result.u.flatten(1), result.v.flatten(1)
@@ -122,7 +129,7 @@ def test_random_layers(layer):
                 result = cs.svds(op, k, which, method=method)
             except ArithmeticError:
                 assert method == "capacitance"
-                assert true[-1] < 1e-9 * true[0]
+                assert true[-1] <= 1e-9 * true[0]
                 continue
             check(layer, result, k, which, true)
             assert method in ("auto", result.method) or not op.weight.any()
@@ -142,7 +149,7 @@ def test_whole_spectrum_and_norm(layer):
     assert math.isclose(cs.sigma_min(op), true[-1], abs_tol=1e-13 * true[0])
     if true[-1] > 1e-10 * true[0]:
         assert math.isclose(cs.cond(op), true[0] / true[-1], rel_tol=1e-4)
-    if true[-1] < 1e-15 * true[0]:
+    if true[-1] <= 1e-15 * true[0]:
         assert cs.cond(op) == math.inf
 
 
@@ -277,6 +284,26 @@ def test_nearly_singular_layers(smallest):
         check(layer, result, k, "SM", true)
         if method == "auto":
             assert result.converged
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1e-6, 1e-9, 1e-11])
+def test_one_value_far_below_the_others(distance):
+    """The second smallest is as accurate as where the smallest is not that small."""
+    order = 291
+    centre = -2 * math.cos(100 * math.pi / (order + 1)) + distance
+    layer = Layer(kernel(1, centre, 1), (order,))
+    eigenvalues = [centre + 2 * math.cos(j * math.pi / (order + 1)) for j in range(1, order + 1)]
+    true = np.sort(np.abs(eigenvalues))
+    for k in (1, 2, 3):
+        result = cs.svds(layer.operator(), k, "SM")
+        assert result.converged
+        assert result.method == "capacitance"
+        relative = np.abs(result.s.numpy() / true[:k] - 1)
+        assert relative[0] <= 1e-9 + 1e-14 / distance * 4
+        assert (relative[1:] <= 1e-8).all()
+        assert (result.lower.numpy() <= true[:k] * (1 + 1e-9)).all()
+        assert (true[:k] <= result.upper.numpy() * (1 + 1e-9)).all()
+        assert (result.upper.numpy() <= 1.01 * true[:k]).all()
 
 
 # --- scale, dtypes, zero --------------------------------------------------------------------------

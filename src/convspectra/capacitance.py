@@ -98,7 +98,8 @@ class CapacitanceFactorization:
                 "the circulant embedding is singular or nearly so on every torus tried; the "
                 "kernel is probably rank deficient"
             )
-        self._use(best[1])
+        if self._embedding is not best[1]:
+            self._use(best[1])
         self._direction = best[2]
         self.worst_residual = 0.0
 

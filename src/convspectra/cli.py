@@ -22,12 +22,15 @@ from rich.progress import (
 from rich.table import Table
 
 import convspectra
-from convspectra.experiments import images, stable_gradients
+from convspectra.experiments import images, reproduction, stable_gradients
+from convspectra.report import reproduction as reproduction_report
 from convspectra.report import stable_gradients as stable_gradients_report
+
+BARS_KEPT = 8
 
 
 class _Bars:
-    """One progress bar for each named run, made when it is first heard of."""
+    """One progress bar for each named run, made when it is first heard of; old ones go."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -36,6 +39,8 @@ class _Bars:
     def __call__(self, name: str, done: int, total: int) -> None:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
+            for task in list(self._tasks.values())[:-BARS_KEPT]:
+                self._progress.update(task, visible=False)
         self._progress.update(self._tasks[name], completed=done)
 
 
@@ -58,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=convspectra.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_reproduce(commands)
     return parser
 
 
@@ -83,6 +89,41 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             default=setting.default,
             help="default: %(default)s",
         )
+
+
+def _add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = reproduction.Settings()
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="the figures and numbers of the paper's Section 4",
+        description=reproduction.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    reproduce.set_defaults(run=_reproduce)
+    _add_out(reproduce, "out/reproduce")
+    for name in ("input_size", "max_iter", "further_max_iter"):
+        reproduce.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(defaults, name),
+            help="default: %(default)s",
+        )
+    reproduce.add_argument(
+        "--sizes",
+        type=_channels,
+        nargs="*",
+        default=defaults.further,
+        metavar="GxH",
+        help="channels of further kernels (default: "
+        f"{' '.join(f'{g}x{h}' for g, h in defaults.further)})",
+    )
+
+
+def _channels(text: str) -> tuple[int, int]:
+    g, separator, h = text.partition("x")
+    if not (separator and g.isdigit() and h.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected two numbers of channels as in 2x3, got {text}")
+    return int(g), int(h)
 
 
 def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
@@ -112,6 +153,20 @@ def _demo(parsed: argparse.Namespace, console: Console) -> None:
         path.write_text(text, encoding="utf-8")
         written.append(path)
     _print_table(console, stable_gradients_report.table(results))
+    _print_paths(console, written)
+
+
+def _reproduce(parsed: argparse.Namespace, console: Console) -> None:
+    settings = reproduction.Settings(
+        input_size=parsed.input_size,
+        max_iter=parsed.max_iter,
+        further_max_iter=parsed.further_max_iter,
+        further=tuple(parsed.sizes),
+    )
+    with _progress(console) as progress:
+        results = reproduction.run(settings, _Bars(progress))
+    written = reproduction_report.write(results, parsed.out)
+    _print_table(console, reproduction_report.table(results))
     _print_paths(console, written)
 
 

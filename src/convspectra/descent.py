@@ -7,9 +7,14 @@ one that needs no tuning:
   step is ``2 / (min |Omega| + max |Omega|)``.
 - 3.2 and 3.3 are neither smooth nor convex. Their step is that of the subgradient level method
   (Goffin and Kiwiel, Math. Program. 85, 1999): Polyak's step ``(R - level) / ||G||^2`` towards a
-  level below the best objective so far, a level that goes down while it is reached and is halved
-  back to the best when it is not. It starts at the known floor -n/2 of 3.3, and for 3.2, which has
-  no floor (-sigma_min scales with the kernel), at twice the objective.
+  level below the best objective so far. The level goes down, twice as deep, while it is reached;
+  where it is not, its depth is halved. It starts at the known floor -n/2 of 3.3, and for 3.2,
+  which has no floor (-sigma_min scales with the kernel), at twice the objective.
+
+Note [Patience]. The search for a level may take twice as many steps each time that its depth is
+halved, so that the kernel can travel as far as before. With a fixed number of steps the whole
+way left is a geometric series, and the descent ends where no minimum is: 3.2 stalls on every
+square layer, although scaling the kernel alone would go on for ever.
 """
 
 from __future__ import annotations
@@ -29,14 +34,12 @@ from convspectra.convolution import kernel_to_weight, weight_to_kernel
 from convspectra.operator import ConvOperator
 from convspectra.spectra import sigma_max, sigma_min
 
-PENALTIES: dict[str, Callable[[ConvOperator], Tensor]] = {
-    "3.1": penalties.frobenius,
-    "3.2": penalties.sigma_min,
-    "3.3": penalties.conditioning,
-}
+ALGORITHMS = ("3.1", "3.2", "3.3")
 PAPER_STEPS = {"3.1": 1e-5, "3.2": 1e-4, "3.3": 1e-5}
 PATIENCE = 5
-"""Iterations that miss the level before it is halved back to the best objective."""
+"""Iterations that miss the first level before its depth is halved (Note [Patience])."""
+FIRST_MOVE = 0.01
+"""The first level of 3.2 is no nearer than a move of the kernel by this part of it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class DescentResult:
     kernel : Tensor
         The kernel with the lowest objective, in the paper's layout (*taps, g, h), float64.
     status : {"converged", "stalled", "max_iter"}
-        "stalled" where the level of the "auto" rule has closed in on the best objective without
-        being reached: a kink, where several singular values are smallest together.
+        "stalled" where the level of the "auto" rule has closed in on the best objective, to `tol`
+        of it, without being reached: a kink, where several singular values are smallest together.
     iterations : int
         Number of steps taken.
     sigma_max, sigma_min, objective, step_size : ndarray
@@ -126,8 +129,8 @@ def descend(
 
     Notes
     -----
-    Cost per step: one sigma_max, one sigma_min with its vectors (for 3.2 and 3.3 twice), and one
-    weight gradient. Source: the paper, Section 3.
+    Cost per step: one sigma_max, one sigma_min, and one weight gradient. Source: the paper,
+    Section 3.
 
     Examples
     --------
@@ -138,7 +141,7 @@ def descend(
     >>> bool(result.gap[-1] < 0.1 * result.gap[0])
     True
     """
-    check_choice("algorithm", algorithm, tuple(PENALTIES))
+    check_choice("algorithm", algorithm, ALGORITHMS)
     if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
         raise ValueError(f"expected max_iter to be an integer of at least 0, got {max_iter!r}")
     if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
@@ -148,15 +151,14 @@ def descend(
     op = op.with_weight(weight.double())
     constant = _constant_step(algorithm, step_size, op)
     floor = -0.5 * min(op.shape) if algorithm == "3.3" else None
-    penalty = PENALTIES[algorithm]
     level = _Level(floor) if step_size == "auto" and algorithm != "3.1" else None
     best = (math.inf, 0, op, op.weight)
     history: list[tuple[float, float, float]] = []
     steps: list[float] = []
     first_size, status = math.inf, "max_iter"
     while True:
-        objective, gradient = _value_and_gradient(penalty, op)
-        history.append((sigma_max(op), sigma_min(op), objective))
+        objective, smallest_value, gradient = _evaluate(algorithm, op)
+        history.append((sigma_max(op), smallest_value, objective))
         size = _norm(gradient)
         first_size = size if len(history) == 1 else first_size
         best = min(best, (objective, len(steps), op, gradient), key=lambda entry: entry[:2])
@@ -170,7 +172,7 @@ def descend(
         if level is None:
             step = constant
         else:
-            if level.missed(objective):
+            if level.missed(objective, FIRST_MOVE * size * (_norm(op.weight) or 1.0)):
                 objective, _, op, gradient = best
             step = level.step(objective, _norm(gradient))
             if level.depth <= tol * abs(best[0]):
@@ -200,13 +202,20 @@ class _Level:
         self._floor = floor
         self._best = math.inf
         self._misses = 0
+        self._patience = PATIENCE
         self.depth = 0.0
 
-    def missed(self, objective: float) -> bool:
-        """Take note of an objective; True when the level is given up, to go on from the best."""
+    def missed(self, objective: float, least: float) -> bool:
+        """Take note of an objective; True when the level is given up, to go on from the best.
+
+        `least` is the least depth to begin with, where the floor is not known.
+        """
         if self._best == math.inf:
             self._best = objective
-            self.depth = abs(objective) if self._floor is None else objective - self._floor
+            if self._floor is None:
+                self.depth = max(abs(objective), least)
+            else:
+                self.depth = objective - self._floor
             return False
         reached = objective <= self._best - 0.5 * self.depth
         self._best = min(self._best, objective)
@@ -217,9 +226,10 @@ class _Level:
             self._misses += 1
         if self._floor is not None:
             self.depth = min(self.depth, self._best - self._floor)
-        if self._misses < PATIENCE:
+        if self._misses < self._patience:
             return False
         self._misses = 0
+        self._patience *= 2
         self.depth *= 0.5
         return True
 
@@ -244,13 +254,20 @@ def _constant_step(algorithm: str, step_size: float | str, op: ConvOperator) -> 
     return float(step)
 
 
-def _value_and_gradient(
-    penalty: Callable[[ConvOperator], Tensor], op: ConvOperator
-) -> tuple[float, Tensor]:
+def _evaluate(algorithm: str, op: ConvOperator) -> tuple[float, float, Tensor]:
+    """Objective, sigma_min and gradient, with the singular values computed once."""
     variable = op.weight.detach().requires_grad_()
-    value = penalty(op.with_weight(variable))
+    layer = op.with_weight(variable)
+    if algorithm == "3.1":
+        value = penalties.frobenius(layer)
+        smallest = sigma_min(op)
+    else:
+        value = penalties.sigma_min(layer)
+        smallest = -value.item()
+    if algorithm == "3.3":
+        value = penalties.frobenius(layer) + min(op.shape) * value
     (gradient,) = torch.autograd.grad(value, variable)
-    return value.item(), gradient
+    return value.item(), smallest, gradient
 
 
 def _moved(op: ConvOperator, gradient: Tensor, step: float) -> ConvOperator:

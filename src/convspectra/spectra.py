@@ -19,13 +19,23 @@ from convspectra.operator import ConvOperator
 from convspectra.solvers.result import SingularTriplets
 from convspectra.strategy import METHODS, Search
 
-
 VALUE_TOLERANCE = 1e-6
 """Residual tolerance where only values are asked for: their error is of second order in it."""
 
 
 class ConvergenceError(RuntimeError):
-    """A singular value did not reach the tolerance; `result` holds the best estimate."""
+    """A singular value did not reach the tolerance; `result` holds the best estimate.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> op = cs.ConvOperator(torch.arange(9.0).reshape(1, 1, 3, 3), 30)
+    >>> try:
+    ...     cs.sigma_max(op, maxiter=2)
+    ... except cs.ConvergenceError as error:
+    ...     print(bool(error.result.lower < 36) and bool(error.result.upper > 35))
+    True
+    """
 
     def __init__(self, message: str, result: SVDResult) -> None:
         super().__init__(message)
@@ -58,6 +68,13 @@ class SVDResult:
         Applications of M and M', or of their inverses, taken together.
     certificate : str
         What the enclosure rests on.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> result = cs.svds(cs.ConvOperator(torch.ones(1, 1, 3), 50), 1, "LM")
+    >>> result.u.shape, bool(result.lower < 3.0), bool(result.upper > 2.99)
+    (torch.Size([1, 1, 50]), True, True)
     """
 
     u: Tensor | None
@@ -103,8 +120,8 @@ def svds(
         zero-padded, stride-1 layer exactly, and "lobpcg" needs only products with M but gives no
         lower bound. "auto" takes the cheapest that can be certified.
     tol : float
-        Of the iterative ways: residual of each triplet relative to the largest singular value of
-        the operator iterated with (M, or its inverse). Values are about tol^2 accurate.
+        Of the iterative ways: residual of each triplet relative to its own singular value of the
+        operator iterated with (M, or its inverse). Values are about tol^2 accurate.
     maxiter : int
         Most Lanczos steps of one sweep.
     generator : torch.Generator, optional
@@ -169,8 +186,8 @@ def svds(
 def sigma_max(op: ConvOperator, **options: object) -> float:
     """The largest singular value of the layer: its operator norm.
 
-    Options as for `svds`, but ``tol=1e-6``: an error of about 1e-12, relative to the gap to the next
-    singular value.
+    Options as for `svds`, but ``tol=1e-6``: an error of about 1e-12 over the relative gap to the
+    next singular value.
 
     Raises
     ------

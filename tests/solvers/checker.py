@@ -120,6 +120,10 @@ def check(
     ):
         assert lower <= true <= upper
 
+    if k < len(values):
+        assert values[k] <= result.others if largest else result.others <= values[-1 - k]
+    assert result.others >= 0
+
     if not result.converged:
         return
     scale = float(values[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from checker import EPS, MATRICES, check, counts, each_matrix, random, truth
@@ -40,6 +42,23 @@ def test_dense_enclosure_is_tight(name, largest):
 
 @each_end
 @each_matrix
+def test_bound_on_the_others_is_tight(name, largest):
+    """It is the next value but for rounding; with no other value it is the bound on nothing."""
+    values = [float(value) for value in truth(name)]
+    error = (max(MATRICES[name].shape) + 2) * EPS * values[0]
+    for k in counts(name):
+        result = dense_svd(MATRICES[name], k, largest)
+        if k == len(values):
+            assert result.others == (0.0 if largest else math.inf)
+            continue
+        true = values[k] if largest else values[-1 - k]
+        assert abs(result.others - true) <= 2 * error
+        squared = gram_of(MATRICES[name], k, largest).others ** 2
+        assert abs(squared - true**2) <= 2 * (error + 34 * EPS * values[0]) * values[0]
+
+
+@each_end
+@each_matrix
 def test_gram_eigh(name, largest):
     for k in counts(name):
         result = gram_of(MATRICES[name], k, largest)
@@ -54,8 +73,8 @@ def test_gram_converges_exactly_where_it_resolves(name):
     for k in counts(name):
         for largest in (True, False):
             worst = values[k - 1] if largest else values[-1]
-            # The enclosure is about m eps sigma_max^2 / s wide.
-            width = m * EPS * values[0] ** 2 / worst if worst else float(values[0] > 0)
+            # The enclosure is about (m + 32) eps sigma_max^2 / s wide.
+            width = (m + 32) * EPS * values[0] ** 2 / worst if worst else float(values[0] > 0)
             result = gram_of(MATRICES[name], k, largest)
             if width < 0.5 * GRAM_RESOLUTION * worst:
                 assert result.converged

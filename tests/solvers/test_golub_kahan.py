@@ -12,6 +12,7 @@ from checker import (
     each_matrix,
     random,
     toeplitz,
+    truth,
     with_values,
 )
 from torch import Tensor
@@ -38,7 +39,15 @@ class Counting:
         return self.matrix.T @ y
 
 
-def run(matrix: Tensor, k: int = 1, *, tol: float = 1e-8, maxiter: int = 300, seed: int = 0):
+def run(
+    matrix: Tensor,
+    k: int = 1,
+    *,
+    tol: float = 1e-8,
+    maxiter: int = 300,
+    seed: int = 0,
+    separation: float | None = None,
+):
     counting = Counting(matrix)
     result = golub_kahan(
         counting.matvec,
@@ -49,6 +58,7 @@ def run(matrix: Tensor, k: int = 1, *, tol: float = 1e-8, maxiter: int = 300, se
         maxiter=maxiter,
         like=matrix,
         generator=torch.Generator().manual_seed(seed),
+        separation=separation,
     )
     assert result.matvecs == counting.count
     return result
@@ -68,6 +78,28 @@ def test_golub_kahan(name):
 def test_stopping_early_is_said_and_still_encloses(name, maxiter):
     for k in counts(name):
         check(name, run(MATRICES[name], k, maxiter=maxiter), k, largest=True)
+
+
+@pytest.mark.parametrize("separation", [1e-7, 1e-3, 0.5])
+@each_matrix
+def test_separation(name, separation):
+    """Where the rest is further away than that, `others` says so; and it is never wrong."""
+    values = [float(value) for value in truth(name)]
+    for k in counts(name):
+        result = run(MATRICES[name], k, separation=separation)
+        assert result.converged
+        check(name, result, k, largest=True)
+        further = values[k] if k < len(values) else 0.0
+        if values[k - 1] > 0 and further < (1 - 3 * separation) * values[k - 1] - 1e-6 * values[0]:
+            assert result.others <= (1 - 0.9 * separation) * values[k - 1]
+
+
+def test_separation_costs_less_than_another_value():
+    matrix = with_values(200, 150, [10.0, 5.0] + [4.0 - 0.02 * i for i in range(148)])
+    plain, told, two = run(matrix), run(matrix, separation=1e-7), run(matrix, 2)
+    assert 5.0 <= told.others < 10.0
+    assert plain.matvecs < told.matvecs < two.matvecs
+    assert torch.equal(told.s, plain.s)
 
 
 @pytest.mark.parametrize("tol", [0.3, 1e-2, 1e-4])
@@ -100,6 +132,17 @@ def test_values_are_accurate_to_the_square_of_the_residual():
     error = (result.s - torch.linalg.svdvals(matrix)[:3]).abs()
     assert error.max() < 1e-9
     assert (result.upper - result.lower >= 0).all()
+
+
+def test_each_value_is_accurate_relative_to_itself():
+    """A value far above the others must not lend them its tolerance."""
+    for ratio in (1e4, 1e8, 1e10):
+        matrix = with_values(60, 50, [ratio] + [1.0 - 0.01 * i for i in range(49)])
+        result = run(matrix, 3)
+        true = torch.linalg.svdvals(matrix)[:3]
+        assert result.converged
+        assert (result.s - true).abs().max() <= 1e-10 + 1e-15 * ratio
+        assert result.upper[1] - result.s[1] <= 0.1 + 1e-13 * ratio
 
 
 def test_converging_takes_few_products():

@@ -44,7 +44,7 @@ class Settings:
     epochs: int = 8
     batch_size: int = 64
     learning_rate: float = 1e-3
-    penalty_steps: int = 100
+    penalty_steps: int = 50
     penalty_learning_rate: float = 1e-2
     penalty_weight: float = 1e-2
     seed: int = 0

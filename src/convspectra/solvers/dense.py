@@ -45,12 +45,14 @@ def gram_eigh(gram: Tensor, products: Tensor, k: int, largest: bool) -> Singular
 
     Notes
     -----
-    The error of a squared singular value is ``n eps sigma_max^2`` (forming A A' and its symmetric
-    eigenproblem), so that values below about ``sqrt(n eps) sigma_max`` are lost: their enclosure
-    reaches down to 0 and the result is not `converged`. Cost: about ``9 m^3`` flops.
+    The error of a squared singular value is ``(n + 32) eps sigma_max^2`` (the symmetric
+    eigenproblem, and forming A A' by sums of a few terms), so that values below about
+    ``sqrt(n eps) sigma_max`` are lost: their enclosure reaches down to 0 and the result is not
+    `converged`. Cost: about ``9 m^3`` flops.
     """
     squares, vectors = torch.linalg.eigh(gram)
-    error = max(products.shape) * torch.finfo(gram.dtype).eps * squares[-1]
+    units = max(products.shape) + 32
+    error = units * torch.finfo(gram.dtype).eps * squares[-1]
     chosen = _ends(len(squares), k, largest, gram.device, ascending=True)
     u = vectors.T[chosen]
     images = u @ products
@@ -68,7 +70,7 @@ def gram_eigh(gram: Tensor, products: Tensor, k: int, largest: bool) -> Singular
         others=_others(squares.clamp_min(0).flip(0), k, largest, float(error)) ** 0.5,
         converged=bool(((upper - lower <= GRAM_RESOLUTION * s) & (s > 0)).all()),
         matvecs=len(gram),
-        certificate="backward error of the Gram matrix, max(m, n) eps sigma_max^2 in the square",
+        certificate="backward error of the Gram matrix, (max(m, n) + 32) eps sigma_max^2",
     )
 
 

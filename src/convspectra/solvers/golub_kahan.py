@@ -49,8 +49,9 @@ def golub_kahan(
     k : int
         At most min(m, n).
     tol : float
-        A triplet has converged when its residual is at most ``tol * sigma_max``. The error of the
-        value itself is then about ``tol^2 sigma_max^2`` over the gap to the next one.
+        A triplet has converged when its residual is at most ``tol * sigma``, with its own sigma, or
+        down at rounding error. The error of the value itself is then about ``tol^2 sigma^2`` over
+        the gap to the next one.
     maxiter : int
         Most steps of one sweep, of which there are never fewer than the values it looks for; the
         basis holds as many vectors of length m and n.
@@ -105,6 +106,7 @@ def golub_kahan(
             enough_below=(1 - (separation or 0)) * float(found.s[k - 1])
             if len(found.s) >= k
             else 0.0,
+            bound_wanted=separation is not None and len(found.s) >= k,
             generator=generator,
         )
         matvecs += sweep.matvecs
@@ -190,6 +192,7 @@ def _sweep(
     tol: float,
     maxiter: int,
     enough_below: float,
+    bound_wanted: bool,
     generator: torch.Generator | None,
 ) -> _Sweep:
     """One Krylov sequence in the orthogonal complement of what was found.
@@ -225,8 +228,11 @@ def _sweep(
         take = min(wanted, steps)
         exhausted = beta == 0.0 or steps == dimension
         polynomial = _LanczosPolynomial(alphas, betas, ritz, dimension, rounding * scale)
-        converged = bool((residuals[:take] <= tol * scale).all()) and take == min(wanted, dimension)
+        allowed = (tol * ritz[:take]).clamp_min(rounding * scale)
+        converged = bool((residuals[:take] <= allowed).all()) and take == min(wanted, dimension)
         below = enough_below > 0 and polynomial.bounds(enough_below)
+        if bound_wanted and float(ritz[0]) <= enough_below:
+            converged = False
         if exhausted or converged or below or steps >= max(maxiter, wanted):
             break
         right.append(v)

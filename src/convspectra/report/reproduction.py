@@ -1,0 +1,271 @@
+"""Figures 4.1 to 4.3 of the paper, the numbers behind them and a summary, from plain results."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Results: TypeAlias = dict[str, Any]
+Run: TypeAlias = dict[str, Any]
+
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#444444"
+SIZE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+SIGMA_MAX, SIGMA_MIN = r"$\sigma_{\max}(M)$", r"$\sigma_{\min}(M)$"
+STYLES = {"paper": "-", "auto": "--"}
+LABELS = {"paper": "the paper's step", "auto": "tuned step"}
+
+HISTORY_COLUMNS = (
+    "algorithm", "kernel", "step_rule", "iteration", "sigma_max", "sigma_min", "objective", "gap",
+    "step",
+)  # fmt: skip
+SUMMARY_COLUMNS = (
+    "algorithm",
+    "kernel",
+    "floor",
+    "paper: step",
+    "paper: iterations",
+    "paper: best objective",
+    "tuned: iterations",
+    "tuned: best objective",
+    "tuned: iterations to the paper's best",
+    "iterations saved",
+)
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write the history, the summary and the figures into a folder; returns their paths.
+
+    Raises
+    ------
+    ImportError
+        Without Matplotlib: install ``convspectra[demo]``. The numbers are written before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in (
+        ("history.csv", history(results)),
+        ("summary.csv", _comma_separated(SUMMARY_COLUMNS, table(results))),
+        ("summary.md", markdown(results)),
+    ):
+        written.append(folder / name)
+        written[-1].write_text(text, encoding="utf-8")
+    return written + draw(results, folder)
+
+
+def history(results: Results) -> str:
+    """Every iterate of every run as CSV in long form, with the columns of HISTORY_COLUMNS.
+
+    ``gap`` is the distance to the floor of Algorithm 3.3, and ``step`` the step taken from this
+    iterate; both are empty where there is none.
+    """
+    return _comma_separated(
+        HISTORY_COLUMNS,
+        (
+            {
+                **{name: run[name] for name in HISTORY_COLUMNS[:3]},
+                "iteration": i,
+                **{name: run[name][i] for name in ("sigma_max", "sigma_min", "objective")},
+                "gap": "" if run["gap"] is None else run["gap"][i],
+                "step": run["step"][i] if i < run["iterations"] else "",
+            }
+            for run in results["runs"]
+            for i in range(run["iterations"] + 1)
+        ),
+    )
+
+
+def table(results: Results) -> list[dict[str, str]]:
+    """One row for each algorithm and kernel, with the columns of SUMMARY_COLUMNS.
+
+    The best objective of the paper's step is that of all its iterations; what is saved counts from
+    the iteration at which that step reached it.
+    """
+    runs = {(run["algorithm"], run["kernel"], run["step_rule"]): run for run in results["runs"]}
+    rows = []
+    for (algorithm, kernel, rule), paper in runs.items():
+        if rule != "paper":
+            continue
+        tuned = runs[algorithm, kernel, "auto"]
+        best = min(paper["objective"])
+        needed = next((i for i, value in enumerate(tuned["objective"]) if value <= best), None)
+        saved = None if needed is None else paper["objective"].index(best) - needed
+        values = (
+            algorithm,
+            kernel,
+            "none" if paper["floor"] is None else f"{paper['floor']:g}",
+            f"{paper['paper_step']:g}",
+            str(paper["iterations"]),
+            f"{best:.5g}",
+            f"{tuned['iterations']} ({tuned['status']})",
+            f"{min(tuned['objective']):.5g}",
+            "not reached" if needed is None else str(needed),
+            "none" if saved is None else str(saved),
+        )
+        rows.append(dict(zip(SUMMARY_COLUMNS, values, strict=True)))
+    return rows
+
+
+def markdown(results: Results) -> str:
+    """The summary as Markdown, with a sentence on what was run."""
+    size = results["settings"]["input_size"]
+    lines = [
+        f"Kernels from MATLAB's `rand('state',1); rand(3,3,g,h)`, inputs of {size} x {size}. "
+        "Objectives: 3.1 1/2 ||M||_F^2, 3.2 -sigma_min(M), 3.3 1/2 ||M||_F^2 - n sigma_min(M).",
+        "",
+        "| " + " | ".join(SUMMARY_COLUMNS) + " |",
+        "|" + "---|" * len(SUMMARY_COLUMNS),
+    ]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Draw Figures 4.1, 4.2 and 4.3 and one of the further sizes, as PNG and SVG.
+
+    Raises
+    ------
+    ImportError
+        Without Matplotlib: install ``convspectra[demo]``.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures are drawn with Matplotlib: pip install 'convspectra[demo]'"
+        ) from error
+    paper = [run for run in results["runs"] if run["in_paper"]]
+    further = [run for run in results["runs"] if not run["in_paper"]]
+    figures: dict[str, Any] = {}
+    figures["figure_4_1"] = figure = Figure(figsize=(9, 3.6), layout="constrained")
+    _draw_4_1(figure, _of("3.1", paper))
+    figures["figure_4_2"] = figure = Figure(figsize=(9, 5.8), layout="constrained")
+    _draw_4_2(figure, _of("3.2", paper))
+    figures["figure_4_3"] = figure = Figure(figsize=(9, 3.8), layout="constrained")
+    _draw_4_3(figure, _of("3.3", paper))
+    if further:
+        figures["further_sizes"] = figure = Figure(figsize=(11, 4), layout="constrained")
+        _draw_further(figure, further)
+    written = []
+    for name, figure in figures.items():
+        for suffix in (".png", ".svg"):
+            written.append(folder / (name + suffix))
+            # Without the date the same numbers give the same file.
+            figure.savefig(
+                written[-1], dpi=110, metadata={"Date": None} if suffix == ".svg" else None
+            )
+    return written
+
+
+def _draw_4_1(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
+    figure.suptitle(r"Figure 4.1: Algorithm 3.1 on $\frac{1}{2}||M||_F^2$")
+    for axes, (kernel, runs) in zip(_panels(figure, 1, kernels)[0], kernels.items(), strict=True):
+        _curves(axes, runs, "sigma_max", BLUE)
+        axes.set(title=kernel, xlabel="iteration", ylabel=SIGMA_MAX, ylim=(0, None))
+    _rule_legend(figure)
+
+
+def _draw_4_2(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
+    figure.suptitle(r"Figure 4.2: Algorithm 3.2 on $-\sigma_{\min}(M)$")
+    upper, lower = _panels(figure, 2, kernels)
+    for axes, (kernel, runs) in zip(upper, kernels.items(), strict=True):
+        _curves(axes, [run for run in runs if run["step_rule"] == "paper"], "sigma_min", VERMILION)
+        axes.set(title=f"{kernel}: the paper's step", xlabel="iteration", ylabel=SIGMA_MIN)
+    for axes, (kernel, runs) in zip(lower, kernels.items(), strict=True):
+        _curves(axes, runs, "sigma_min", VERMILION)
+        axes.set(title=f"{kernel}: both", xlabel="iteration", ylabel=SIGMA_MIN, yscale="log")
+    _rule_legend(figure)
+
+
+def _draw_4_3(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
+    figure.suptitle(r"Figure 4.3: Algorithm 3.3 on $\frac{1}{2}||M||_F^2 - n\,\sigma_{\min}(M)$")
+    for axes, (kernel, runs) in zip(_panels(figure, 1, kernels)[0], kernels.items(), strict=True):
+        right = axes.twinx()
+        right.spines[["top", "left"]].set_visible(False)
+        right.spines["right"].set_visible(True)
+        for side, name, label, colour in (
+            (axes, "sigma_max", SIGMA_MAX, BLUE),
+            (right, "sigma_min", SIGMA_MIN, VERMILION),
+        ):
+            _curves(side, runs, name, colour)
+            side.set_ylim(0, None)
+            side.set_ylabel(label, color=colour)
+            side.tick_params(axis="y", colors=colour)
+        axes.set(title=kernel, xlabel="iteration")
+    _rule_legend(figure)
+
+
+def _draw_further(figure: Any, runs: list[Run]) -> None:
+    figure.suptitle("Other numbers of channels, square layers among them")
+    names = list(dict.fromkeys(run["kernel"] for run in runs))
+    colours = {name: SIZE_COLOURS[i % len(SIZE_COLOURS)] for i, name in enumerate(names)}
+    all_axes = figure.subplots(1, 3)
+    for axes, algorithm, column, label in zip(
+        all_axes,
+        ("3.1", "3.2", "3.3"),
+        ("sigma_max", "sigma_min", "gap"),
+        (SIGMA_MAX, SIGMA_MIN, "gap to the floor, in parts of $n/2$"),
+        strict=True,
+    ):
+        for kernel, pair in _of(algorithm, runs).items():
+            for run in pair:
+                scale = -run["floor"] if column == "gap" else 1.0
+                values = [value / scale for value in run[column]]
+                style = STYLES[run["step_rule"]]
+                axes.plot(values, style, color=colours[kernel], linewidth=1.5)
+        axes.set(title=f"Algorithm {algorithm}", xlabel="iteration", ylabel=label, yscale="log")
+        _plain(axes)
+    # Algorithm 3.1 goes on to zero with the tuned step; what matters is above.
+    top = max(max(run["sigma_max"]) for run in runs if run["algorithm"] == "3.1")
+    all_axes[0].set_ylim(1e-3 * top, 2 * top)
+    for kernel in names:
+        all_axes[0].plot([], [], color=colours[kernel], label=kernel)
+    _rule_legend(figure)
+    all_axes[0].legend(frameon=False, fontsize="small")
+
+
+def _panels(figure: Any, rows: int, kernels: Mapping[str, list[Run]]) -> Any:
+    panels = figure.subplots(rows, len(kernels), squeeze=False)
+    for axes in panels.flat:
+        _plain(axes)
+    return panels
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _curves(axes: Any, runs: Iterable[Run], column: str, colour: str) -> None:
+    for run in runs:
+        axes.plot(run[column], STYLES[run["step_rule"]], color=colour, linewidth=1.8)
+    axes.margins(x=0.01)
+
+
+def _rule_legend(figure: Any) -> None:
+    """Solid and dashed, once for all panels, below them."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle=STYLES[rule], color=GREY, label=LABELS[rule]) for rule in STYLES
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def _of(algorithm: str, runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of an algorithm by kernel."""
+    chosen: dict[str, list[Run]] = {}
+    for run in runs:
+        if run["algorithm"] == algorithm:
+            chosen.setdefault(run["kernel"], []).append(run)
+    return chosen
+
+
+def _comma_separated(columns: tuple[str, ...], rows: Iterable[Mapping[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
