@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -140,18 +139,9 @@ def _demo(parsed: argparse.Namespace, console: Console) -> None:
     data = images.load_digits() if parsed.data is None else images.load_mnist_format(parsed.data)
     names = [setting.name for setting in fields(stable_gradients.Settings)]
     settings = stable_gradients.Settings(**{name: getattr(parsed, name) for name in names})
-    parsed.out.mkdir(parents=True, exist_ok=True)
     with _progress(console) as progress:
         results = stable_gradients.compare(data, settings, _Bars(progress))
-    written = stable_gradients_report.draw(results, parsed.out / "stable_gradients")
-    for name, text in (
-        ("stable_gradients.md", stable_gradients_report.markdown(results)),
-        ("stable_gradients.csv", stable_gradients_report.comma_separated(results)),
-        ("stable_gradients.json", json.dumps(results, indent=1) + "\n"),
-    ):
-        path = parsed.out / name
-        path.write_text(text, encoding="utf-8")
-        written.append(path)
+    written = stable_gradients_report.write(results, parsed.out)
     _print_table(console, stable_gradients_report.table(results))
     _print_paths(console, written)
 

@@ -1,12 +1,11 @@
 """Figure and table of the stable-gradients experiment, from made-up results."""
 
 import csv
-import io
 import sys
 
 import pytest
 
-from convspectra.report.stable_gradients import COLUMNS, comma_separated, draw, markdown, table
+from convspectra.report.stable_gradients import COLUMNS, draw, markdown, table, write
 
 
 def run(name, ratio=0.5, accuracy=0.9):
@@ -49,8 +48,10 @@ def test_a_vanished_gradient_is_said_and_not_divided_by():
     assert table({**RESULTS, "runs": [dead]})[0][COLUMNS[2]] == "no gradient left"
 
 
-def test_markdown_and_csv_hold_the_same_cells():
-    rows = list(csv.reader(io.StringIO(comma_separated(RESULTS))))
+def test_markdown_and_csv_hold_the_same_cells(tmp_path):
+    write(RESULTS, tmp_path)
+    text = (tmp_path / "stable_gradients.csv").read_text(encoding="utf-8")
+    rows = list(csv.reader(text.splitlines()))
     lines = [line for line in markdown(RESULTS).splitlines() if line.startswith("| ")]
     assert [line.strip("| ").split(" | ") for line in lines] == rows
 
@@ -62,13 +63,13 @@ def test_markdown_says_what_was_trained():
 
 
 def test_figure(tmp_path):
-    png, svg = draw(RESULTS, tmp_path / "figure")
+    *_, png, svg = write(RESULTS, tmp_path)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert svg.read_text().startswith("<?xml")
     assert "<svg" in svg.read_text()
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"convspectra\[demo\]"):
-        draw(RESULTS, tmp_path / "figure")
+        draw(RESULTS)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from convspectra.report.output import (
+    comma_separated,
+    markdown_table,
+    new_figure,
+    plain_axes,
+    save_figure,
+)
 
 Results: TypeAlias = dict[str, Any]
 Run: TypeAlias = dict[str, Any]
@@ -14,7 +20,7 @@ Run: TypeAlias = dict[str, Any]
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#444444"
 SIZE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 SIGMA_MAX, SIGMA_MIN = r"$\sigma_{\max}(M)$", r"$\sigma_{\min}(M)$"
-STYLES = {"paper": "-", "auto": "--"}
+STYLES: dict[str, Any] = {"paper": "-", "auto": "--"}
 LABELS = {"paper": "the paper's step", "auto": "tuned step"}
 
 HISTORY_COLUMNS = (
@@ -47,7 +53,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     written = []
     for name, text in (
         ("history.csv", history(results)),
-        ("summary.csv", _comma_separated(SUMMARY_COLUMNS, table(results))),
+        ("summary.csv", comma_separated(SUMMARY_COLUMNS, table(results))),
         ("summary.md", markdown(results)),
     ):
         written.append(folder / name)
@@ -61,7 +67,7 @@ def history(results: Results) -> str:
     ``gap`` is the distance to the floor of Algorithm 3.3, and ``step`` the step taken from this
     iterate; both are empty where there is none.
     """
-    return _comma_separated(
+    return comma_separated(
         HISTORY_COLUMNS,
         (
             {
@@ -111,15 +117,11 @@ def table(results: Results) -> list[dict[str, str]]:
 def markdown(results: Results) -> str:
     """The summary as Markdown, with a sentence on what was run."""
     size = results["settings"]["input_size"]
-    lines = [
+    sentence = (
         f"Kernels from MATLAB's `rand('state',1); rand(3,3,g,h)`, inputs of {size} x {size}. "
-        "Objectives: 3.1 1/2 ||M||_F^2, 3.2 -sigma_min(M), 3.3 1/2 ||M||_F^2 - n sigma_min(M).",
-        "",
-        "| " + " | ".join(SUMMARY_COLUMNS) + " |",
-        "|" + "---|" * len(SUMMARY_COLUMNS),
-    ]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in table(results)]
-    return "\n".join(lines) + "\n"
+        "Objectives: 3.1 1/2 ||M||_F^2, 3.2 -sigma_min(M), 3.3 1/2 ||M||_F^2 - n sigma_min(M)."
+    )
+    return f"{sentence}\n\n{markdown_table(SUMMARY_COLUMNS, table(results))}"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -130,33 +132,19 @@ def draw(results: Results, folder: Path) -> list[Path]:
     ImportError
         Without Matplotlib: install ``convspectra[demo]``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures are drawn with Matplotlib: pip install 'convspectra[demo]'"
-        ) from error
     paper = [run for run in results["runs"] if run["in_paper"]]
     further = [run for run in results["runs"] if not run["in_paper"]]
     figures: dict[str, Any] = {}
-    figures["figure_4_1"] = figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figures["figure_4_1"] = figure = new_figure(9, 3.6)
     _draw_4_1(figure, _of("3.1", paper))
-    figures["figure_4_2"] = figure = Figure(figsize=(9, 5.8), layout="constrained")
+    figures["figure_4_2"] = figure = new_figure(9, 5.8)
     _draw_4_2(figure, _of("3.2", paper))
-    figures["figure_4_3"] = figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figures["figure_4_3"] = figure = new_figure(9, 3.8)
     _draw_4_3(figure, _of("3.3", paper))
     if further:
-        figures["further_sizes"] = figure = Figure(figsize=(11, 4), layout="constrained")
+        figures["further_sizes"] = figure = new_figure(11, 4)
         _draw_further(figure, further)
-    written = []
-    for name, figure in figures.items():
-        for suffix in (".png", ".svg"):
-            written.append(folder / (name + suffix))
-            # Without the date the same numbers give the same file.
-            figure.savefig(
-                written[-1], dpi=110, metadata={"Date": None} if suffix == ".svg" else None
-            )
-    return written
+    return [path for name, figure in figures.items() for path in save_figure(figure, folder / name)]
 
 
 def _draw_4_1(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
@@ -216,7 +204,7 @@ def _draw_further(figure: Any, runs: list[Run]) -> None:
                 style = STYLES[run["step_rule"]]
                 axes.plot(values, style, color=colours[kernel], linewidth=1.5)
         axes.set(title=f"Algorithm {algorithm}", xlabel="iteration", ylabel=label, yscale="log")
-        _plain(axes)
+        plain_axes(axes)
     # Algorithm 3.1 goes on to zero with the tuned step; what matters is above.
     top = max(max(run["sigma_max"]) for run in runs if run["algorithm"] == "3.1")
     all_axes[0].set_ylim(1e-3 * top, 2 * top)
@@ -229,13 +217,8 @@ def _draw_further(figure: Any, runs: list[Run]) -> None:
 def _panels(figure: Any, rows: int, kernels: Mapping[str, list[Run]]) -> Any:
     panels = figure.subplots(rows, len(kernels), squeeze=False)
     for axes in panels.flat:
-        _plain(axes)
+        plain_axes(axes)
     return panels
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
 
 
 def _curves(axes: Any, runs: Iterable[Run], column: str, colour: str) -> None:
@@ -261,11 +244,3 @@ def _of(algorithm: str, runs: Iterable[Run]) -> dict[str, list[Run]]:
         if run["algorithm"] == algorithm:
             chosen.setdefault(run["kernel"], []).append(run)
     return chosen
-
-
-def _comma_separated(columns: tuple[str, ...], rows: Iterable[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from convspectra.report.output import (
+    comma_separated,
+    markdown_table,
+    new_figure,
+    plain_axes,
+    save_figure,
+)
 
 Results: TypeAlias = dict[str, Any]
 
@@ -51,45 +58,46 @@ def table(results: Results) -> list[dict[str, str]]:
 def markdown(results: Results) -> str:
     """The table as Markdown, with a sentence on what was trained."""
     settings = results["settings"]
-    lines = [
+    sentence = (
         f"{settings['depth']} layers of {settings['channels']} channels, 3 x 3, ReLU, no "
         f"normalisation, no skips; {results['train_images']} training images "
         f"({results['images']}), {settings['epochs']} epochs of Adam at "
         f"{settings['learning_rate']}; penalties: {settings['penalty_steps']} steps on the penalty "
         f"alone at {settings['penalty_learning_rate']}, then weight "
-        f"{settings['penalty_weight']} in the loss; seed {settings['seed']}.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in table(results)]
-    return "\n".join(lines) + "\n"
+        f"{settings['penalty_weight']} in the loss; seed {settings['seed']}."
+    )
+    return f"{sentence}\n\n{markdown_table(COLUMNS, table(results))}"
 
 
-def comma_separated(results: Results) -> str:
-    """The table as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table(results))
-    return text.getvalue()
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write results, table and figure into a folder; returns their paths.
+
+    Raises
+    ------
+    ImportError
+        Without Matplotlib: install ``convspectra[demo]``. The numbers are written before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, text in (
+        (".json", json.dumps(results, indent=1) + "\n"),
+        (".csv", comma_separated(COLUMNS, table(results))),
+        (".md", markdown(results)),
+    ):
+        written.append((folder / "stable_gradients").with_suffix(suffix))
+        written[-1].write_text(text, encoding="utf-8")
+    return written + save_figure(draw(results), folder / "stable_gradients")
 
 
-def draw(results: Results, stem: Path) -> list[Path]:
-    """Write the figure as ``stem.png`` and ``stem.svg``; returns both paths.
+def draw(results: Results) -> Any:
+    """The figure: gradient norms by layer, singular values by layer, and test accuracy.
 
     Raises
     ------
     ImportError
         Without Matplotlib: install ``convspectra[demo]``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures are drawn with Matplotlib: pip install 'convspectra[demo]'"
-        ) from error
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure = new_figure(11, 7.2)
     axes = figure.subplots(2, 2)
     runs = {run["name"]: run for run in results["runs"]}
     _draw_gradients(axes[0, 0], runs["plain"], "Gradient norm by layer: plain")
@@ -101,12 +109,8 @@ def draw(results: Results, stem: Path) -> list[Path]:
     _draw_singular_values(axes[1, 0], results, runs)
     _draw_accuracy(axes[1, 1], results["runs"])
     for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
-    for path in paths:
-        figure.savefig(path, dpi=110)
-    return paths
+        plain_axes(ax)
+    return figure
 
 
 def _draw_gradients(ax: Any, run: Results, title: str) -> None:
