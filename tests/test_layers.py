@@ -132,6 +132,7 @@ def test_kinds_are_equal_for_layers_that_differ_in_their_weights_only():
         kind(dilation=2, padding=2),
         kind(padding_mode="circular"),
         Layer("", nn.ConvTranspose2d(4, 4, 3, padding=1), (8, 6)).kind(),
+        Layer("", nn.Conv2d(8, 4, 3, padding=1, groups=2), (8, 6)).kind(),
     ]
     assert len({kind(), *others}) == len(others) + 1
 
@@ -152,6 +153,24 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Frozen(nn.Sequential):
+    """Turns its dropout off for good whenever training is switched on."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        if mode:
+            self[1].p = 0.0
+        return self
+
+
+def test_modes_are_restored_without_what_a_model_does_on_train():
+    model = Frozen(nn.Conv2d(3, 3, 3), nn.Dropout(0.5))
+    find_layers(model, X)
+    assert model.training
+    assert model[1].training
+    assert model[1].p == 0.5
 
 
 def test_the_forward_pass_is_in_evaluation_mode_and_without_gradients():

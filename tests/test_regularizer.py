@@ -286,6 +286,17 @@ def test_autocast_changes_nothing(name):
     )
 
 
+def test_autocast_is_off_for_penalties_of_the_user_too():
+    def product(op: ConvOperator) -> Tensor:
+        rows = op.weight.flatten(1)
+        return (rows @ rows.T).square().sum()
+
+    reg = SpectralRegularizer(seeded(Net), X, penalty=product)
+    value = reg()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reg(), value)
+
+
 # --- what is left alone ---------------------------------------------------------------------------
 
 

@@ -343,6 +343,13 @@ def test_scales_that_are_no_power_of_two(scale):
     assert math.isclose(cs.sigma_min(op) / scale, true[-1], rel_tol=1e-10)
 
 
+@pytest.mark.parametrize("value", [5e-324, 1e-310, 1e-308, 1.5e308])
+def test_the_ends_of_the_floating_point_range(value):
+    op = ConvOperator(torch.tensor([[[value]]], dtype=torch.float64), 3)
+    assert cs.sigma_max(op) == cs.sigma_min(op) == value
+    assert cs.cond(op) == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(3, 4), (9, 9)], ids=["dense", "capacitance"])
 def test_narrow_weights_are_widened_exactly(dtype, size):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +113,8 @@ def descend(
         Stop when ``||G||_F <= tol * ||G_0||_F`` for the gradient G; Algorithm 3.3 also stops when
         the gap to its floor is at most ``tol * n / 2``. The paper says "while not converged" only.
     callback : callable (iteration, objective) -> None, optional
-        Called after each step; what it raises reaches the caller.
+        Called after each step with its number and the objective there; what it raises reaches the
+        caller.
 
     Returns
     -------
@@ -142,9 +144,9 @@ def descend(
     True
     """
     check_choice("algorithm", algorithm, ALGORITHMS)
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
+    if isinstance(max_iter, bool) or not isinstance(max_iter, Integral) or max_iter < 0:
         raise ValueError(f"expected max_iter to be an integer of at least 0, got {max_iter!r}")
-    if not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+    if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 <= tol < math.inf:
         raise ValueError(f"expected tol to be a finite number of at least 0, got {tol!r}")
     weight = kernel_to_weight(kernel).detach().clone()
     op = ConvOperator(weight, input_size)
@@ -159,6 +161,8 @@ def descend(
     while True:
         objective, smallest_value, gradient = _evaluate(algorithm, op)
         history.append((sigma_max(op), smallest_value, objective))
+        if callback is not None and steps:
+            callback(len(steps), objective)
         size = _norm(gradient)
         first_size = size if len(history) == 1 else first_size
         best = min(best, (objective, len(steps), op, gradient), key=lambda entry: entry[:2])
@@ -180,8 +184,6 @@ def descend(
                 break
         op = _moved(op, gradient, step)
         steps.append(step)
-        if callback is not None:
-            callback(len(steps), objective)
     largest, smallest, objectives = np.array(history).T
     return DescentResult(
         kernel=weight_to_kernel(best[2].weight),
@@ -245,7 +247,7 @@ def _constant_step(algorithm: str, step_size: float | str, op: ConvOperator) -> 
         used = counts[counts > 0]
         return 2.0 / float(used.min() + used.max())
     step = PAPER_STEPS[algorithm] if step_size == "paper" else step_size
-    if isinstance(step, (bool, str)) or not isinstance(step, (int, float)):
+    if isinstance(step, (bool, str)) or not isinstance(step, Real):
         raise ValueError(
             f"expected step_size to be a positive number, 'paper' or 'auto', got {step_size!r}"
         )

@@ -63,8 +63,12 @@ def test_every_arm_is_recorded_and_is_json(results):
         assert len(run["accuracy"]) == len(run["gradient_norms"]) == SMALL.epochs + 1
         assert all(0 <= value <= 1 for value in run["accuracy"])
         assert all(len(norms) == SMALL.depth for norms in run["gradient_norms"])
+        assert all(0 <= low <= high for low, high in run["extreme_singular_values"])
         for summary in run["singular_values"]:
             assert summary == sorted(summary)
+            low, high = run["extreme_singular_values"][run["singular_values"].index(summary)]
+            assert summary[0] == pytest.approx(low, rel=1e-6)
+            assert summary[-1] == pytest.approx(high, rel=1e-6)
 
 
 def test_only_penalties_change_the_network_before_training(results):

@@ -99,6 +99,7 @@ def test_separation_costs_less_than_another_value():
     plain, told, two = run(matrix), run(matrix, separation=1e-7), run(matrix, 2)
     assert 5.0 <= told.others < 10.0
     assert plain.matvecs < told.matvecs < two.matvecs
+    assert run(matrix, separation=0.3).others <= 7.0 < told.others, "and it goes on for more"
     assert torch.equal(told.s, plain.s)
 
 
@@ -196,6 +197,8 @@ def test_enclosure_of_a_zero_value_is_small():
 def test_exhausted_space_needs_no_probability():
     result = run(random(30, 5), 5)
     assert (result.upper - result.lower).max() <= 100 * EPS * result.s[0]
+    one_of_two = run(random(30, 2))
+    assert one_of_two.upper - one_of_two.s <= 100 * EPS * one_of_two.s
 
 
 # --- the probability ------------------------------------------------------------------------------

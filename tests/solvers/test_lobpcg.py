@@ -103,16 +103,26 @@ def test_larger_matrices(values, k):
     assert (result.lower == 0).all()
 
 
-def test_no_value_is_claimed_that_the_gram_matrix_cannot_resolve():
-    """Between 1e-8 and 2e-7 of sigma_max the residual is rounding, and the value a guess."""
+def test_no_value_is_claimed_that_the_residual_cannot_confirm():
+    """Between 1e-8 and 2e-7 of sigma_max the residual is rounding: it says nothing of the value."""
     for smallest in (3e-8, 6e-8, 1e-7):
         matrix = with_values(60, 40, [1.0 - 0.02 * i for i in range(39)] + [smallest])
-        for seed in range(5):
+        for seed in range(3):
             result = run(matrix, seed=seed)
             assert float(result.upper) >= smallest * (1 - 1e-6)
-            if result.converged:
-                true = float(torch.linalg.svdvals(matrix)[-1])
-                assert abs(float(result.s) - true) <= 1e-8
+            assert abs(float(result.s) - smallest) <= 1e-3 * smallest
+            assert smallest > 3e-8 or not result.converged
+    vanishing = with_values(60, 40, [1.0 - 0.02 * i for i in range(39)] + [1e-12])
+    assert run(vanishing).converged, "within tol sigma_max of 0, as its upper bound says"
+    assert float(run(vanishing).upper) <= 1e-8
+
+
+def test_the_previous_direction_saves_products():
+    """Without it this is steepest descent, which takes ten times as many."""
+    matrix = with_values(200, 150, [1.0 - 0.0066 * i for i in range(150)])
+    result = run(matrix)
+    assert result.converged
+    assert result.matvecs <= 6000
 
 
 @pytest.mark.parametrize("columns", range(1, 14))

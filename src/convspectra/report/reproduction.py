@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,17 +29,11 @@ HISTORY_COLUMNS = (
     "step",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
-    "algorithm",
-    "kernel",
-    "floor",
-    "paper: step",
-    "paper: iterations",
-    "paper: best objective",
-    "tuned: iterations",
-    "tuned: best objective",
-    "tuned: iterations to the paper's best",
-    "iterations saved",
-)
+    "algorithm", "kernel", "floor", "paper_step", "paper_status", "paper_iterations", "paper_best",
+    "tuned_status", "tuned_iterations", "tuned_best", "tuned_iterations_to_paper_best",
+    "iterations_saved",
+)  # fmt: skip
+TABLE_COLUMNS = ("alg.", "kernel", "steps", "paper's best", "tuned best", "reached at", "saved")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -53,7 +48,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     written = []
     for name, text in (
         ("history.csv", history(results)),
-        ("summary.csv", comma_separated(SUMMARY_COLUMNS, table(results))),
+        ("summary.csv", comma_separated(SUMMARY_COLUMNS, summary(results))),
         ("summary.md", markdown(results)),
     ):
         written.append(folder / name)
@@ -83,11 +78,12 @@ def history(results: Results) -> str:
     )
 
 
-def table(results: Results) -> list[dict[str, str]]:
+def summary(results: Results) -> list[dict[str, Any]]:
     """One row for each algorithm and kernel, with the columns of SUMMARY_COLUMNS.
 
     The best objective of the paper's step is that of all its iterations; what is saved counts from
-    the iteration at which that step reached it.
+    the iteration at which that step reached it. None where there is no floor, or where the tuned
+    step did not get so far.
     """
     runs = {(run["algorithm"], run["kernel"], run["step_rule"]): run for run in results["runs"]}
     rows = []
@@ -97,20 +93,39 @@ def table(results: Results) -> list[dict[str, str]]:
         tuned = runs[algorithm, kernel, "auto"]
         best = min(paper["objective"])
         needed = next((i for i, value in enumerate(tuned["objective"]) if value <= best), None)
-        saved = None if needed is None else paper["objective"].index(best) - needed
         values = (
             algorithm,
             kernel,
-            "none" if paper["floor"] is None else f"{paper['floor']:g}",
-            f"{paper['paper_step']:g}",
-            str(paper["iterations"]),
-            f"{best:.5g}",
-            f"{tuned['iterations']} ({tuned['status']})",
-            f"{min(tuned['objective']):.5g}",
-            "not reached" if needed is None else str(needed),
-            "none" if saved is None else str(saved),
+            paper["floor"],
+            paper["paper_step"],
+            paper["status"],
+            paper["iterations"],
+            best,
+            tuned["status"],
+            tuned["iterations"],
+            min(tuned["objective"]),
+            needed,
+            None if needed is None else paper["objective"].index(best) - needed,
         )
         rows.append(dict(zip(SUMMARY_COLUMNS, values, strict=True)))
+    return rows
+
+
+def table(results: Results) -> list[dict[str, str]]:
+    """The summary to be read, with the columns of TABLE_COLUMNS."""
+    rows = []
+    for row in summary(results):
+        needed = row["tuned_iterations_to_paper_best"]
+        values = (
+            row["algorithm"],
+            row["kernel"].replace(" ", ""),
+            str(row["paper_iterations"]),
+            f"{row['paper_best']:.4g}",
+            f"{row['tuned_best']:.4g}",
+            "never" if needed is None else str(needed),
+            "none" if needed is None else str(row["iterations_saved"]),
+        )
+        rows.append(dict(zip(TABLE_COLUMNS, values, strict=True)))
     return rows
 
 
@@ -119,9 +134,11 @@ def markdown(results: Results) -> str:
     size = results["settings"]["input_size"]
     sentence = (
         f"Kernels from MATLAB's `rand('state',1); rand(3,3,g,h)`, inputs of {size} x {size}. "
-        "Objectives: 3.1 1/2 ||M||_F^2, 3.2 -sigma_min(M), 3.3 1/2 ||M||_F^2 - n sigma_min(M)."
+        "Objectives: 3.1 `1/2 ||M||_F^2`, 3.2 `-sigma_min(M)`, 3.3 `1/2 ||M||_F^2 - n sigma_min(M)`"
+        ". The lowest one in so many steps of the paper's size, and in as many tuned ones; the "
+        "tuned step at which the paper's best was reached; and the steps that saves."
     )
-    return f"{sentence}\n\n{markdown_table(SUMMARY_COLUMNS, table(results))}"
+    return f"{sentence}\n\n{markdown_table(TABLE_COLUMNS, table(results))}"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -135,7 +152,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     paper = [run for run in results["runs"] if run["in_paper"]]
     further = [run for run in results["runs"] if not run["in_paper"]]
     figures: dict[str, Any] = {}
-    figures["figure_4_1"] = figure = new_figure(9, 3.6)
+    figures["figure_4_1"] = figure = new_figure(9, 3.8)
     _draw_4_1(figure, _of("3.1", paper))
     figures["figure_4_2"] = figure = new_figure(9, 5.8)
     _draw_4_2(figure, _of("3.2", paper))
@@ -149,10 +166,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 def _draw_4_1(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
     figure.suptitle(r"Figure 4.1: Algorithm 3.1 on $\frac{1}{2}||M||_F^2$")
-    for axes, (kernel, runs) in zip(_panels(figure, 1, kernels)[0], kernels.items(), strict=True):
-        _curves(axes, runs, "sigma_max", BLUE)
-        axes.set(title=kernel, xlabel="iteration", ylabel=SIGMA_MAX, ylim=(0, None))
-    _rule_legend(figure)
+    # Both fall at one rate: without headroom on the right one curve would hide the other.
+    _draw_two_sides(figure, kernels, headroom=1.5)
 
 
 def _draw_4_2(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
@@ -160,28 +175,35 @@ def _draw_4_2(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
     upper, lower = _panels(figure, 2, kernels)
     for axes, (kernel, runs) in zip(upper, kernels.items(), strict=True):
         _curves(axes, [run for run in runs if run["step_rule"] == "paper"], "sigma_min", VERMILION)
-        axes.set(title=f"{kernel}: the paper's step", xlabel="iteration", ylabel=SIGMA_MIN)
+        axes.set(title=f"{_times(kernel)}: the paper's step", xlabel="iteration", ylabel=SIGMA_MIN)
     for axes, (kernel, runs) in zip(lower, kernels.items(), strict=True):
         _curves(axes, runs, "sigma_min", VERMILION)
-        axes.set(title=f"{kernel}: both", xlabel="iteration", ylabel=SIGMA_MIN, yscale="log")
+        axes.set(
+            title=f"{_times(kernel)}: both", xlabel="iteration", ylabel=SIGMA_MIN, yscale="log"
+        )
     _rule_legend(figure)
 
 
 def _draw_4_3(figure: Any, kernels: Mapping[str, list[Run]]) -> None:
     figure.suptitle(r"Figure 4.3: Algorithm 3.3 on $\frac{1}{2}||M||_F^2 - n\,\sigma_{\min}(M)$")
+    _draw_two_sides(figure, kernels, headroom=1.05)
+
+
+def _draw_two_sides(figure: Any, kernels: Mapping[str, list[Run]], headroom: float) -> None:
+    """sigma_max on the left axis, sigma_min on the right one, for each kernel."""
     for axes, (kernel, runs) in zip(_panels(figure, 1, kernels)[0], kernels.items(), strict=True):
         right = axes.twinx()
         right.spines[["top", "left"]].set_visible(False)
-        right.spines["right"].set_visible(True)
         for side, name, label, colour in (
             (axes, "sigma_max", SIGMA_MAX, BLUE),
             (right, "sigma_min", SIGMA_MIN, VERMILION),
         ):
             _curves(side, runs, name, colour)
-            side.set_ylim(0, None)
             side.set_ylabel(label, color=colour)
             side.tick_params(axis="y", colors=colour)
-        axes.set(title=kernel, xlabel="iteration")
+        axes.set(title=_times(kernel), xlabel="iteration")
+        axes.set_ylim(0, None)
+        right.set_ylim(0, headroom * max(max(run["sigma_min"]) for run in runs))
     _rule_legend(figure)
 
 
@@ -194,13 +216,14 @@ def _draw_further(figure: Any, runs: list[Run]) -> None:
         all_axes,
         ("3.1", "3.2", "3.3"),
         ("sigma_max", "sigma_min", "gap"),
-        (SIGMA_MAX, SIGMA_MIN, "gap to the floor, in parts of $n/2$"),
+        (SIGMA_MAX, SIGMA_MIN, "smallest gap so far, in parts of $n/2$"),
         strict=True,
     ):
         for kernel, pair in _of(algorithm, runs).items():
             for run in pair:
-                scale = -run["floor"] if column == "gap" else 1.0
-                values = [value / scale for value in run[column]]
+                values = run[column]
+                if column == "gap":
+                    values = [value / -run["floor"] for value in itertools.accumulate(values, min)]
                 style = STYLES[run["step_rule"]]
                 axes.plot(values, style, color=colours[kernel], linewidth=1.5)
         axes.set(title=f"Algorithm {algorithm}", xlabel="iteration", ylabel=label, yscale="log")
@@ -209,7 +232,7 @@ def _draw_further(figure: Any, runs: list[Run]) -> None:
     top = max(max(run["sigma_max"]) for run in runs if run["algorithm"] == "3.1")
     all_axes[0].set_ylim(1e-3 * top, 2 * top)
     for kernel in names:
-        all_axes[0].plot([], [], color=colours[kernel], label=kernel)
+        all_axes[0].plot([], [], color=colours[kernel], label=_times(kernel))
     _rule_legend(figure)
     all_axes[0].legend(frameon=False, fontsize="small")
 
@@ -225,6 +248,10 @@ def _curves(axes: Any, runs: Iterable[Run], column: str, colour: str) -> None:
     for run in runs:
         axes.plot(run[column], STYLES[run["step_rule"]], color=colour, linewidth=1.8)
     axes.margins(x=0.01)
+
+
+def _times(kernel: str) -> str:
+    return kernel.replace("x", "\N{MULTIPLICATION SIGN}")
 
 
 def _rule_legend(figure: Any) -> None:

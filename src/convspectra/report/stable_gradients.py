@@ -44,8 +44,8 @@ def table(results: Results) -> list[dict[str, str]]:
                     run["name"],
                     _ratio(run["gradient_norms"][0]),
                     _ratio(run["gradient_norms"][-1]),
-                    f"{_median(values[0] for values in run['singular_values']):.2g}",
-                    f"{_median(values[-1] for values in run['singular_values']):.2g}",
+                    f"{_median(low for low, _ in run['extreme_singular_values']):.1e}",
+                    f"{_median(high for _, high in run['extreme_singular_values']):.2g}",
                     f"{100 * run['accuracy'][-1]:.1f}%",
                 ),
                 strict=True,
@@ -64,7 +64,8 @@ def markdown(results: Results) -> str:
         f"({results['images']}), {settings['epochs']} epochs of Adam at "
         f"{settings['learning_rate']}; penalties: {settings['penalty_steps']} steps on the penalty "
         f"alone at {settings['penalty_learning_rate']}, then weight "
-        f"{settings['penalty_weight']} in the loss; seed {settings['seed']}."
+        f"{settings['penalty_weight']} in the loss, every {settings['penalty_interval']} steps; "
+        f"seed {settings['seed']}."
     )
     return f"{sentence}\n\n{markdown_table(COLUMNS, table(results))}"
 
