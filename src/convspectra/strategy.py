@@ -15,7 +15,7 @@ from torch import Tensor
 from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
 from convspectra.operator import ConvOperator
 from convspectra.solvers.dense import dense_svd, gram_eigh
-from convspectra.solvers.golub_kahan import golub_kahan
+from convspectra.solvers.golub_kahan import ROUNDING_UNITS, golub_kahan
 from convspectra.solvers.lobpcg import lobpcg
 from convspectra.solvers.result import SingularTriplets
 
@@ -27,6 +27,8 @@ SMALL_WORK = 2e7
 """Flops, m n min(m, n), under which a dense SVD beats everything."""
 GRAM_LIMIT = 4096
 DENSE_WORK_LIMIT = 1e11
+INVERSE_RESOLUTION = 1e-4
+"""Rounding error of the inverse, relative to a singular value of it, beyond which that is lost."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +138,15 @@ class Search:
         wrong = 10 * factorization.worst_residual
         if not math.isfinite(wrong) or wrong >= 1:
             raise ArithmeticError("the solves with M leave residuals as large as their data")
+        # Beside a very small singular value of M the others drown in the rounding of the inverse.
+        rounding = ROUNDING_UNITS * torch.finfo(inverse.s.dtype).eps * inverse.s[0]
+        resolved = bool(rounding <= INVERSE_RESOLUTION * inverse.s[-1])
         return replace(
             inverse,
             u=inverse.v,
             v=inverse.u,
             s=1 / inverse.s,
+            converged=inverse.converged and resolved,
             lower=(1 - wrong) / inverse.upper,
             upper=(1 + wrong) / inverse.lower,
             others=(1 - wrong) / inverse.others if inverse.others > 0 else math.inf,

@@ -64,7 +64,8 @@ def history(written):
 def test_history_has_every_run_and_iterate(history):
     kernels = [name(channels) for channels in CHANNELS]
     assert set(history) == set(itertools.product(ALGORITHMS, kernels, ("paper", "auto")))
-    columns = "algorithm kernel step_rule iteration sigma_max sigma_min objective gap step".split()
+    columns = ["algorithm", "kernel", "step_rule", "iteration", "sigma_max", "sigma_min"]
+    columns += ["objective", "gap", "step"]
     for (algorithm, kernel, _), rows in history.items():
         assert all(list(row) == columns for row in rows)
         assert [int(row["iteration"]) for row in rows] == list(range(len(rows)))
@@ -206,31 +207,30 @@ def test_pictures_are_pictures(written, figure):
 @pytest.mark.parametrize(
     ("figure", "labels"),
     [
-        ("figure_4_1", ["Figure 4.1", r"sigma_{\max}(M)", r"sigma_{\min}(M)", "3 × 3 × 1 × 3"]),
-        ("figure_4_2", ["Figure 4.2", r"sigma_{\min}(M)", "3 × 3 × 3 × 1: the paper's step"]),
-        ("figure_4_3", ["Figure 4.3", r"sigma_{\max}(M)", r"sigma_{\min}(M)", "3 × 3 × 3 × 1"]),
-        ("further_sizes", ["Algorithm 3.1", "Algorithm 3.2", "Algorithm 3.3", "3 × 3 × 2 × 2"]),
+        ("figure_4_1", ["Figure 4.1", r"sigma_{\max}(M)", r"sigma_{\min}(M)", "3 * 3 * 1 * 3"]),
+        ("figure_4_2", ["Figure 4.2", r"sigma_{\min}(M)", "3 * 3 * 3 * 1: the paper's step"]),
+        ("figure_4_3", ["Figure 4.3", r"sigma_{\max}(M)", r"sigma_{\min}(M)", "3 * 3 * 3 * 1"]),
+        ("further_sizes", ["Algorithm 3.1", "Algorithm 3.2", "Algorithm 3.3", "3 * 3 * 2 * 2"]),
     ],
 )
 def test_labels_of_the_figures(written, figure, labels):
     text = (written[0] / f"{figure}.svg").read_text(encoding="utf-8")
     for label in [*labels, "iteration", "the paper's step", "tuned step"]:
-        assert label in text
+        assert label.replace("*", "\N{MULTIPLICATION SIGN}") in text
 
 
 @pytest.fixture
-def drawn(results, monkeypatch):
-    """The figures, kept instead of written."""
+def drawn(results, tmp_path, monkeypatch):
+    """The figures by name, kept instead of written."""
     kept = {}
-    monkeypatch.setattr(
-        report, "save_figure", lambda figure, stem: kept.setdefault(stem.name, figure) and []
-    )
 
-    def draw(folder):
-        report.draw(results, folder)
-        return kept
+    def keep(figure, stem):
+        kept[stem.name] = figure
+        return []
 
-    return draw
+    monkeypatch.setattr(report, "save_figure", keep)
+    assert report.draw(results, tmp_path) == []
+    return kept
 
 
 def curves(axes):
@@ -246,10 +246,8 @@ def of(results, algorithm, channels, column):
 
 
 @pytest.mark.parametrize(("figure", "algorithm"), [("figure_4_1", "3.1"), ("figure_4_3", "3.3")])
-def test_sigma_max_is_on_the_left_and_sigma_min_on_the_right(
-    results, drawn, tmp_path, figure, algorithm
-):
-    axes = drawn(tmp_path)[figure].axes
+def test_sigma_max_is_on_the_left_and_sigma_min_on_the_right(results, drawn, figure, algorithm):
+    axes = drawn[figure].axes
     assert len(axes) == 4
     for left, right, channels in zip(axes[:2], axes[2:], CHANNELS[:2], strict=True):
         assert left.yaxis.get_label_position() == "left"
@@ -264,8 +262,8 @@ def test_sigma_max_is_on_the_left_and_sigma_min_on_the_right(
             assert high >= max(map(max, curves(side)))
 
 
-def test_figure_4_2_shows_the_papers_step_alone_and_beside_the_tuned_one(results, drawn, tmp_path):
-    axes = drawn(tmp_path)["figure_4_2"].axes
+def test_figure_4_2_shows_the_papers_step_alone_and_beside_the_tuned_one(results, drawn):
+    axes = drawn["figure_4_2"].axes
     for upper, lower, channels in zip(axes[:2], axes[2:], CHANNELS[:2], strict=True):
         both = of(results, "3.2", channels, "sigma_min")
         assert curves(upper) == both[:1]
@@ -273,13 +271,17 @@ def test_figure_4_2_shows_the_papers_step_alone_and_beside_the_tuned_one(results
         assert (upper.get_yscale(), lower.get_yscale()) == ("linear", "log")
 
 
-def test_figure_of_the_further_sizes(results, drawn, tmp_path):
-    first, second, third = drawn(tmp_path)["further_sizes"].axes
+def test_figure_of_the_further_sizes(results, tmp_path, monkeypatch):
+    made = json.loads(json.dumps(results))
+    for gap in of(made, "3.3", (2, 2), "gap"):
+        gap[:] = [75.0, 30.0, 50.0]
+    kept = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, stem: kept.append(figure) or [])
+    report.draw(made, tmp_path)
+    first, second, third = kept[-1].axes
     assert curves(first)[:2] == of(results, "3.1", (2, 2), "sigma_max")
     assert curves(second) == of(results, "3.2", (2, 2), "sigma_min")
-    gaps = of(results, "3.3", (2, 2), "gap")
-    smallest = [np.minimum.accumulate(gap) / SIZE**2 for gap in gaps]  # n/2 = 25
-    assert curves(third) == [pytest.approx(values) for values in smallest]
+    assert curves(third) == [pytest.approx([3.0, 1.2, 1.2])] * 2  # the smallest so far; n/2 = 25
 
 
 def test_no_further_sizes_no_figure_of_them(tmp_path):
@@ -328,17 +330,17 @@ def test_progress_goes_up_to_the_end_for_each_kernel():
 
 
 def test_threads_are_given_back():
-    class Stop(Exception):  # noqa: N818
+    class StopError(Exception):
         pass
 
     def stop(kernel, done, total):
         assert torch.get_num_threads() == 1
-        raise Stop
+        raise StopError
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             run(SMALL, stop)
         assert torch.get_num_threads() == 2
     finally:
