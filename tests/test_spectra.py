@@ -83,7 +83,8 @@ def check(layer: Layer, result: cs.SVDResult, k: int, which: str, true: np.ndarr
     assert (lower >= 0).all()
     assert (lower <= s).all()
     assert (s <= upper).all()
-    rounding = 8 * EPS * scale + 2 * EPS  # of NumPy's SVD, and of the bias of the naive layer
+    # Of NumPy's SVD (25 eps have been seen), and of the bias of the naive layer.
+    rounding = 32 * EPS * scale + 2 * EPS
     assert (lower <= wanted + rounding).all(), (result.method, lower - wanted)
     assert (wanted <= upper + rounding).all(), (result.method, wanted - upper)
     if k < len(true):

@@ -14,11 +14,11 @@ GRAM_RESOLUTION = 1e-8
 def dense_svd(matrix: Tensor, k: int, largest: bool) -> SingularTriplets:
     """The k largest (descending) or smallest (ascending) triplets of a dense matrix.
 
-    The enclosure is the backward error of LAPACK's SVD, ``max(m, n) eps sigma_max`` around each
-    value. Cost: about ``10 m n min(m, n)`` flops.
+    The enclosure is the backward error of LAPACK's SVD, ``(max(m, n) + 32) eps sigma_max`` around
+    each value: 25 eps have been seen for an 8 x 12 matrix. Cost: about ``10 m n min(m, n)`` flops.
     """
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    error = max(matrix.shape) * torch.finfo(s.dtype).eps * s[0]
+    error = (max(matrix.shape) + 32) * torch.finfo(s.dtype).eps * s[0]
     chosen = _ends(len(s), k, largest, s.device)
     return SingularTriplets(
         u=u.T[chosen],
@@ -29,7 +29,7 @@ def dense_svd(matrix: Tensor, k: int, largest: bool) -> SingularTriplets:
         others=_others(s, k, largest, float(error)),
         converged=True,
         matvecs=0,
-        certificate="backward error of a dense SVD, max(m, n) eps sigma_max",
+        certificate="backward error of a dense SVD, (max(m, n) + 32) eps sigma_max",
     )
 
 
