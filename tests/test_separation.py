@@ -73,3 +73,9 @@ def test_separation_costs_less_than_the_next_value():
     separated = cs.svds(op, 1, "SM", method="capacitance", separation=1e-6)
     two = cs.svds(op, 2, "SM", method="capacitance")
     assert separated.matvecs < two.matvecs
+
+
+@pytest.mark.parametrize("separation", [-0.1, 1.0, math.nan])
+def test_a_separation_that_cannot_be_is_refused(separation):
+    with pytest.raises(ValueError, match="expected a separation between 0 and 1"):
+        cs.svds(layer(), 1, separation=separation)

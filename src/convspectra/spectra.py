@@ -169,6 +169,8 @@ def svds(
         raise ValueError(f"expected a tol between 0 and 1, got {tol!r}")
     if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1:
         raise ValueError(f"expected maxiter to be a positive integer, got {maxiter!r}")
+    if separation is not None and not 0 <= separation < 1:
+        raise ValueError(f"expected a separation between 0 and 1, or None, got {separation!r}")
     if method == "capacitance" and not is_square_toeplitz(op):
         raise ValueError(
             "expected a square layer with zero padding and stride 1 for method='capacitance', "
