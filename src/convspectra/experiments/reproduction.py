@@ -15,6 +15,7 @@ import torch
 
 from convspectra import matlab
 from convspectra.descent import ALGORITHMS, PAPER_STEPS, descend
+from convspectra.experiments.threads import one_thread
 
 Progress = Callable[[str, int, int], None]
 """Called with (kernel, steps done, steps in all) as the six runs on a kernel go on."""
@@ -64,6 +65,7 @@ class Settings:
             )
 
 
+@one_thread()
 def run(
     settings: Settings, progress: Progress = lambda name, done, total: None
 ) -> dict[str, object]:
@@ -75,13 +77,7 @@ def run(
     300 for each further one: three minutes, in one thread.
     """
     kernels = dict.fromkeys((*PAPER_CHANNELS, *settings.further))
-    threads = torch.get_num_threads()
-    # Matrices are small: on a busy machine threads that wait for each other cost twenty times more.
-    torch.set_num_threads(1)
-    try:
-        runs = [entry for channels in kernels for entry in _on_kernel(channels, settings, progress)]
-    finally:
-        torch.set_num_threads(threads)
+    runs = [entry for channels in kernels for entry in _on_kernel(channels, settings, progress)]
     return {"settings": asdict(settings), "runs": runs}
 
 

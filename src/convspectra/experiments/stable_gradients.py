@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from convspectra.experiments.images import ImageSet
+from convspectra.experiments.threads import one_thread
 from convspectra.layers import find_layers
 from convspectra.regularizer import SpectralRegularizer
 from convspectra.spectra import sigma_max, sigma_min, svdvals
@@ -99,22 +100,11 @@ def plain_network(
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
 
 
+@one_thread()
 def compare(
     images: ImageSet, settings: Settings, progress: Progress = lambda name, done, total: None
 ) -> dict[str, object]:
-    """Train every arm. The result holds numbers and strings only, so that it can be JSON.
-
-    On one thread: layers this small lose more than they gain by a second one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _compare(images, settings, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _compare(images: ImageSet, settings: Settings, progress: Progress) -> dict[str, object]:
+    """Train every arm. The result holds numbers and strings only, so that it can be JSON."""
     shape = tuple(images.train_images.shape[1:])
     classes = int(images.train_labels.max()) + 1
     start = plain_network(settings, shape, classes)

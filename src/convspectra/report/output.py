@@ -34,6 +34,14 @@ def save_figure(figure: Any, stem: Path) -> list[Path]:
     return [png, svg]
 
 
+def write_texts(texts: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write each text into the folder, made if need be, under its name; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
 def plain_axes(axes: Any) -> None:
     """No box around the data, and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,6 +13,7 @@ from convspectra.report.output import (
     new_figure,
     plain_axes,
     save_figure,
+    write_texts,
 )
 
 Results: TypeAlias = dict[str, Any]
@@ -44,16 +45,12 @@ def write(results: Results, folder: Path) -> list[Path]:
     ImportError
         Without Matplotlib: install ``convspectra[demo]``. The numbers are written before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in (
-        ("history.csv", history(results)),
-        ("summary.csv", comma_separated(SUMMARY_COLUMNS, summary(results))),
-        ("summary.md", markdown(results)),
-    ):
-        written.append(folder / name)
-        written[-1].write_text(text, encoding="utf-8")
-    return written + draw(results, folder)
+    texts = {
+        "history.csv": history(results),
+        "summary.csv": comma_separated(SUMMARY_COLUMNS, summary(results)),
+        "summary.md": markdown(results),
+    }
+    return write_texts(texts, folder) + draw(results, folder)
 
 
 def history(results: Results) -> str:

@@ -12,6 +12,7 @@ from convspectra.report.output import (
     new_figure,
     plain_axes,
     save_figure,
+    write_texts,
 )
 
 Results: TypeAlias = dict[str, Any]
@@ -78,16 +79,12 @@ def write(results: Results, folder: Path) -> list[Path]:
     ImportError
         Without Matplotlib: install ``convspectra[demo]``. The numbers are written before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix, text in (
-        (".json", json.dumps(results, indent=1) + "\n"),
-        (".csv", comma_separated(COLUMNS, table(results))),
-        (".md", markdown(results)),
-    ):
-        written.append((folder / "stable_gradients").with_suffix(suffix))
-        written[-1].write_text(text, encoding="utf-8")
-    return written + save_figure(draw(results), folder / "stable_gradients")
+    texts = {
+        "stable_gradients.json": json.dumps(results, indent=1) + "\n",
+        "stable_gradients.csv": comma_separated(COLUMNS, table(results)),
+        "stable_gradients.md": markdown(results),
+    }
+    return write_texts(texts, folder) + save_figure(draw(results), folder / "stable_gradients")
 
 
 def draw(results: Results) -> Any:
