@@ -1,14 +1,18 @@
-"""Fourier symbols of a stride-1, zero-padded convolution embedded in a torus.
+"""Fourier symbols of a convolution embedded in a torus.
 
-On a torus of enough points per axis no tap wraps around, and M is the submatrix of a block
-circulant C with output points for rows and input points for columns. C is block diagonal in
-Fourier space, one h x g matrix (the symbol) per frequency.
+On a torus of enough points per axis no tap wraps around to an input, and M is the submatrix of a
+block circulant C with output points for rows and input points for columns. C is block diagonal in
+Fourier space, one matrix (the symbol) per frequency.
+
+Note [Polyphase]. With stride s the s inputs behind one torus point become channels of it, per axis:
+input i of the padded array is channel i mod s of point i // s. M is then a stride-1 convolution
+of s times as many channels per axis, and its symbol has h rows and g s^d columns.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,111 +21,81 @@ from convspectra.geometry import ConvGeometry
 from convspectra.operator import ConvOperator
 
 
-@dataclass(frozen=True)
-class Torus:
-    """A discrete torus of prod(periods) points, with its real Fourier transform.
+def angles(period: int, phase: float = 0.0, count: int | None = None) -> Tensor:
+    """The first `count` frequencies of a cycle of `period` points, in radians per point, float64.
 
-    Parameters
-    ----------
-    periods : tuple of int
-        Number of points per axis.
-    twisted : bool
-        If True, arrays change sign when they go once around any axis: the frequencies are shifted
-        by half a step, so that none of them is 0. A circulant that is singular at frequency 0 (the
-        Laplacian, say) becomes regular so.
+    Functions on the cycle are multiplied by ``exp(2 pi i phase)`` as they go around.
     """
-
-    periods: tuple[int, ...]
-    twisted: bool = False
-
-    @property
-    def points(self) -> int:
-        """Number of points."""
-        return math.prod(self.periods)
-
-    def angles(self, axis: int, device: torch.device) -> Tensor:
-        """Frequencies kept on one axis in radians per point, float64.
-
-        An untwisted torus keeps the half of the last axis that determines a real array.
-        """
-        period = self.periods[axis]
-        half = not self.twisted and axis == len(self.periods) - 1
-        kept = period // 2 + 1 if half else period
-        steps = torch.arange(kept, dtype=torch.float64, device=device)
-        return (steps + 0.5 * self.twisted) * (2 * math.pi / period)
-
-    def multiplicity(self, device: torch.device) -> Tensor:
-        """How many frequencies of the torus each kept frequency stands for, (frequencies,)."""
-        kept = [len(self.angles(axis, device)) for axis in range(len(self.periods))]
-        count = torch.ones(kept, dtype=torch.float64, device=device)
-        if not self.twisted:
-            count[..., 1 : (self.periods[-1] + 1) // 2] = 2
-        return count.flatten()
-
-    def transform(self, x: Tensor) -> Tensor:
-        """Fourier coefficients of real arrays, (..., *periods) -> (..., frequencies)."""
-        axes = tuple(range(-len(self.periods), 0))
-        if self.twisted:
-            coefficients: Tensor = torch.fft.fftn(x * self._untwist(x.device).conj(), dim=axes)
-        else:
-            coefficients = torch.fft.rfftn(x, dim=axes)
-        return coefficients.flatten(-len(self.periods))
-
-    def inverse_transform(self, coefficients: Tensor) -> Tensor:
-        """Real arrays from their Fourier coefficients, (..., frequencies) -> (..., *periods)."""
-        axes = tuple(range(-len(self.periods), 0))
-        device = coefficients.device
-        kept = [len(self.angles(axis, device)) for axis in range(len(self.periods))]
-        grid = coefficients.reshape(*coefficients.shape[:-1], *kept)
-        if self.twisted:
-            array: Tensor = (torch.fft.ifftn(grid, dim=axes) * self._untwist(device)).real
-        else:
-            array = torch.fft.irfftn(grid, s=self.periods, dim=axes)
-        return array
-
-    def _untwist(self, device: torch.device) -> Tensor:
-        """exp(i pi n / P) over the points: it makes a periodic array change sign going around."""
-        phase = torch.zeros((), dtype=torch.float64, device=device)
-        for period in self.periods:
-            steps = torch.arange(period, dtype=torch.float64, device=device)
-            phase = phase[..., None] + steps * (math.pi / period)
-        return torch.polar(torch.ones_like(phase), phase)
+    steps = torch.arange(period if count is None else count, dtype=torch.float64)
+    return (steps + phase) * (2 * math.pi / period)
 
 
-def weight_blocks(op: ConvOperator) -> Tensor:
-    """The weight of the underlying convolution by group, (groups, h / groups, g / groups, *k)."""
-    return op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
+def half_count(period: int, phase: float) -> int:
+    """How many frequencies determine a real function, for phase 0 or 1/2."""
+    return period // 2 + 1 if phase == 0 else (period + 1) // 2
+
+
+def half_multiplicity(period: int, phase: float) -> Tensor:
+    """For how many of all frequencies each of those `half_count` stands, 1 or 2, float64."""
+    k = torch.arange(half_count(period, phase), dtype=torch.float64)
+    own_mirror = torch.remainder(2 * (k + phase), period) == 0
+    return 2.0 - own_mirror.double()
 
 
 def smallest_periods(geometry: ConvGeometry) -> tuple[int, ...]:
-    """Fewest points per axis on which no tap wraps: max(N + max(padding), N_out, reach)."""
-    return tuple(
-        max(n + max(pads), out, reach)
-        for n, pads, out, reach in zip(
-            geometry.input_size,
-            geometry.padding,
-            geometry.output_size,
-            geometry.reach,
-            strict=True,
-        )
-    )
+    """Fewest torus points per axis on which M is a submatrix of the circulant.
 
-
-def symbols(blocks: Tensor, geometry: ConvGeometry, torus: Torus) -> Tensor:
-    """Symbol at every kept frequency, (..., h, g, *k) -> (..., frequencies, h, g), complex.
-
-    ``sum_p blocks[..., p] exp(i theta (dilation p - padding_before))``. Differentiable. Cost:
-    about ``h g`` times the frequencies times the first kernel size, in complex operations.
+    All inputs and outputs must find room, and a tap that wraps around must land before the first
+    input: ``N + max(padding)`` for stride 1 and a kernel that fits.
     """
+    periods = []
+    for axis in range(geometry.ndim):
+        n, outputs = geometry.input_size[axis], geometry.output_size[axis]
+        stride, before = geometry.stride[axis], geometry.padding[axis][0]
+        period = max(outputs, -((-before - n) // stride))
+        for tap in range(geometry.kernel_size[axis]):
+            point, channel = divmod(tap * geometry.dilation[axis], stride)
+            first_input = max(0, -((channel - before) // stride))
+            period = max(period, outputs + point - first_input)
+        periods.append(period)
+    return tuple(periods)
+
+
+def symbols(op: ConvOperator, frequencies: Sequence[Tensor]) -> Tensor:
+    """The symbol at every point of a grid of frequencies.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Not transposed; float64.
+    frequencies : sequence of Tensor
+        One vector of angles per axis.
+
+    Returns
+    -------
+    Tensor
+        (groups, *frequencies, h / groups, g / groups * prod(stride)), complex:
+        ``sum_p weight[..., p] exp(i theta (dilation p // stride))`` in the column of the phase
+        ``dilation p mod stride``. Differentiable.
+
+    Notes
+    -----
+    Cost: about ``h g`` times the frequencies times the first kernel size, in complex operations.
+    """
+    geometry = op.geometry
+    blocks = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
     result = torch.complex(blocks, torch.zeros_like(blocks))
     for axis in reversed(range(geometry.ndim)):
-        angles = torus.angles(axis, blocks.device)
-        taps = torch.arange(geometry.kernel_size[axis], device=blocks.device)
-        offsets = taps * geometry.dilation[axis] - geometry.padding[axis][0]
-        phase = offsets[:, None] * angles
+        taps = torch.arange(geometry.kernel_size[axis]) * geometry.dilation[axis]
+        stride = geometry.stride[axis]
+        phase = (taps // stride)[:, None] * frequencies[axis]
         waves = torch.polar(torch.ones_like(phase), phase)
-        # Taps of the last axis left are contracted; their frequencies go in front of those done.
-        done = geometry.ndim - 1 - axis
-        result = torch.tensordot(result, waves, dims=([result.ndim - 1 - done], [0]))
-        result = result.movedim(-1, result.ndim - 1 - done)
-    return result.flatten(-geometry.ndim).movedim(-1, -3)
+        in_phase = (taps[:, None] % stride == torch.arange(stride)).to(waves.dtype)
+        table = (waves[:, :, None] * in_phase[:, None, :]).to(result.device)
+        # The taps of this axis are contracted; its frequencies and phases go to the end.
+        result = torch.tensordot(result, table, dims=([3 + axis], [0]))
+    ndim = geometry.ndim
+    # Now (groups, h, g, f_last, s_last, ..., f_first, s_first).
+    of_axis = [3 + 2 * (ndim - 1 - axis) for axis in range(ndim)]
+    result = result.permute(0, *of_axis, 1, 2, *(i + 1 for i in of_axis))
+    return result.flatten(1 + ndim + 1) if ndim else result

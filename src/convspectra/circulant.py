@@ -1,0 +1,376 @@
+"""A convolution inside the block circulant of a torus, and what that circulant tells of it.
+
+It gives rigorous upper bounds on the largest singular values, a start vector close to the largest
+one, a preconditioner for the smallest ones, and, where a circularly padded layer is the circulant,
+everything. It says nothing of the smallest singular values of other layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from convspectra.operator import ConvOperator
+from convspectra.solvers.result import SingularTriplets
+from convspectra.symbol import (
+    angles,
+    half_count,
+    half_multiplicity,
+    smallest_periods,
+    symbols,
+)
+
+BOUND_SLACK = 1e-4
+"""A bound on a squared norm is tried this much above its estimate, relatively; then twice that."""
+POWER_STEPS = 6
+FEW_POINTS = 16
+REFINING_STEPS = 60
+
+
+def is_circulant(op: ConvOperator) -> bool:
+    """Whether M is the circulant: circular padding, and as many outputs as the stride leaves."""
+    g = op.geometry
+    return (
+        g.ndim > 0
+        and g.padding_mode == "circular"
+        and all(
+            n == s * out for n, s, out in zip(g.input_size, g.stride, g.output_size, strict=True)
+        )
+    )
+
+
+def has_embedding(op: ConvOperator) -> bool:
+    """Whether M is a submatrix of a circulant: zero padding, or circular all around."""
+    g = op.geometry
+    return g.ndim > 0 and (g.padding_mode == "zeros" or is_circulant(op))
+
+
+class CirculantEmbedding:
+    """M as rows and columns of the circulant on the smallest torus.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Not transposed, float64, such that `has_embedding(op)`; or with any other padding mode,
+        which is then taken for zero padding: for a preconditioner that is good enough.
+
+    Notes
+    -----
+    Cost: the symbols, ``16 h g / groups prod(P)`` bytes for stride 1 and half of the frequencies.
+    """
+
+    def __init__(self, op: ConvOperator) -> None:
+        self._op = op
+        self._exact = is_circulant(op)
+        g = op.geometry
+        self.periods = g.output_size if self._exact else smallest_periods(g)
+        self._strides = g.stride
+        self._before = tuple(before for before, _ in g.padding)
+
+    def symbols(self, phase: float = 0.0, half: bool = True) -> Tensor:
+        """(groups, frequencies, h / groups, g / groups * prod(stride)), complex.
+
+        With `half`, the last axis has the frequencies that determine real arrays. The phase, 0 or
+        1/2, twists the torus along every axis.
+        """
+        last = len(self.periods) - 1
+        grid = [
+            angles(period, phase, half_count(period, phase) if half and axis == last else None)
+            for axis, period in enumerate(self.periods)
+        ]
+        return symbols(self._op, grid).flatten(1, len(self.periods))
+
+    @property
+    def fewer_outputs(self) -> bool:
+        """Whether symbols have fewer rows than columns."""
+        rows, columns = self._op.weight.shape[:2]
+        return rows // self._op.groups < columns * math.prod(self._strides)
+
+    @property
+    def flops(self) -> float:
+        """Flops that the smaller Gram matrices of all symbols and their factors cost, about."""
+        rows, columns = self._op.weight.shape[:2]
+        rows //= self._op.groups
+        columns *= math.prod(self._strides)
+        frequencies = math.prod(self.periods) // 2 + 1
+        return 32.0 * self._op.groups * frequencies * min(rows, columns) * rows * columns
+
+    @functools.cached_property
+    def _gram(self) -> Tensor:
+        """The smaller Gram matrices of the symbols, (groups, frequencies, n, n)."""
+        return _smaller_gram(self.symbols())
+
+    def _grams(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The smaller Gram matrices of the symbols on circulants that M is in.
+
+        And for how many frequencies each stands. The torus may be twisted without touching M; that
+        makes a difference where it has few points.
+        """
+        few = not self._exact and max(self.periods) <= FEW_POINTS
+        for phase in (0.0, 0.5) if few else (0.0,):
+            gram = self._gram if phase == 0 else _smaller_gram(self.symbols(phase))
+            copies = half_multiplicity(self.periods[-1], phase).long()
+            copies = copies.expand(math.prod(self.periods[:-1]), -1).flatten().to(gram.device)
+            yield gram, copies
+
+    def embed_input(self, x: Tensor) -> Tensor:
+        """(b, g, *input_size) -> (b, groups, g / groups * prod(stride), *periods)."""
+        ndim = len(self.periods)
+        if self._exact:
+            x = x.roll(self._before, dims=tuple(range(2, 2 + ndim)))
+        else:
+            x = torch.nn.functional.pad(
+                x,
+                [
+                    amount
+                    for before, n, period, stride in reversed(
+                        list(
+                            zip(
+                                self._before,
+                                x.shape[2:],
+                                self.periods,
+                                self._strides,
+                                strict=True,
+                            )
+                        )
+                    )
+                    for amount in (before, period * stride - before - n)
+                ],
+            )
+        split = [n for pair in zip(self.periods, self._strides, strict=True) for n in pair]
+        x = x.reshape(*x.shape[:2], *split)
+        points, phases = range(2, 2 + 2 * ndim, 2), range(3, 3 + 2 * ndim, 2)
+        x = x.permute(0, 1, *phases, *points)
+        return x.reshape(x.shape[0], self._op.groups, -1, *self.periods)
+
+    def restrict_input(self, x: Tensor) -> Tensor:
+        """The adjoint of `embed_input`."""
+        ndim, g = len(self.periods), self._op.geometry
+        channels = self._op.weight.shape[1] * self._op.groups
+        x = x.reshape(x.shape[0], channels, *self._strides, *self.periods)
+        order = [i for axis in range(2, 2 + ndim) for i in (axis + ndim, axis)]
+        x = x.permute(0, 1, *order)
+        x = x.reshape(
+            *x.shape[:2], *(p * s for p, s in zip(self.periods, self._strides, strict=True))
+        )
+        if self._exact:
+            return x.roll(tuple(-b for b in self._before), dims=tuple(range(2, 2 + ndim)))
+        for axis, (before, n) in enumerate(zip(self._before, g.input_size, strict=True)):
+            x = x.narrow(2 + axis, before, n)
+        return x
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """(b, h, *output_size) -> (b, groups, h / groups, *periods)."""
+        pads = [
+            amount
+            for n, period in reversed(list(zip(y.shape[2:], self.periods, strict=True)))
+            for amount in (0, period - n)
+        ]
+        padded = torch.nn.functional.pad(y, pads)
+        return padded.reshape(y.shape[0], self._op.groups, -1, *self.periods)
+
+    def restrict_output(self, y: Tensor) -> Tensor:
+        """The adjoint of `embed_output`."""
+        y = y.flatten(1, 2)
+        for axis, n in enumerate(self._op.geometry.output_size):
+            y = y.narrow(2 + axis, 0, n)
+        return y
+
+    def multiply(self, blocks: Tensor, x: Tensor) -> Tensor:
+        """The circulant with these symbols on half of the frequencies, on real (b, groups, c, *P).
+
+        Cost: two FFTs and a product with every symbol.
+        """
+        axes = tuple(range(-len(self.periods), 0))
+        coefficients = torch.fft.rfftn(x, dim=axes)
+        grid = coefficients.shape[3:]
+        product = blocks @ coefficients.flatten(3).permute(1, 3, 2, 0)
+        product = product.permute(3, 0, 2, 1)
+        result: Tensor = torch.fft.irfftn(
+            product.reshape(*product.shape[:3], *grid), s=self.periods, dim=axes
+        )
+        return result
+
+    def norm_bounds(self) -> list[float]:
+        """Rigorous upper bounds (up to rounding) on sigma_max: norms of circulants that M is in.
+
+        The first is that of the circulant itself. Cost: a Cholesky factorisation of every symbol's
+        Gram matrix, batched, and power steps for the largest.
+        """
+        return [_gram_norm_bound(gram.flatten(0, 1)) ** 0.5 for gram, _ in self._grams()]
+
+    def largest_bounds(self, count: int) -> list[float]:
+        """Upper bounds on the `count` largest singular values; fewer where C has no more.
+
+        By Cauchy's interlacing the i-th of M is at most the i-th of a circulant. Cost: a Cholesky
+        factorisation of every symbol's Gram matrix, and the eigenvalues of those that matter.
+        """
+        bounds: list[list[float]] = []
+        for gram, copies in self._grams():
+            gram, copies = gram.flatten(0, 1), copies.repeat(len(gram))
+            squares = _largest_eigenvalues(gram, copies, count)
+            rounding = 4 * gram.shape[-1] * torch.finfo(squares.dtype).eps * squares[0]
+            bounds.append((squares + rounding).sqrt().tolist())
+        return [min(of_phases) for of_phases in zip(*bounds, strict=True)]
+
+    def inverse_of_gap(self, square: float) -> Tensor:
+        """``(square - G)^{-1}`` for the smaller Gram matrices of the symbols, single precision.
+
+        For a `square` above that of the norm: a preconditioner for the largest singular values.
+        """
+        gram = self._gram
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor = torch.linalg.cholesky(square * identity - gram)
+        return torch.cholesky_inverse(factor).to(torch.complex64)
+
+    def top_mode(self) -> Tensor:
+        """The circulant's top mode of every group under a sine window, (1, *input_shape), unit.
+
+        Within about 1% of sigma_max after one Lanczos step where M is much larger than the kernel.
+        """
+        best = _norm_estimates(self._gram).argmax(1)
+        blocks = self.symbols()
+        groups = torch.arange(len(best), device=best.device)
+        _, _, right = torch.linalg.svd(blocks[groups, best], full_matrices=False)
+        mode = torch.zeros(
+            *blocks.shape[:2], blocks.shape[3], dtype=blocks.dtype, device=blocks.device
+        )
+        mode[groups, best] = right[:, 0].conj()
+        axes = tuple(range(-len(self.periods), 0))
+        grid = [*self.periods[:-1], self.periods[-1] // 2 + 1]
+        mode = mode.permute(0, 2, 1).reshape(1, len(best), -1, *grid)
+        x = self.restrict_input(torch.fft.irfftn(mode, s=self.periods, dim=axes))
+        if not self._exact:
+            for axis, n in enumerate(self._op.geometry.input_size):
+                points = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
+                window = torch.sin(points * (math.pi / (n + 1)))
+                x = x * window.reshape(-1, *(1,) * (x.ndim - 3 - axis))
+        flat = x.reshape(len(best), -1)
+        flat = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(1e-300)
+        return (flat / len(best) ** 0.5).reshape(x.shape)
+
+
+def circulant_triplets(op: ConvOperator, k: int, largest: bool) -> SingularTriplets:
+    """The k largest or smallest triplets of a layer that `is_circulant`, from its symbols.
+
+    Every frequency that is not its own mirror image gives two real triplets. Cost: the singular
+    values of half of the symbols, and the vectors of at most k of them.
+    """
+    embedding = CirculantEmbedding(op)
+    periods, device = embedding.periods, op.device
+    points = math.prod(periods)
+    index = torch.arange(points, device=device).reshape(periods)
+    mirror = index
+    for axis in range(len(periods)):
+        mirror = mirror.roll(-1, axis).flip(axis)
+    mirror = mirror.flatten()
+    kept = torch.nonzero(index.flatten() <= mirror).flatten()
+    blocks = embedding.symbols(half=False)[:, kept]
+    values = torch.linalg.svdvals(blocks)
+    copies = 2 - (mirror[kept] == kept).long()
+    flat = values.flatten()
+    ranks = torch.arange(flat.numel(), device=device)
+    ranks = ranks.repeat_interleave(copies[:, None].expand(values.shape).flatten())
+    ranks = ranks[torch.argsort(flat[ranks], descending=largest, stable=True)]
+    chosen = ranks[:k]
+    error = (max(blocks.shape[2:]) + 32) * torch.finfo(flat.dtype).eps * float(flat.amax())
+    others = 0.0 if largest else math.inf
+    if len(ranks) > k:
+        next_value = float(flat[ranks[k]])
+        others = next_value + error if largest else max(next_value - error, 0.0)
+    u: list[Tensor] = []
+    v: list[Tensor] = []
+    for position, rank in enumerate(chosen.tolist()):
+        rest, place = divmod(rank, values.shape[2])
+        group, frequency = divmod(rest, len(kept))
+        symbol = blocks[group, frequency]
+        second = position > 0 and rank == int(chosen[position - 1])
+        if int(copies[frequency]) == 1:
+            symbol = symbol.real
+        left, _, right = torch.linalg.svd(symbol, full_matrices=False)
+        for amplitude, side, restrict in (
+            (left[:, place], u, embedding.restrict_output),
+            (right[place].conj(), v, embedding.restrict_input),
+        ):
+            wave = torch.ones((), dtype=torch.complex128, device=device)
+            steps = torch.unravel_index(kept[frequency], periods)
+            for step, period in zip(steps, periods, strict=True):
+                turns = angles(period).to(device) * step
+                wave = wave[..., None] * torch.polar(torch.ones_like(turns), turns)
+            mode = amplitude.reshape(-1, *(1,) * len(periods)) * wave
+            real = mode.imag if second else mode.real
+            real = real * (int(copies[frequency]) / points) ** 0.5
+            array = real.new_zeros(1, op.groups, *real.shape)
+            array[0, group] = real
+            side.append(restrict(array).flatten())
+    s = flat[chosen]
+    return SingularTriplets(
+        u=torch.stack(u),
+        s=s,
+        v=torch.stack(v),
+        lower=(s - error).clamp_min(0),
+        upper=s + error,
+        others=others,
+        converged=True,
+        matvecs=0,
+        certificate="backward error of dense SVDs of the symbols, (max(m, n) + 32) eps sigma_max",
+    )
+
+
+def _smaller_gram(blocks: Tensor) -> Tensor:
+    return blocks @ blocks.mH if blocks.shape[2] < blocks.shape[3] else blocks.mH @ blocks
+
+
+def _norm_estimates(gram: Tensor, steps: int = POWER_STEPS) -> Tensor:
+    """Norms of Hermitian matrices (..., n, n) from below, by power steps."""
+    generator = torch.Generator(device=gram.device).manual_seed(0)
+    vector = torch.randn(
+        *gram.shape[:-1], 1, dtype=gram.dtype, device=gram.device, generator=generator
+    )
+    for _ in range(steps):
+        vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
+        vector = torch.nan_to_num(vector)
+    norms: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
+    return norms
+
+
+def _gram_norm_bound(gram: Tensor) -> float:
+    """An upper bound on the norm of all Gram matrices (b, n, n).
+
+    ``t I - G`` has a Cholesky factorisation where t is above the norm of G.
+    """
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    rounding = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    largest_first = torch.argsort(_norm_estimates(gram), descending=True)
+    likely = gram[largest_first[: len(gram) // 16 + 2]]
+    bound, slack = float(torch.finfo(gram.dtype).tiny), BOUND_SLACK
+    while len(gram):
+        estimate = float(_norm_estimates(likely, REFINING_STEPS).amax())
+        bound, slack = max(bound, estimate) * (1 + slack), 2 * slack
+        _, info = torch.linalg.cholesky_ex(bound * (1 - rounding) * identity - gram)
+        gram = likely = gram[info != 0]
+    return bound
+
+
+def _largest_eigenvalues(gram: Tensor, copies: Tensor, count: int) -> Tensor:
+    """The largest eigenvalues of Gram matrices (b, n, n) that stand for several copies each.
+
+    Those of the matrices with the largest norms are computed; the others have no larger ones where
+    ``t I - G`` has a Cholesky factorisation for the smallest of these, t.
+    """
+    order = torch.argsort(_norm_estimates(gram), descending=True)
+    chosen, rest = order[: count + 8], order[count + 8 :]
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    while True:
+        squares = torch.linalg.eigvalsh(gram[chosen]).repeat_interleave(copies[chosen], dim=0)
+        top = squares.flatten().sort(descending=True).values[:count].clamp_min(0)
+        if len(rest) == 0:
+            return top
+        _, info = torch.linalg.cholesky_ex(top[-1] * identity - gram[rest])
+        if not bool((info != 0).any()):
+            return top
+        chosen, rest = torch.cat([chosen, rest[info != 0]]), rest[info == 0]

@@ -1,0 +1,338 @@
+"""The embedding in a circulant, and what it tells, against the naive matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import Layer, layers
+from strategies import one_thread as one_thread
+from torch import Tensor
+
+from convspectra import ConvOperator
+from convspectra.circulant import (
+    BOUND_SLACK,
+    CirculantEmbedding,
+    circulant_triplets,
+    has_embedding,
+    is_circulant,
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+@st.composite
+def embedded(draw: st.DrawFn) -> tuple[ConvOperator, Tensor]:
+    """An operator with an embedding, not transposed, and its naive matrix."""
+    layer = draw(layers(kinds=("conv", "transposed")))
+    op, dense = layer.operator(), layer.dense().detach()
+    op, dense = (op.T, dense.T) if op.transposed else (op, dense)
+    assume(has_embedding(op))
+    return op, dense
+
+
+CIRCULAR = {
+    "1 axis, even": Layer(random(2, 2, 3), (8,)),
+    "1 axis, odd": Layer(random(2, 3, 3), (7,)),
+    "one tap": Layer(random(3, 2, 1), (4,)),
+    "even kernel": Layer(random(2, 2, 4), (6,)),
+    "kernel as long as the input": Layer(random(1, 2, 5), (5,)),
+    "dilated": Layer(random(2, 2, 3), (9,), {"dilation": 2}),
+    "asymmetric": Layer(random(2, 1, 3), (5,), {"padding": [(0, 2)]}),
+    "stride 2": Layer(random(3, 2, 3), (8,), {"stride": 2, "padding": 1}),
+    "stride 3, dilated": Layer(random(2, 1, 3), (9,), {"stride": 3, "dilation": 2, "padding": 2}),
+    "stride, square": Layer(random(4, 2, 2), (6,), {"stride": 2, "padding": [(1, 0)]}),
+    "2 axes": Layer(random(2, 2, 3, 3), (4, 5)),
+    "2 axes, even": Layer(random(2, 3, 3, 2), (4, 4)),
+    "groups": Layer(random(4, 2, 3, 3), (4, 3), {"groups": 2}),
+    "depthwise": Layer(random(3, 1, 3, 3), (4, 4), {"groups": 3}),
+    "2 axes, strides": Layer(random(2, 2, 3, 3), (4, 6), {"stride": (2, 3), "padding": 1}),
+    "strided groups": Layer(random(4, 1, 3), (6,), {"stride": 2, "groups": 2, "padding": 1}),
+    "3 axes": Layer(random(2, 1, 3, 2, 3), (3, 4, 3)),
+    "3 axes, stride": Layer(
+        random(2, 2, 2, 2, 2), (4, 2, 2), {"stride": 2, "padding": [(1, 0), (0, 1), (1, 0)]}
+    ),
+}
+for layer in CIRCULAR.values():
+    layer.options["padding_mode"] = "circular"
+each_circular = pytest.mark.parametrize("layer", CIRCULAR.values(), ids=CIRCULAR.keys())
+
+
+# --- which layers ---------------------------------------------------------------------------------
+
+
+@each_circular
+def test_circular_layers_are_admitted(layer):
+    assert is_circulant(layer.operator())
+    assert has_embedding(layer.operator())
+
+
+W = random(2, 2, 3)
+REFUSED = {
+    "zeros": (ConvOperator(W, 5), True),
+    "reflect": (ConvOperator(W, 5, padding_mode="reflect"), False),
+    "replicate": (ConvOperator(W, 5, padding_mode="replicate"), False),
+    "more outputs": (ConvOperator(W, 5, padding=2, padding_mode="circular"), False),
+    "fewer outputs": (ConvOperator(W, 5, padding=0, padding_mode="circular"), False),
+    "a stride that does not divide": (
+        ConvOperator(W, 5, stride=2, padding=1, padding_mode="circular"),
+        False,
+    ),
+    "linear": (ConvOperator(random(3, 3), ()), False),
+}
+
+
+@pytest.mark.parametrize(("op", "embeddable"), REFUSED.values(), ids=REFUSED.keys())
+def test_other_layers_are_not_circulants(op, embeddable):
+    assert not is_circulant(op)
+    assert has_embedding(op) is embeddable
+
+
+# --- the embedding --------------------------------------------------------------------------------
+
+
+def check_embedding(op: ConvOperator, dense: Tensor) -> None:
+    embedding = CirculantEmbedding(op)
+    symbols = embedding.symbols()
+    x, y = random(2, *op.input_shape), random(2, *op.output_shape, seed=1)
+    image = embedding.restrict_output(embedding.multiply(symbols, embedding.embed_input(x)))
+    back = embedding.restrict_input(embedding.multiply(symbols.mH, embedding.embed_output(y)))
+    scale = float(op.weight.norm())
+    assert image.shape == y.shape
+    assert back.shape == x.shape
+    assert (image.flatten(1) - x.flatten(1) @ dense.T).abs().max() <= 1e-12 * scale
+    assert (back.flatten(1) - y.flatten(1) @ dense).abs().max() <= 1e-12 * scale
+
+
+@given(embedded())
+@settings(max_examples=120)
+def test_the_circulant_acts_on_the_layer_s_points_as_the_layer(drawn):
+    check_embedding(*drawn)
+
+
+@each_circular
+def test_circular_layers_are_their_circulants(layer):
+    check_embedding(layer.operator(), layer.dense().detach())
+
+
+@given(embedded())
+@settings(max_examples=60)
+def test_restriction_is_the_adjoint_of_embedding(drawn):
+    op, _ = drawn
+    embedding = CirculantEmbedding(op)
+    for embed, restrict, shape in (
+        (embedding.embed_input, embedding.restrict_input, op.input_shape),
+        (embedding.embed_output, embedding.restrict_output, op.output_shape),
+    ):
+        x = random(2, *shape)
+        large = embed(x)
+        assert large.shape[3:] == embedding.periods
+        z = random(*large.shape, seed=1)
+        assert torch.isclose((large * z).sum(), (x * restrict(z)).sum(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(restrict(large), x)
+
+
+# --- the bound ------------------------------------------------------------------------------------
+
+
+@given(embedded())
+@settings(max_examples=120)
+def test_the_norm_of_the_circulant_bounds_the_layer(drawn):
+    op, dense = drawn
+    true = float(torch.linalg.matrix_norm(dense, 2))
+    for bound in CirculantEmbedding(op).norm_bounds():
+        assert bound >= true * (1 - 1e-14)
+
+
+@each_circular
+def test_the_norm_of_a_circulant_is_exact(layer):
+    (bound,) = CirculantEmbedding(layer.operator()).norm_bounds()
+    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+    assert true <= bound <= true * (1 + BOUND_SLACK)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_the_bound_scales_with_the_weight(scale):
+    op = ConvOperator(random(3, 2, 3, 3), (5, 4))
+    bounds = CirculantEmbedding(op).norm_bounds()
+    scaled = CirculantEmbedding(op.with_weight(scale * op.weight)).norm_bounds()
+    for one, other in zip(bounds, scaled, strict=True):
+        assert math.isclose(other, scale * one, rel_tol=1e-12)
+
+
+def test_a_twisted_torus_can_bound_better():
+    """The plain torus has the frequency 0, where the symbol is 3; the twisted one has not."""
+    weight = torch.tensor([[[1.0, 1.0, 1.0]]], dtype=torch.float64)
+    plain, twisted = CirculantEmbedding(ConvOperator(weight, 5)).norm_bounds()
+    true = 1 + 2 * math.cos(math.pi / 6)
+    assert true <= twisted <= 2.99
+    assert math.isclose(plain, 3.0, rel_tol=BOUND_SLACK)
+
+
+def test_the_slack_of_the_bound_is_small():
+    assert 0 < BOUND_SLACK <= 1e-3
+
+
+def test_repeated_and_nearly_repeated_norms_of_symbols_are_bounded():
+    """An orthogonal layer: every symbol has the same norm, and none may be left out."""
+    q = torch.linalg.qr(random(4, 4)).Q
+    weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    weight[..., 1, 1] = q
+    weight[..., 0, 1] = 1e-9 * random(4, 4, seed=1)
+    layer = Layer(weight, (4, 4), {"padding_mode": "circular"})
+    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+    (bound,) = CirculantEmbedding(layer.operator()).norm_bounds()
+    assert true <= bound <= true * (1 + BOUND_SLACK)
+
+
+def test_every_norm_bound_is_near_that_of_its_torus():
+    """The symbols of both phases written out with NumPy."""
+    op = ConvOperator(random(3, 2, 3), 9)
+    weight = op.weight.numpy()
+    for phase, bound in zip((0.0, 0.5), CirculantEmbedding(op).norm_bounds(), strict=True):
+        theta = 2 * np.pi * (np.arange(10) + phase) / 10
+        symbols = sum(weight[..., p] * np.exp(1j * p * theta)[:, None, None] for p in range(3))
+        true = np.linalg.norm(symbols, 2, axis=(1, 2)).max()
+        assert true * (1 - 1e-14) <= bound <= true * (1 + BOUND_SLACK)
+
+
+@pytest.mark.parametrize("name", ["2 axes, even", "strided groups", "1 axis, odd"])
+def test_inverse_of_the_gap(name):
+    op = CIRCULAR[name].operator()
+    embedding = CirculantEmbedding(op)
+    wide = embedding.fewer_outputs
+    dense = CIRCULAR[name].dense().detach()
+    gram = dense @ dense.T if wide else dense.T @ dense
+    square = 1.2 * float(torch.linalg.matrix_norm(gram, 2))
+    inverse = embedding.inverse_of_gap(square).to(torch.complex128)
+    embed = embedding.embed_output if wide else embedding.embed_input
+    restrict = embedding.restrict_output if wide else embedding.restrict_input
+    x = random(3, *(op.output_shape if wide else op.input_shape))
+    got = restrict(embedding.multiply(inverse, embed(x))).flatten(1)
+    identity = torch.eye(len(gram), dtype=torch.float64)
+    expected = torch.linalg.solve(square * identity - gram, x.flatten(1).T).T
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+# --- the top mode ---------------------------------------------------------------------------------
+
+SMOOTH = {
+    "1 2 1": (ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]).double(), 40), 0.99),
+    "1 -2 1": (ConvOperator(torch.tensor([[[1.0, -2.0, 1.0]]]).double(), 40), 0.99),
+    "channels": (ConvOperator(random(4, 3, 3), 60), 0.98),
+    "2 axes": (ConvOperator(torch.ones(1, 1, 3, 3).double(), (20, 16)), 0.97),
+    "stride 2": (ConvOperator(random(3, 2, 3), 60, stride=2, padding=1), 0.97),
+    "wide": (ConvOperator(random(2, 6, 3), 50), 0.98),
+}
+
+
+@pytest.mark.parametrize(("op", "fraction"), SMOOTH.values(), ids=SMOOTH.keys())
+def test_top_mode_is_near_the_largest_singular_vector(op, fraction):
+    mode = CirculantEmbedding(op).top_mode()
+    assert mode.shape == (1, *op.input_shape)
+    assert math.isclose(float(mode.norm()), 1.0, rel_tol=1e-12)
+    true = float(torch.linalg.matrix_norm(op.to_dense(), 2))
+    assert fraction * true <= float(op.apply(mode).norm()) <= true * (1 + 1e-12)
+
+
+@each_circular
+def test_top_mode_of_a_circulant_is_its_largest_singular_vector(layer):
+    if layer.options.get("groups", 1) > 1:
+        return
+    op = layer.operator()
+    mode = CirculantEmbedding(op).top_mode()
+    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+    assert math.isclose(float(mode.norm()), 1.0, rel_tol=1e-12)
+    # The norms of symbols are compared after a few power steps: a near tie may be lost.
+    assert float(op.apply(mode).norm()) >= 0.9 * true
+
+
+def test_top_mode_has_a_part_in_every_group():
+    op = ConvOperator(random(6, 1, 3), 20, groups=3)
+    mode = CirculantEmbedding(op).top_mode()[0]
+    parts = mode.reshape(3, -1).norm(dim=1)
+    assert torch.allclose(parts, torch.full_like(parts, 3**-0.5), atol=1e-12)
+
+
+# --- triplets -------------------------------------------------------------------------------------
+
+
+def check_triplets(layer: Layer, k: int, largest: bool) -> None:
+    op, dense = layer.operator(), layer.dense().detach()
+    result = circulant_triplets(op, k, largest)
+    true = torch.linalg.svdvals(dense)
+    scale = float(true[0])
+    ordered = true if largest else true.flip(0)
+    assert (result.s - ordered[:k]).abs().max() <= 1e-13 * scale
+    slack = 1e-15 * scale * max(dense.shape)
+    assert (result.lower <= ordered[:k] + slack).all()
+    assert (result.upper >= ordered[:k] - slack).all()
+    assert (result.lower <= result.s).all()
+    assert (result.s <= result.upper).all()
+    assert (result.upper - result.lower).max() <= 1e-12 * scale
+    if k < len(ordered):
+        assert abs(result.others - float(ordered[k])) <= 1e-12 * scale
+    else:
+        assert result.others == (0.0 if largest else math.inf)
+    assert result.u.dtype == result.v.dtype == torch.float64
+    identity = torch.eye(k, dtype=torch.float64)
+    assert (result.u @ result.u.T - identity).abs().max() <= 1e-10
+    assert (result.v @ result.v.T - identity).abs().max() <= 1e-10
+    forward = result.v @ dense.T - result.s[:, None] * result.u
+    adjoint = result.u @ dense - result.s[:, None] * result.v
+    assert forward.abs().max() <= 1e-12 * scale
+    assert adjoint.abs().max() <= 1e-12 * scale
+    assert result.converged
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+@each_circular
+def test_triplets_of_circular_layers(layer, largest):
+    count = min(layer.operator().shape)
+    for k in sorted({1, 2, min(3, count), count}):
+        check_triplets(layer, min(k, count), largest)
+
+
+@pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
+def test_triplets_of_repeated_values(largest):
+    """The 4-fold symmetric kernel: up to eight frequencies share one value."""
+    weight = torch.tensor([[0.5, 1, 0.5], [1, 3.0, 1], [0.5, 1, 0.5]]).double()[None, None]
+    check_triplets(Layer(weight, (6, 6), {"padding_mode": "circular"}), 36, largest)
+    identity = torch.eye(2, dtype=torch.float64)[:, :, None]
+    for k in (1, 3, 10):
+        check_triplets(Layer(identity, (5,), {"padding_mode": "circular"}), k, largest)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_triplets_of_any_circular_layer(data):
+    ndim = data.draw(st.integers(1, 3))
+    stride, pads, size, taps, dilation = [], [], [], [], []
+    for _ in range(ndim):
+        s = data.draw(st.integers(1, 2))
+        outputs = data.draw(st.integers(1, {1: 9, 2: 4, 3: 2}[ndim]))
+        k, d = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2))
+        # s outputs - (s - 1) .. s outputs points hold the kernel's last reach.
+        total = d * (k - 1) + 1 - s
+        assume(0 <= total <= 2 * s * outputs)
+        before = data.draw(st.integers(max(0, total - s * outputs), min(total, s * outputs)))
+        stride.append(s)
+        pads.append((before, total - before))
+        size.append(s * outputs)
+        taps.append(k)
+        dilation.append(d)
+    groups = data.draw(st.integers(1, 2))
+    h, g = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    weight = random(groups * h, g, *taps, seed=data.draw(st.integers(0, 999)))
+    options = {"stride": tuple(stride), "padding": pads, "dilation": tuple(dilation)}
+    layer = Layer(weight, tuple(size), {**options, "groups": groups, "padding_mode": "circular"})
+    assert is_circulant(layer.operator())
+    count = min(layer.operator().shape)
+    check_triplets(layer, data.draw(st.integers(1, count)), data.draw(st.booleans()))
