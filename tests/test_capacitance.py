@@ -14,7 +14,11 @@ from strategies import one_thread as one_thread
 from torch import Tensor
 
 from convspectra import ConvOperator, capacitance
-from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
+from convspectra.capacitance import (
+    CapacitanceFactorization,
+    border_bytes,
+    is_square_toeplitz,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -27,8 +31,6 @@ def kernel(*taps: float) -> Tensor:
 
 
 LAPLACIAN = kernel([0, 1, 0], [1, -4, 1], [0, 1, 0])
-IDENTITY = torch.zeros(3, 3, 3, 3, dtype=torch.float64)
-IDENTITY[range(3), range(3), 1, 1] = 1
 
 
 @st.composite
@@ -137,7 +139,7 @@ def test_solves_are_those_of_the_dense_matrix(layer):
         assert error <= 1e-13 * condition
         residual = (x.flatten(1) @ matrix.T - y.flatten(1)).norm() / y.norm()
         assert residual <= 1e-13 * condition
-    assert factorization.worst_residual <= 1e-13 * condition
+    assert factorization.error_bound <= 1e-11 * condition
 
 
 @given(square_layers())
@@ -166,43 +168,10 @@ def test_gradient_of_logabsdet_is_the_inverse_summed_over_omega(layer):
     assert (weight.grad - expected).abs().max() <= 1e-8 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        Layer(random(2, 2, 3), (4,)),
-        Layer(random(1, 1, 3, 3), (3, 4)),
-        Layer(random(4, 2, 2), (5,), {"groups": 2}),
-        Layer(random(2, 2, 3, 2), (2, 3), {"transposed": True, "padding": [(1, 1), (0, 1)]}),
-    ],
-)
-def test_gradient_of_logabsdet_by_finite_differences(layer):
-    def value(weight: Tensor) -> Tensor:
-        return CapacitanceFactorization(layer.operator(weight)).logabsdet()
-
-    assert torch.autograd.gradcheck(value, (layer.weight.clone().requires_grad_(),))
-
-
-def test_second_derivative_is_refused():
-    weight = random(2, 2, 3).requires_grad_()
-    value = CapacitanceFactorization(ConvOperator(weight, 5)).logabsdet() + weight.square().sum()
-    (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="at most one derivative"):
-        torch.autograd.grad(gradient.sum(), weight)
-
-
 def test_solves_do_not_follow_the_weight():
     weight = random(2, 2, 3).requires_grad_()
     x = CapacitanceFactorization(ConvOperator(weight, 5)).solve(random(1, 2, 5))
     assert not x.requires_grad
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_transposed_layer_is_the_adjoint_of_its_convolution(transposed):
-    op = ConvOperator(random(2, 2, 3, 3), 4, transposed=transposed)
-    factorization, of_transpose = CapacitanceFactorization(op), CapacitanceFactorization(op.T)
-    y = random(1, 2, 4, 4, seed=1)
-    assert torch.equal(factorization.solve(y), of_transpose.solve_adjoint(y))
-    assert torch.equal(factorization.solve_adjoint(y), of_transpose.solve(y))
 
 
 def test_kernel_of_one_tap_has_no_border():
@@ -261,7 +230,7 @@ def test_a_poor_embedding_is_tried_last():
     y = random(1, 1, 30)
     expected = torch.linalg.solve(layer.dense().detach(), y.flatten())
     assert (factorization.solve(y).flatten() - expected).norm() <= 1e-10 * expected.norm()
-    assert factorization.worst_residual <= 1e-11
+    assert factorization.error_bound <= 1e-8
 
 
 # --- singular layers ------------------------------------------------------------------------------
@@ -323,7 +292,7 @@ def test_nearly_singular_is_not_singular(smallest):
     assert not factorization.is_singular()
     expected = torch.linalg.slogdet(dense).logabsdet
     assert torch.isclose(factorization.logabsdet(), expected, atol=1e-13 / smallest)
-    assert factorization.worst_residual <= 1e-13 / smallest
+    assert factorization.error_bound <= 1e-11 / smallest
 
 
 def test_an_embedding_that_solves_nothing_is_refused():
@@ -342,26 +311,50 @@ def test_a_block_of_layers_is_singular_if_one_of_them_is():
 # --- what else is promised ------------------------------------------------------------------------
 
 
-def test_residuals_are_recorded():
-    op = ConvOperator(kernel(1, 2, 1), 40)
+def exact_errors(op: ConvOperator, dense: Tensor, factorization: CapacitanceFactorization):
+    """||M X - I|| and ||M' Y - I|| of what the solves apply to the identity."""
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    x, y = (
+        solve(identity.reshape(-1, *op.output_shape)).flatten(1).T
+        for solve in (factorization.solve, factorization.solve_adjoint)
+    )
+    return [
+        float(torch.linalg.matrix_norm(error, 2))
+        for error in (dense @ x - identity, dense.T @ y - identity)
+    ]
+
+
+@given(square_layers())
+@settings(max_examples=40)
+def test_error_bound_bounds_the_error_of_the_solves(layer):
+    dense = layer.dense().detach()
+    assume(float(torch.linalg.cond(dense)) < 1e10)
+    op = layer.operator()
     factorization = CapacitanceFactorization(op)
-    assert factorization.worst_residual == 0.0
-    y = random(1, 1, 40)
-    x = factorization.solve(y)
-    first = factorization.worst_residual
-    assert math.isclose(first, float((op.matvec(x) - y).norm() / y.norm()), rel_tol=1e-6)
-    z = factorization.solve_adjoint(x)
-    assert factorization.worst_residual == max(first, float((op.rmatvec(z) - x).norm() / x.norm()))
-    factorization.solve(torch.zeros_like(y))
-    assert factorization.worst_residual >= first
+    assert max(exact_errors(op, dense, factorization)) <= factorization.error_bound + 1e-15
+
+
+@pytest.mark.parametrize("spoiled", [1e-9, 1e-7, 1e-5])
+@pytest.mark.parametrize("size", [(8,), (4, 3)])
+def test_error_bound_follows_an_error_that_is_put_in(monkeypatch, size, spoiled):
+    """It is not idle: within a factor of a hundred of the Frobenius norm of the error."""
+    monkeypatch.setattr(capacitance, "REFINEMENT_THRESHOLD", math.inf)
+    layer = Layer(random(2, 2, *[3] * len(size)), size)
+    op, dense = layer.operator(), layer.dense().detach()
+    factorization = CapacitanceFactorization(op)
+    lu, pivots = factorization._torus._factors
+    factorization._torus._factors = (lu * (1 + spoiled * random(*lu.shape)), pivots)
+    exact = max(exact_errors(op, dense, factorization))
+    assert exact > 0.1 * spoiled
+    assert exact <= factorization.error_bound <= 100 * len(dense) ** 0.5 * exact
 
 
 def test_refinement_is_kept_only_where_it_helps(monkeypatch):
     """With the factors spoiled a little, one step of refinement squares the error."""
     op = ConvOperator(random(2, 2, 3, 3), 5)
     factorization = CapacitanceFactorization(op)
-    lu, pivots = factorization._factors
-    factorization._factors = (lu * (1 + 1e-7 * random(*lu.shape)), pivots)
+    lu, pivots = factorization._torus._factors
+    factorization._torus._factors = (lu * (1 + 1e-7 * random(*lu.shape)), pivots)
     y = random(1, 2, 5, 5)
     refined = (op.matvec(factorization.solve(y)) - y).norm() / y.norm()
     monkeypatch.setattr(capacitance, "REFINEMENT_THRESHOLD", math.inf)
@@ -376,9 +369,20 @@ def test_overflow_is_not_an_answer():
         factorization.solve(torch.full((1, 2, 5), 1e308, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("taps", "points"), [((3, 3), 5), ((3, 1), 0), ((5, 5), 10), ((2, 3), 5), ((3, 3, 3), 10)]
+)
+def test_the_border_is_that_of_the_longest_axis(taps, points):
+    """So many block rows has W: border lines times points of a line."""
+    size = (5, 6, 2)[: len(taps)]
+    op = ConvOperator(random(2, 1, *taps), size, groups=2)
+    assert border_bytes(op) == 8 * 2 * points**2
+    assert CapacitanceFactorization(op)._torus._factors[0].shape == (2, points, points)
+
+
 def test_the_border_matrix_has_a_limit():
     op = ConvOperator(random(4, 2, 3, 3), (5, 6), groups=2)
-    order = 2 * (6 * 7 - 5 * 6)
+    order = 2 * 5
     needed = 2 * order**2 * 8
     CapacitanceFactorization(op, max_bytes=needed)
     with pytest.raises(ValueError, match=rf"the border matrix .*={needed - 1:,} .* {needed:,};"):
@@ -391,10 +395,3 @@ def test_global_random_state_is_left_alone():
     factorization.solve(random(1, 2, 5))
     factorization.is_singular()
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_an_orthogonal_layer_is_solved_exactly():
-    factorization = CapacitanceFactorization(ConvOperator(IDENTITY, (4, 3)))
-    y = random(1, 3, 4, 3)
-    assert torch.allclose(factorization.solve(y), y, atol=1e-15)
-    assert abs(float(factorization.logabsdet())) < 1e-13

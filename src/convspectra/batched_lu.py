@@ -23,7 +23,7 @@ def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         return lu, pivots
     flat = matrix.reshape(-1, *matrix.shape[-2:])
-    lu = torch.empty_like(flat)
+    lu = torch.empty_like(flat).mT  # LAPACK's order: a solve would copy rows into it every time
     pivots = torch.empty(flat.shape[:-1], dtype=torch.int32, device=flat.device)
     for i, one in enumerate(flat):
         lu[i], pivots[i], _ = torch.linalg.lu_factor_ex(one)

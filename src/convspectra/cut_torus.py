@@ -1,0 +1,240 @@
+"""The torus of a block circulant cut open axis by axis: C^{-1} becomes M^{-1}.
+
+Arrays are laid out (groups, axis 0, ..., axis d - 1, channels, vectors), the axes in the order in
+which they are cut, last to first; each is in Fourier space until its cut, in points after it.
+See Note [One axis at a time].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convspectra.batched_lu import inverse_and_logabsdet, logabsdet, lu_factor
+from convspectra.operator import ConvOperator
+from convspectra.symbol import angles, half_count, half_multiplicity, smallest_periods, symbols
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of the torus: n interior points of `period`, and the twist phase."""
+
+    place: int
+    n: int
+    period: int
+    phase: float
+    before: int
+
+    def twist(self, count: int, like: Tensor) -> Tensor:
+        """exp(2 pi i phase n / period) at the first points."""
+        points = torch.arange(count, dtype=torch.float64, device=like.device)
+        angle = points * (2 * math.pi * self.phase / self.period)
+        return torch.polar(torch.ones_like(angle), angle)
+
+    def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
+        """Block Toeplitz matrices (..., rows m, columns m) of a kernel (..., period, m, m)."""
+        device = kernel.device
+        step = torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(
+            columns.start, columns.stop, device=device
+        )
+        blocks = kernel.index_select(-3, (step % self.period).flatten())
+        m = kernel.shape[-1]
+        blocks = blocks.reshape(*kernel.shape[:-3], len(rows), len(columns), m, m)
+        if self.phase:
+            blocks = torch.where((step < 0)[..., None, None], -blocks, blocks)
+        blocks = blocks.transpose(-3, -2)
+        return blocks.reshape(*kernel.shape[:-3], len(rows) * m, len(columns) * m)
+
+    @property
+    def interior(self) -> range:
+        return range(self.n)
+
+    @property
+    def border(self) -> range:
+        return range(self.n, self.period)
+
+
+class CutTorus:
+    """A square zero-padded stride-1 convolution in a torus with `extra` points more than needed.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Not transposed; gradients flow from `logabsdet` to its weight.
+    extra : int
+        Added to the smallest period of every axis.
+    phase : float
+        0, or 1/2 for a torus on which functions change sign as they go around an axis: no frequency
+        is 0 then, and a circulant that is singular there (the Laplacian, say) becomes regular.
+
+    Attributes
+    ----------
+    condition : float
+        Of the circulant, in the Frobenius norm of its symbols; inf if it is singular.
+    norm : float
+        Largest Frobenius norm of a symbol.
+    """
+
+    def __init__(self, op: ConvOperator, extra: int, phase: float) -> None:
+        g = op.geometry
+        periods = [p + extra for p in smallest_periods(g)]
+        order = sorted(
+            range(g.ndim), key=lambda i: (periods[i] - g.input_size[i]) / g.input_size[i]
+        )
+        self._axes = [_Axis(i, g.input_size[i], periods[i], phase, g.padding[i][0]) for i in order]
+        first = self._axes[0]
+        frequencies = [
+            angles(a.period, phase, half_count(a.period, phase) if a is first else None)
+            for a in self._axes
+        ]
+        by_place = [frequencies[order.index(i)] for i in range(g.ndim)]
+        symbol = symbols(op, by_place).permute(0, *(1 + i for i in order), -2, -1)
+        for i, (axis, theta) in enumerate(zip(self._axes, frequencies, strict=True)):
+            # Inputs and outputs both begin at point 0 of the torus.
+            shift = torch.polar(torch.ones_like(theta), -axis.before * theta).to(symbol.device)
+            symbol = symbol * shift.reshape(-1, *(1,) * (g.ndim + 1 - i))
+        self._inverse, log_dets = inverse_and_logabsdet(symbol)
+        self._half = half_multiplicity(first.period, phase).to(symbol.device)
+        weights = self._half.reshape(-1, *(1,) * (g.ndim - 1))
+        self._log_det = (log_dets * weights).sum()
+        norms = [torch.linalg.matrix_norm(x.detach()).flatten(1) for x in (symbol, self._inverse)]
+        self.norm = float(norms[0].amax())
+        self.condition = float((norms[0].amax(1) * norms[1].amax(1)).amax())
+        if math.isnan(self.condition):
+            self.condition = math.inf
+        self._corrections: list[Tensor] = []
+
+    def factorise(self) -> None:
+        """Cut every axis; the large matrix is that of the first axis, cut last."""
+        blocks = self._inverse
+        self._corrections = []
+        for axis in reversed(self._axes[1:]):
+            dim = blocks.ndim - 3
+            kernel = (
+                torch.fft.ifft(blocks, dim=dim) * axis.twist(axis.period, blocks)[:, None, None]
+            )
+            small, log_dets = inverse_and_logabsdet(axis.toeplitz(kernel, axis.border, axis.border))
+            to_interior = axis.toeplitz(kernel, axis.interior, axis.border) @ small
+            to_border = axis.toeplitz(kernel, axis.border, axis.interior)
+            weights = self._half.reshape(-1, *(1,) * (log_dets.ndim - 2))
+            self._log_det = self._log_det + (log_dets * weights).sum()
+            self._corrections.insert(0, to_interior.detach().contiguous())
+            if dim > 2:
+                inside = axis.toeplitz(kernel, axis.interior, axis.interior)
+                blocks = inside - to_interior @ to_border
+        if len(self._axes) == 1:
+            border = self._border_matrix(lambda waves: _real_sum(waves, blocks))
+        else:
+            # One product for all frequencies: the real and imaginary parts side by side.
+            right = to_border.flatten(1, 2)
+            right = torch.cat([right.real, right.imag], 1)
+
+            def block(waves: Tensor) -> Tensor:
+                left = (waves[:, None, None] * to_interior).transpose(1, 2).flatten(2)
+                left = torch.cat([left.real, -left.imag], 2)
+                inside = axis.toeplitz(_real_sum(waves, kernel), axis.interior, axis.interior)
+                return torch.baddbmm(inside, left, right, alpha=-1)
+
+            border = self._border_matrix(block)
+        self._factors = lu_factor(border.detach())
+        self._border = border if border.requires_grad else None
+        self._log_det_border = _log_diagonal(self._factors[0])
+        self._inverse = self._inverse.detach().contiguous()
+
+    def logabsdet(self) -> Tensor:
+        """Log |det M|, with gradient."""
+        if self._border is not None:
+            return self._log_det + logabsdet(self._border, *self._factors).sum()
+        return self._log_det + self._log_det_border
+
+    def apply_inverse(self, y: Tensor, adjoint: bool) -> Tensor:
+        """M^{-1} y, or M'^{-1} y, for a batch (b, channels, *points), without refinement."""
+        groups, channels = self._inverse.shape[0], self._inverse.shape[-1]
+        places = [axis.place for axis in self._axes]
+        y = y.reshape(len(y), groups, channels, *y.shape[2:])
+        y = y.permute(1, *(3 + i for i in places), 2, 0)
+        x = self._inverse_after_cuts(0, y, adjoint)
+        back = [1 + places.index(i) for i in range(len(places))]
+        return x.permute(-1, 0, -2, *back).flatten(1, 2)
+
+    def _inverse_after_cuts(self, cut: int, y: Tensor, adjoint: bool) -> Tensor:
+        """The inverse once the axes from `cut` on are cut; those before are in Fourier space."""
+        if cut == len(self._axes):
+            return _adjoint_product(self._inverse, y) if adjoint else self._inverse @ y
+        axis, dim = self._axes[cut], 1 + cut
+        if cut == 0:
+            u = self._through_torus(0, y, adjoint)
+            inside, outside = u.split([axis.n, axis.period - axis.n], dim)
+            if outside.shape[dim] == 0:
+                return inside
+            right = outside.flatten(1, -2)
+            w = torch.linalg.lu_solve(*self._factors, right, adjoint=adjoint)
+            at_border = torch.cat([torch.zeros_like(y), w.reshape(outside.shape)], dim)
+            return inside - self._through_torus(0, at_border, adjoint).narrow(dim, 0, axis.n)
+        correction = self._corrections[cut - 1]
+        if adjoint:
+            at_border = -_adjoint_product(correction, y.flatten(dim, -2))
+            border_shape = (*y.shape[:dim], axis.period - axis.n, *y.shape[dim + 1 :])
+            y = torch.cat([y, at_border.reshape(border_shape)], dim)
+            return self._through_torus(cut, y, adjoint).narrow(dim, 0, axis.n)
+        u = self._through_torus(cut, y, adjoint)
+        inside, outside = u.split([axis.n, axis.period - axis.n], dim)
+        return inside - (correction @ outside.flatten(dim, -2)).reshape(inside.shape)
+
+    def _through_torus(self, cut: int, y: Tensor, adjoint: bool) -> Tensor:
+        """The inverse before `cut` was made: from the first points of the axis to all of them."""
+        axis, dim = self._axes[cut], 1 + cut
+        missing = axis.period - y.shape[dim]
+        tail = (1,) * (y.ndim - dim - 1)
+        if cut == 0 and axis.phase == 0:
+            u = torch.fft.rfft(y, n=axis.period, dim=dim)
+            u = self._inverse_after_cuts(1, u, adjoint)
+            return torch.fft.irfft(u, n=axis.period, dim=dim)
+        twist = axis.twist(axis.period, y)
+        if missing:
+            y = torch.cat([y, y.new_zeros(*y.shape[:dim], missing, *y.shape[dim + 1 :])], dim)
+        if axis.phase:
+            y = y * twist.conj().reshape(-1, *tail)
+        u = torch.fft.fft(y, dim=dim)
+        if cut == 0:
+            u = self._inverse_after_cuts(1, u.narrow(dim, 0, len(self._half)), adjoint)
+            u = u * self._half.reshape(-1, *tail)
+            u = torch.fft.ifft(u, n=axis.period, dim=dim)
+            return (u * twist.reshape(-1, *tail)).real
+        u = torch.fft.ifft(self._inverse_after_cuts(cut + 1, u, adjoint), dim=dim)
+        return u * twist.reshape(-1, *tail) if axis.phase else u
+
+    def _border_matrix(self, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """W, from a function of the weights with which the frequencies of the first axis enter."""
+        axis = self._axes[0]
+        theta = angles(axis.period, axis.phase, len(self._half)).to(self._half.device)
+        width = axis.period - axis.n
+        if width == 0:
+            return self._half.new_zeros(self._inverse.shape[0], 0, 0)
+        diagonals = {
+            step: block(torch.polar(self._half / axis.period, step * theta))
+            for step in range(1 - width, width)
+        }
+        if width == 1:
+            return diagonals[0]
+        rows = [torch.cat([diagonals[i - j] for j in range(width)], -1) for i in range(width)]
+        return torch.cat(rows, -2)
+
+
+def _adjoint_product(blocks: Tensor, y: Tensor) -> Tensor:
+    """blocks^H y, without a conjugated copy of the blocks."""
+    return (blocks.mT @ y.conj()).conj()
+
+
+def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
+    """Re sum_k waves[k] blocks[:, k] for blocks (groups, frequencies, ...)."""
+    return torch.tensordot(blocks, waves, dims=([1], [0])).real
+
+
+def _log_diagonal(lu: Tensor) -> Tensor:
+    total: Tensor = lu.diagonal(dim1=-2, dim2=-1).abs().log().sum()
+    return total
