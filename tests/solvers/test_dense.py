@@ -16,7 +16,7 @@ each_end = pytest.mark.parametrize("largest", [True, False], ids=["largest", "sm
 def gram_of(matrix, k, largest):
     """As the strategy calls it: the smaller Gram matrix, u and v swapped back."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    result = gram_eigh(wide @ wide.T, wide, k, largest)
+    result = gram_eigh(wide[None], k, largest)
     if wide is matrix:
         return result
     return type(result)(**{**vars(result), "u": result.v, "v": result.u})
@@ -26,7 +26,7 @@ def gram_of(matrix, k, largest):
 @each_matrix
 def test_dense_svd(name, largest):
     for k in counts(name):
-        result = dense_svd(MATRICES[name], k, largest)
+        result = dense_svd(MATRICES[name][None], k, largest)
         assert result.converged
         assert result.matvecs == 0
         check(name, result, k, largest=largest, tol=1e-14)
@@ -35,7 +35,7 @@ def test_dense_svd(name, largest):
 @each_end
 @each_matrix
 def test_dense_enclosure_is_tight(name, largest):
-    result = dense_svd(MATRICES[name], 1, largest)
+    result = dense_svd(MATRICES[name][None], 1, largest)
     width = (2 * max(MATRICES[name].shape) + 66) * EPS * float(truth(name)[0])
     assert float(result.upper - result.lower) <= width
 
@@ -47,7 +47,7 @@ def test_bound_on_the_others_is_tight(name, largest):
     values = [float(value) for value in truth(name)]
     error = (max(MATRICES[name].shape) + 34) * EPS * values[0]
     for k in counts(name):
-        result = dense_svd(MATRICES[name], k, largest)
+        result = dense_svd(MATRICES[name][None], k, largest)
         if k == len(values):
             assert result.others == (0.0 if largest else math.inf)
             continue
@@ -62,7 +62,7 @@ def test_bound_on_the_others_is_tight(name, largest):
 def test_gram_eigh(name, largest):
     for k in counts(name):
         result = gram_of(MATRICES[name], k, largest)
-        assert result.matvecs == min(MATRICES[name].shape)
+        assert result.matvecs == 0
         check(name, result, k, largest=largest, tol=1e-7)
 
 

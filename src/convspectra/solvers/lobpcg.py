@@ -1,11 +1,12 @@
-"""Smallest singular triplets by LOBPCG on the smaller Gram matrix.
+"""Extreme singular triplets by LOBPCG on the Gram matrix.
 
-Source: Knyazev (SIAM J. Sci. Comput. 23, 2001), with the basis [X, R, P] orthonormalised by QR
-before each Rayleigh-Ritz step, after Hetmaniuk and Lehoucq (J. Comput. Phys. 218, 2006).
+Source: Knyazev (SIAM J. Sci. Comput. 23, 2001), with the basis [X, R, P] orthonormalised before
+each Rayleigh-Ritz step, after Hetmaniuk and Lehoucq (J. Comput. Phys. 218, 2006).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from convspectra.solvers.result import SingularTriplets
 
-GUARD_VECTORS = 4
+GUARD_VECTORS = 2
+NEW_DIRECTIONS = 1e-6
+"""New directions that are this little beside the others, relatively, are dropped."""
+KEPT_DIRECTIONS = 1e-4
+"""Directions of the last step that are this much of it or less, beside the others, are dropped:
+their images are known by linear combination only."""
 
 
 def lobpcg(
@@ -22,101 +28,178 @@ def lobpcg(
     shape: tuple[int, int],
     k: int,
     *,
+    largest: bool = False,
     tol: float,
     maxiter: int,
     like: Tensor,
     generator: torch.Generator | None = None,
+    values_only: bool = False,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    guard: int = GUARD_VECTORS,
+    start: Tensor | None = None,
 ) -> SingularTriplets:
-    """The k smallest of the n singular triplets of a tall A (m >= n), ascending.
+    """The k largest (descending) or smallest (ascending) singular triplets of a map from R^n.
 
     Parameters
     ----------
     matvec, rmatvec : callable
         On batches in rows: (b, n) -> (b, m) and back.
     shape : (m, n)
+        With m < n the smallest are null vectors.
     k : int
+        At most n.
+    largest : bool
     tol : float
         A triplet has converged when ``||A'A v - s^2 v|| <= tol * s * sigma_max``, or when that
         residual is down at the rounding error of A'A and s is at most ``tol * sigma_max``: A'A
-        resolves no singular value below about ``sqrt(eps) sigma_max``.
+        resolves no singular value below about ``sqrt(eps) sigma_max``. With `values_only`, when
+        the error of s^2 is estimated to be ``tol * s^2``: residual^2 over the gap to the next one,
+        or, without guard vectors, from the progress of the last steps.
     maxiter : int
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
         Of the random start vectors, on that device.
+    values_only : bool
     precondition : callable, optional
-        An approximation of (A'A)^{-1} on rows, symmetric positive definite.
+        On rows, symmetric positive definite: an approximation of (A'A)^{-1} for the smallest, of
+        ``(t - A'A)^{-1}`` with a t above sigma_max^2 for the largest.
+    guard : int
+        Vectors iterated with beside the k.
+    start : Tensor, optional
+        (at most k + guard, n): first approximations.
 
     Returns
     -------
     SingularTriplets
-        Upper bounds are Rayleigh-Ritz values and hold for certain. There is no lower bound but 0:
-        the iteration cannot tell that it missed a smaller value. The left vectors ``A v / s`` of
-        values down at rounding error are noise.
+        Rayleigh-Ritz values, which bound the largest from below and the smallest from above, for
+        certain. There is no bound on the other side: the iteration cannot tell that it missed a
+        value. The second vectors ``A v / s`` of values down at rounding error are noise.
 
     Notes
     -----
-    Cost per step: one application each of A and A' to k + 4 vectors, and ``O(m (k + 4)^2)`` flops.
+    Cost per step: one application each of A and A' to k + guard vectors, and ``O(m (k + guard)^2)``
+    flops.
     """
     m, n = shape
-    block = min(n, k + GUARD_VECTORS)
+    block = min(n, k + guard)
     eps = torch.finfo(like.dtype).eps
     x = torch.randn(block, n, dtype=like.dtype, device=like.device, generator=generator)
+    if start is not None:
+        x[: len(start)] = start
     x = torch.linalg.qr(x.T).Q.T
     ax = matvec(x)
-    largest = float(torch.linalg.matrix_norm(ax, 2))
-    p = x.new_zeros(0, n)
-    matvecs, converged = block, False
+    p, ap = x.new_zeros(0, n), x.new_zeros(0, m)
+    matvecs, converged, norm = block, False, 0.0
+    history: list[float] = []
     for _ in range(maxiter):
-        rotation, s, _ = torch.linalg.svd(ax, full_matrices=False)
-        rotation, s = rotation.flip(1), s.flip(0)
+        rotation, s = _left_singular(ax, largest)
+        norm = max(norm, float(s.amax()))
         x, ax = rotation.T @ x, rotation.T @ ax
-        residual = rmatvec(ax) - s[:, None] ** 2 * x
+        # Relative to the norm of A, so that no square overflows.
+        ratio = s / norm if norm > 0 else torch.zeros_like(s)
+        residual = rmatvec(ax / (norm or 1.0)) / (norm or 1.0) - ratio[:, None] ** 2 * x
         matvecs += block
         size = torch.linalg.vector_norm(residual, dim=1)[:k]
-        floor = 8 * eps * largest**2
-        reached = size <= tol * s[:k] * largest
+        floor = 8 * eps
+        reached = size <= tol * ratio[:k]
+        if values_only and block > k:
+            gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
+            reached |= size**2 <= tol * ratio[:k] ** 2 * gap
+        elif values_only and k == 1:
+            history.append(float(s[0]))
+            reached |= _error_by_progress(history) <= 0.5 * tol * float(s[0])
         if bool((reached | (size <= floor)).all()):
-            converged = bool((reached | (s[:k] <= tol * largest)).all())
+            converged = bool((reached | (ratio[:k] <= tol)).all())
             break
-        search = residual if precondition is None else precondition(residual)
-        basis = _orthonormal(torch.cat([search, p]), x)
-        if len(basis) == 0:  # x spans the whole space
+        # The guard vectors go on as long as one of the others does.
+        active = torch.ones(block, dtype=torch.bool, device=x.device)
+        active[:k] = ~(reached | (size <= floor))
+        search = residual[active]
+        search = search if precondition is None else precondition(search)
+        # A preconditioner in single precision may overflow.
+        search = _orthonormal(search[torch.isfinite(search).all(1)], x)
+        if len(search) + len(p) == 0:  # x spans the whole space
             converged = True
             break
-        images = matvec(basis)
-        matvecs += len(basis)
-        # The smallest left singular vectors of all images are the Ritz vectors of A'A.
-        together, stacked = torch.cat([x, basis]), torch.cat([ax, images])
-        left, _, _ = torch.linalg.svd(stacked, full_matrices=False)
-        largest = max(largest, float(torch.linalg.matrix_norm(stacked, 2)))
-        chosen = left.flip(1)[:, :block].T
-        p = chosen[:, block:] @ basis
+        images = matvec(search)
+        matvecs += len(search)
+        p, ap = _beside(p, ap, torch.cat([x, search]), torch.cat([ax, images]))
+        together, stacked = torch.cat([x, search, p]), torch.cat([ax, images, ap])
+        # The extreme left singular vectors of all images are the Ritz vectors of A'A.
+        left, s = _left_singular(stacked, largest)
+        norm = max(norm, float(s.amax()))
+        chosen = left[:, :block].T
+        p, ap = chosen[:, block:] @ together[block:], chosen[:, block:] @ stacked[block:]
         x, ax = chosen @ together, chosen @ stacked
+    ax = matvec(x)
+    matvecs += block
     s = torch.linalg.vector_norm(ax, dim=1)[:k]
-    order = torch.argsort(s)
+    order = torch.argsort(s, descending=largest)
     s = s[order]
+    slack = 8 * m**0.5 * eps * norm
     return SingularTriplets(
         u=ax[:k][order] / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None],
         s=s,
         v=x[:k][order],
-        lower=torch.zeros_like(s),
-        others=0.0,
-        upper=s + 8 * m**0.5 * eps * largest,
+        lower=(s - slack).clamp_min(0) if largest else torch.zeros_like(s),
+        others=math.inf if largest else 0.0,
+        upper=torch.full_like(s, math.inf) if largest else s + slack,
         converged=converged,
         matvecs=matvecs,
-        certificate="Rayleigh-Ritz values above; no bound below",
+        certificate=(
+            f"Rayleigh-Ritz values {'below' if largest else 'above'}; no bound "
+            f"{'above' if largest else 'below'}"
+        ),
     )
+
+
+def _left_singular(rows: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+    """All left singular vectors in columns, the best first, and as many values (some may be 0)."""
+    factor = torch.linalg.qr(rows.T, mode="r").R.T if rows.shape[0] <= rows.shape[1] else rows
+    left, s, _ = torch.linalg.svd(factor, full_matrices=True)
+    s = torch.nn.functional.pad(s, (0, left.shape[1] - len(s)))
+    return (left, s) if largest else (left.flip(1), s.flip(0))
 
 
 def _orthonormal(rows: Tensor, against: Tensor) -> Tensor:
-    """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`."""
-    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(
-        torch.finfo(rows.dtype).tiny
-    )
-    for smallest in (1e-10, 0.5):
-        rows = rows - (rows @ against.T) @ against
-        _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
-        rows = directions[sizes > smallest]
+    """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
+
+    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002).
+    """
+    for smallest in (NEW_DIRECTIONS, 0.5, 0.5):
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
+        rows = torch.addmm(rows, rows @ against.T, against, alpha=-1)
+        rows = _principal(rows, smallest) @ rows
     return rows
+
+
+def _beside(p: Tensor, ap: Tensor, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows of the span of p orthogonal to the basis, and their images."""
+    for smallest in (KEPT_DIRECTIONS, 0.5):
+        length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
+        scale = 1 / length.clamp_min(torch.finfo(p.dtype).tiny)
+        p, ap = scale * p, scale * ap
+        along = p @ basis.T
+        p, ap = p - along @ basis, ap - along @ images
+        turn = _principal(p, smallest)
+        p, ap = turn @ p, turn @ ap
+    return p, ap
+
+
+def _principal(rows: Tensor, smallest: float) -> Tensor:
+    """What makes rows orthonormal, without their principal components of `smallest` or less."""
+    squares, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = squares > smallest**2
+    return (vectors[:, kept] / squares[kept].sqrt()).T
+
+
+def _error_by_progress(values: list[float]) -> float:
+    """What a sequence of values has left to its limit, if it goes on no slower than lately."""
+    if len(values) < 7:
+        return math.inf
+    steps = [abs(b - a) for a, b in zip(values[-7:-1], values[-6:], strict=True)]
+    ratio = sum(steps[3:]) / max(sum(steps[:3]), 1e-300)
+    rate = min(max(ratio, 0.125), 0.9) ** (1 / 3)
+    return max(steps[3:]) * rate / (1 - rate)
