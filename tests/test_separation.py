@@ -16,7 +16,13 @@ def layer(generator_seed=0, channels=6, size=(7, 7)):
     return cs.ConvOperator(weight, size)
 
 
-CASES = [(which, method) for which in METHODS for method in METHODS[which] if method != "auto"]
+OTHERS = {("LM", "lobpcg"), ("SM", "lanczos")}  # these give one value and no bound on the others
+CASES = [
+    (which, method)
+    for which in METHODS
+    for method in METHODS[which]
+    if method not in ("auto", "circulant") and (which, method) not in OTHERS
+]
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -49,7 +49,7 @@ SOBEL = kernel([1, 2, 1], [0, 0, 0], [-1, -2, -1])
 
 def methods(op: ConvOperator, which: str) -> list[str]:
     if which == "LM":
-        return ["auto", "dense", "gram", "golub-kahan"]
+        return ["auto", "dense", "gram", "lanczos"]
     return ["auto", "dense", "gram", "lobpcg"] + ["capacitance"] * is_square_toeplitz(op)
 
 
@@ -135,9 +135,13 @@ def test_random_layers(layer):
                 assert method == "capacitance"
                 assert true[-1] <= 1e-9 * true[0]
                 continue
+            except ValueError:  # sub-lattices of unlike sizes
+                assert method == "capacitance"
+                assert true[-1] <= 1e-14 * true[0]
+                continue
             check(layer, result, k, which, true)
-            assert method in ("auto", result.method) or not op.weight.any()
-            if method in ("auto", "dense") or (method == "golub-kahan"):
+            assert method == "auto" or result.method in (method, "structure", "zero")
+            if method in ("auto", "dense") or (method == "lanczos"):
                 assert result.converged
 
 
@@ -165,7 +169,7 @@ def test_stopping_early_still_encloses(layer, which):
         for k in range(1, min(3, *op.shape) + 1):
             try:
                 result = cs.svds(op, k, which, method=method, maxiter=maxiter)
-            except ArithmeticError:
+            except (ArithmeticError, ValueError):
                 assert method == "capacitance"
                 continue
             check(layer, result, k, which, true)
@@ -201,6 +205,15 @@ LARGE = {
     "circular": Layer(random(4, 4, 3, 3), (9, 9), {"padding_mode": "circular"}),
     "reflect": Layer(random(4, 4, 3, 3), (9, 9), {"padding_mode": "reflect"}),
 }
+OTHER_WAYS = {
+    "grouped": "dense",
+    "depthwise": "dense",
+    "dilated": "dense",
+    "depthwise Laplacian": "dense",
+    "kernel 1": "dense",
+    "circular": "circulant",
+}
+"""Where groups, sub-lattices or Fourier symbols leave matrices that are small."""
 SINGULAR = {
     "copied output": Layer(dead_channel(4, 0, True), (9, 9)),
     "copied input": Layer(dead_channel(4, 1, True), (9, 9)),
@@ -228,15 +241,14 @@ def test_large_layers(name):
     assert small**2 * large > strategy.SMALL_WORK
     for k in (1, 3):
         top = cs.svds(op, k, "LM")
-        assert top.method == "golub-kahan"
+        assert top.method == OTHER_WAYS.get(name, "lanczos" if name == "reflect" else "lobpcg")
         assert top.converged
         check(layer, top, k, "LM", true)
         bottom = cs.svds(op, k, "SM")
         assert bottom.converged
-        if is_square_toeplitz(op):
-            assert bottom.method == "capacitance"
-        else:
-            assert bottom.method in ("gram", "dense")
+        way = "capacitance" if is_square_toeplitz(op) else "gram"
+        way = "dense" if name == "reflect" else way  # too ill-conditioned for a Gram matrix
+        assert bottom.method == OTHER_WAYS.get(name, way)
         check(layer, bottom, k, "SM", true)
 
 
@@ -249,7 +261,6 @@ def test_singular_layers_are_found_singular(name):
     for k in (1, 2):
         result = cs.svds(op, k, "SM")
         assert result.converged
-        assert result.method == "dense"
         check(layer, result, k, "SM", true)
         assert float(result.lower[0]) == 0.0
         assert float(result.upper[0]) <= 1e-12 * true[0]
@@ -267,6 +278,10 @@ def test_large_layers_by_every_method(layer):
             except ArithmeticError:
                 assert method == "capacitance"
                 assert true[-1] < 1e-11 * true[0]
+                continue
+            except ValueError:  # sub-lattices of unlike sizes
+                assert method == "capacitance"
+                assert layer is SINGULAR["dilated, asymmetric"]
                 continue
             check(layer, result, 2, which, true)
 
@@ -430,7 +445,7 @@ def test_circular_padding_is_not_taken_for_zero_padding():
 def test_too_few_steps_are_said():
     op = LARGE["random"].operator()
     for which in ("LM", "SM"):
-        method = "golub-kahan" if which == "LM" else "capacitance"
+        method = "lanczos" if which == "LM" else "capacitance"
         result = cs.svds(op, 1, which, method=method, maxiter=2)
         assert not result.converged
         assert float(result.lower[0]) <= float(result.s[0]) <= float(result.upper[0])
@@ -443,22 +458,23 @@ def test_too_few_steps_are_said():
         assert torch.equal(caught.value.result.s, result.s)
         assert not caught.value.result.converged
     with pytest.raises(cs.ConvergenceError):
-        cs.cond(op, maxiter=2)
+        cs.cond(op, maxiter=2, method="auto", max_bytes=1000)
 
 
 def test_auto_goes_on_until_a_way_is_certified(monkeypatch):
-    """A capacitance method that cannot, then a Gram matrix that cannot: dense is left."""
+    """A capacitance method that cannot, a Gram matrix that cannot, a LOBPCG that may not: dense."""
     op = SINGULAR["1 0 1"].operator()
     tried = []
-    for name in ("_capacitance", "_gram", "_dense"):
-        original = getattr(strategy.Search, name)
+    ways = ["capacitance", "_gram", "lanczos_triplets", "lobpcg_smallest", "_dense"]
+    for name in ways:
+        original = getattr(strategy, name)
         monkeypatch.setattr(
-            strategy.Search,
+            strategy,
             name,
-            lambda self, name=name, original=original: tried.append(name) or original(self),
+            lambda request, name=name, original=original: tried.append(name) or original(request),
         )
     assert cs.svds(op, 1, "SM").method == "dense"
-    assert tried == ["_capacitance", "_gram", "_dense"]
+    assert tried == ways
 
 
 def test_without_room_for_a_matrix_lobpcg_is_left():
@@ -466,18 +482,18 @@ def test_without_room_for_a_matrix_lobpcg_is_left():
     result = cs.svds(op, 1, "SM", max_bytes=1000)
     assert result.method == "lobpcg"
     assert math.isclose(float(result.s[0]), cs.sigma_min(op), rel_tol=1e-9)
-    assert float(result.lower[0]) == 0.0
-    assert "no bound below" in result.certificate
+    assert 0.9 * float(result.s[0]) <= float(result.lower[0])
+    assert "Lanczos on the shifted Gram matrix" in result.certificate
 
 
 @pytest.mark.parametrize("method", ["auto", "dense", "gram", "capacitance", "lobpcg"])
 def test_methods_name_their_certificate(method):
     result = cs.svds(LARGE["random"].operator(), 1, "SM", method=method, maxiter=2000)
     expected = {
-        "auto": "of the inverse: Rayleigh-Ritz values",
+        "auto": "the Lanczos bound for the inverse",
         "dense": "backward error of a dense SVD",
         "gram": "backward error of the Gram matrix",
-        "capacitance": "the largest residual of its solves",
+        "capacitance": "bound on the error of its solves",
         "lobpcg": "no bound below",
     }
     assert expected[method] in result.certificate
@@ -509,10 +525,10 @@ def test_results_are_detached():
 # --- randomness -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["golub-kahan", "lobpcg", "capacitance"])
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg", "capacitance"])
 def test_randomness_comes_from_the_generator_or_a_fixed_seed(method):
     op = LARGE["random"].operator()
-    which = "LM" if method == "golub-kahan" else "SM"
+    which = "LM" if method == "lanczos" else "SM"
     state = torch.get_rng_state()
     first, again = (cs.svds(op, 1, which, method=method, maxiter=5) for _ in range(2))
     assert torch.equal(first.v, again.v)
@@ -541,8 +557,11 @@ BAD_OPTIONS = [
     ({"which": None}, "which to be one of .* got None"),
     ({"method": "svd"}, "method for which='LM' to be one of .* got 'svd'"),
     ({"method": "capacitance"}, "method for which='LM' .* got 'capacitance'"),
-    ({"method": "lobpcg"}, "method for which='LM' .* got 'lobpcg'"),
-    ({"which": "SM", "method": "golub-kahan"}, "method for which='SM' .* got 'golub-kahan'"),
+    ({"method": "lobpcg", "separation": 0.1}, "zero padding without separation, for method='lob"),
+    (
+        {"which": "SM", "method": "lanczos", "k": 2},
+        "or k=1 .* for method='lanczos', got .* and k=2",
+    ),
     ({"which": "SM", "method": "capacitance"}, "square layer with zero padding and stride 1"),
     ({"tol": 0}, "tol between 0 and 1, got 0"),
     ({"tol": -1e-8}, "tol between 0 and 1"),
@@ -553,7 +572,7 @@ BAD_OPTIONS = [
     ({"maxiter": 0}, "maxiter to be a positive integer, got 0"),
     ({"maxiter": 2.5}, r"maxiter to be a positive integer, got 2\.5"),
     ({"maxiter": True}, "maxiter to be a positive integer, got True"),
-    ({"max_bytes": 100}, "the dense matrix to take at most max_bytes=100 bytes"),
+    ({"max_bytes": 100, "method": "dense"}, "the dense matrix to take at most max_bytes=100 bytes"),
 ]
 
 
@@ -566,7 +585,7 @@ def test_bad_options_are_refused(options, message):
 def test_matrices_over_the_limit_are_refused():
     op = LARGE["random"].operator()
     with pytest.raises(ValueError, match="the border matrix to take at most max_bytes=1,000"):
-        cs.svds(op, 1, "SM", max_bytes=1000)
+        cs.svds(op, 1, "SM", method="capacitance", max_bytes=1000)
     for which in ("LM", "SM"):
         with pytest.raises(ValueError, match="the dense matrix to take at most"):
             cs.svds(op, 1, which, method="dense", max_bytes=1000)

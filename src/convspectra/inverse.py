@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convspectra.batched_lu import differentiable_once
+from convspectra.batched_lu import differentiable_once, inverse_and_logabsdet, lu_factor
+from convspectra.blocks import Block, gather, independent_blocks, scatter
 from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
 from convspectra.checks import check_array, check_type
+from convspectra.circulant import CirculantEmbedding, is_circulant
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
+from convspectra.request import group_matrices
 from convspectra.spectra import ldexp, normalised
 from convspectra.strategy import SMALL_WORK
 
@@ -64,25 +67,43 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
         return weight.new_full((), -math.inf)
     scaled = op.with_weight(weight / largest)
     shift = min(op.shape) * math.log(largest)
-    rows, columns = op.shape
-    if rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
+    blocks = independent_blocks(scaled.T if scaled.transposed else scaled)
+    if sum(len(b.places) * min(b.op.shape) for b in blocks) < min(op.shape):
+        return weight.new_full((), -math.inf)  # zero rows or columns, or blocks of unlike shapes
+    total = weight.new_full((), shift)
+    for block in blocks:
+        total = total + len(block.places) * _block_logabsdet(block.op, max_bytes)
+    return total
+
+
+def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
+    if is_circulant(op):
+        return _log_pseudo_det(CirculantEmbedding(op).symbols(half=False))
+    rows, columns = (n // op.groups for n in op.shape)
+    if op.groups * rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
         with contextlib.suppress(ArithmeticError):
-            factorization = CapacitanceFactorization(scaled, max_bytes)
+            factorization = CapacitanceFactorization(op, max_bytes)
             if not factorization.is_singular():
-                return factorization.logabsdet() + shift
-        check_bytes("the dense matrix of a layer close to singular", 8 * rows * columns, max_bytes)
-    matrix = scaled.to_dense(max_bytes)
-    if matrix.requires_grad:
-        u, values, vh = torch.linalg.svd(matrix.detach(), full_matrices=False)
+                return factorization.logabsdet()
+        size = 8 * op.groups * rows * columns
+        check_bytes("the dense matrix of a layer close to singular", size, max_bytes)
+    return _log_pseudo_det(group_matrices(op, max_bytes))
+
+
+def _log_pseudo_det(matrices: Tensor) -> Tensor:
+    """The sum of log s over all the matrices (..., m, n), real or complex, with gradient."""
+    if matrices.requires_grad:
+        u, values, vh = torch.linalg.svd(matrices.detach(), full_matrices=False)
     else:
-        values = torch.linalg.svdvals(matrix)
-    if float(values[-1]) <= max(rows, columns) * torch.finfo(values.dtype).eps * float(values[0]):
-        return weight.new_full((), -math.inf)
+        values = torch.linalg.svdvals(matrices)
+    count = max(matrices.shape[-2:]) * math.prod(matrices.shape[:-2])
+    if float(values.amin()) <= count * torch.finfo(values.dtype).eps * float(values.amax()):
+        return values.new_full((), -math.inf)
     total: Tensor = values.log().sum()
-    if matrix.requires_grad:
-        anchor = matrix.diagonal().sum()
-        total = _LogPseudoDet.apply(matrix, u, values, vh, anchor)  # type: ignore[no-untyped-call]
-    return total + shift
+    if matrices.requires_grad:
+        anchor = matrices.sum()
+        total = _LogPseudoDet.apply(matrices, u, values, vh, anchor)  # type: ignore[no-untyped-call]
+    return total
 
 
 def solve(
@@ -139,12 +160,7 @@ def solve(
     y_exponent = int(torch.frexp(y.detach().double().abs().amax()).exponent)
     batch = ldexp(y.detach().double(), -y_exponent).reshape(-1, *shape)
     system = scaled.T if adjoint else scaled
-    if is_square_toeplitz(op) and rows**3 > SMALL_WORK:
-        x = CapacitanceFactorization(system, max_bytes).solve(batch)
-    else:
-        factors = torch.linalg.lu_factor_ex(system.to_dense(max_bytes))
-        x = torch.linalg.lu_solve(factors.LU, factors.pivots, batch.flatten(1).T).T
-        x = x.reshape(-1, *system.input_shape)
+    x = _solve_blocks(system, batch, max_bytes)
     residual = torch.linalg.vector_norm((batch - system.apply(x)).flatten(1), dim=1)
     size = torch.linalg.vector_norm(scaled.weight) * torch.linalg.vector_norm(x.flatten(1), dim=1)
     allowed = torch.minimum(
@@ -162,8 +178,45 @@ def solve(
     return x.reshape(*y.shape[: y.ndim - len(shape)], *system.input_shape)
 
 
+def _solve_blocks(system: ConvOperator, batch: Tensor, max_bytes: int) -> Tensor:
+    """The solution for (b, *output_shape), block by block; NaN where a block is singular."""
+    direct = system.T if system.transposed else system
+    blocks = independent_blocks(direct)
+    x = batch.new_zeros(len(batch), *system.input_shape)
+    for block in blocks:
+        if block.op.shape[0] != block.op.shape[1]:
+            return torch.full_like(x, math.nan)
+        ends = [(p.inputs, p.outputs) for p in block.places]
+        if not system.transposed:
+            ends = [(outputs, inputs) for inputs, outputs in ends]
+        right = torch.cat([gather(batch, known) for known, _ in ends])
+        solution = _solve_block(block, right, system.transposed, max_bytes)
+        for part, (_, unknown) in zip(solution.split(len(batch)), ends, strict=True):
+            x = x + scatter(part, unknown, system.input_shape[1:])
+    return x
+
+
+def _solve_block(block: Block, right: Tensor, adjoint: bool, max_bytes: int) -> Tensor:
+    op = block.op.T if adjoint else block.op
+    if is_circulant(block.op):
+        embedding = CirculantEmbedding(block.op)
+        inverse, _ = inverse_and_logabsdet(embedding.symbols())
+        if adjoint:
+            on_torus = embedding.embed_input(right)
+            return embedding.restrict_output(embedding.multiply(inverse.mH, on_torus))
+        return embedding.restrict_input(embedding.multiply(inverse, embedding.embed_output(right)))
+    order = op.shape[0] // op.groups
+    if is_square_toeplitz(block.op) and op.groups * order**3 > SMALL_WORK:
+        return CapacitanceFactorization(op, max_bytes).solve(right)
+    matrices = group_matrices(block.op, max_bytes)
+    lu, pivots = lu_factor(matrices.mT if adjoint else matrices)
+    grouped = right.reshape(len(right), op.groups, order).permute(1, 2, 0)
+    solution = torch.linalg.lu_solve(lu, pivots, grouped)
+    return solution.permute(2, 0, 1).reshape(-1, *op.input_shape)
+
+
 class _LogPseudoDet(torch.autograd.Function):
-    """The sum of log s for ``matrix = u diag(s) vh``, with gradient ``u diag(1 / s) vh``."""
+    """The sum of log s for matrices ``u diag(s) vh``, with gradient ``u diag(1 / s) vh``."""
 
     @staticmethod
     def forward(
@@ -176,5 +229,5 @@ class _LogPseudoDet(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, s, vh, anchor = ctx.saved_tensors
         with torch.no_grad():
-            gradient = grad * (u / s) @ vh
+            gradient = grad * (u / s[..., None, :]) @ vh
         return differentiable_once(gradient, anchor), None, None, None, None

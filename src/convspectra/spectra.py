@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convspectra.capacitance import is_square_toeplitz
+from convspectra.assembly import layer_triplets, transposed
 from convspectra.checks import check_choice, check_type
 from convspectra.matrices import DEFAULT_MAX_BYTES, squared_frobenius_norm
 from convspectra.operator import ConvOperator
+from convspectra.request import Request
 from convspectra.solvers.result import SingularTriplets
-from convspectra.strategy import METHODS, Search
+from convspectra.strategy import METHODS
 
-VALUE_TOLERANCE = 1e-6
-"""Residual tolerance where only values are asked for: their error is of second order in it."""
+NORM_TOLERANCE = 1e-6
+"""Default relative accuracy of `sigma_max`; that of `sigma_min` is the 1e-8 of `svds`."""
 
 
 class ConvergenceError(RuntimeError):
@@ -31,7 +32,7 @@ class ConvergenceError(RuntimeError):
     >>> import torch, convspectra as cs
     >>> op = cs.ConvOperator(torch.arange(9.0).reshape(1, 1, 3, 3), 30)
     >>> try:
-    ...     cs.sigma_max(op, maxiter=2)
+    ...     cs.sigma_max(op, method="lanczos", maxiter=1, tol=1e-12)
     ... except cs.ConvergenceError as error:
     ...     print(bool(error.result.lower < 36) and bool(error.result.upper > 35))
     True
@@ -63,7 +64,8 @@ class SVDResult:
     converged : bool
         Whether every value reached the tolerance.
     method : str
-        The way taken: one of those `svds` lists, or "zero" for a zero weight.
+        The way taken: one of those `svds` lists, several joined by "+" where blocks differ;
+        "structure" where zeros follow from the layer's shape, "zero" for a zero weight.
     matvecs : int
         Applications of M and M', or of their inverses, taken together.
     certificate : str
@@ -114,16 +116,17 @@ def svds(
     which : {"LM", "SM"}
         Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
     return_singular_vectors : bool
-    method : {"auto", "dense", "gram", "golub-kahan", "lobpcg", "capacitance"}
-        "dense" forms M; "gram" forms the smaller of M M' and M' M. For the largest values,
-        "golub-kahan" needs only products with M. For the smallest, "capacitance" inverts a square,
-        zero-padded, stride-1 layer exactly, and "lobpcg" needs only products with M but gives no
-        lower bound. "auto" takes the cheapest that can be certified.
+    method : {"auto", "dense", "gram", "circulant", "capacitance", "lanczos", "lobpcg"}
+        Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
+        forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
+        with circular padding all around; "capacitance" inverts a square, zero-padded, stride-1
+        layer exactly, for its smallest values; "lanczos" and "lobpcg" need only products with M.
+        "auto" takes the cheapest that can be certified, and goes on to others if it is not.
     tol : float
-        Of the iterative ways: residual of each triplet relative to its own singular value of the
-        operator iterated with (M, or its inverse). Values are about tol^2 accurate.
+        Relative: of the residuals where vectors are asked for, of the values themselves otherwise.
+        An iteration with the inverse applies it to the singular values of the inverse.
     maxiter : int
-        Most Lanczos steps of one sweep.
+        Most block steps; five times as many where they are made without reorthogonalisation.
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.
@@ -148,9 +151,10 @@ def svds(
 
     Notes
     -----
-    Cost: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "golub-kahan" two convolutions and
-    8 j (m + n) flops at step j; "capacitance" 2/3 (channels * border)^3 once, then about ten
-    solves.
+    Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "capacitance" in two
+    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "lanczos" and "lobpcg"
+    two convolutions a step, "lobpcg" with two FFTs and a product per frequency besides.
+    docs/mathematics.md says which way is taken for which layer and on what its bounds rest.
 
     Examples
     --------
@@ -171,25 +175,28 @@ def svds(
         raise ValueError(f"expected maxiter to be a positive integer, got {maxiter!r}")
     if separation is not None and not 0 <= separation < 1:
         raise ValueError(f"expected a separation between 0 and 1, or None, got {separation!r}")
-    if method == "capacitance" and not is_square_toeplitz(op):
-        raise ValueError(
-            "expected a square layer with zero padding and stride 1 for method='capacitance', "
-            f"got {op!r}; use method='auto'"
-        )
     scaled, exponent = normalised(op)
     if exponent is None:
         return _zero_result(op, k, return_singular_vectors)
     largest, start = which == "LM", _generator(op, generator)
-    search = Search(scaled, k, largest, tol, maxiter, start, max_bytes, separation)
-    triplets, method = search.run(method)
+    values_only = not return_singular_vectors
+
+    def request(block: ConvOperator, count: int) -> Request:
+        return Request(
+            block, count, largest, values_only, tol, maxiter, start, max_bytes, separation
+        )
+
+    direct = scaled.T if scaled.transposed else scaled
+    triplets, method = layer_triplets(direct, k, largest, return_singular_vectors, method, request)
+    if scaled.transposed:
+        triplets = transposed(triplets)
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
 
 
 def sigma_max(op: ConvOperator, **options: object) -> float:
     """The largest singular value of the layer: its operator norm.
 
-    Options as for `svds`, but ``tol=1e-6``: an error of about 1e-12 over the relative gap to the
-    next singular value.
+    Options as for `svds`, but ``tol=1e-6``.
 
     Raises
     ------
@@ -231,11 +238,10 @@ def cond(op: ConvOperator, **options: object) -> float:
     >>> round(cs.cond(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)))
     1053
     """
-    largest = sigma_max(op, **options)
     smallest = _certified(op, "SM", options)
     if float(smallest.lower[0]) == 0.0:
         return math.inf
-    return largest / float(smallest.s[0])
+    return sigma_max(op, **options) / float(smallest.s[0])
 
 
 def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
@@ -311,7 +317,8 @@ def _generator(op: ConvOperator, generator: torch.Generator | None) -> torch.Gen
 
 
 def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
-    options = {"tol": VALUE_TOLERANCE, "return_singular_vectors": False} | options
+    tol = {"tol": NORM_TOLERANCE} if which == "LM" else {}
+    options = {"return_singular_vectors": False} | tol | options
     result = svds(op, 1, which, **options)  # type: ignore[arg-type]
     if not result.converged:
         raise ConvergenceError(
