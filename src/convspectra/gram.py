@@ -17,8 +17,9 @@ from convspectra.operator import ConvOperator
 from convspectra.request import Product
 from convspectra.solvers.lanczos import exceeds
 
-REGULARISATION = 1e-12
-"""Added to the circulant's Gram matrices, relative to their norm: they may be singular."""
+REGULARISATION = 1e-3
+"""Added to the circulant's Gram matrices, relative to their norm: they may be singular, and with
+less than this LOBPCG is lost in their null space."""
 BOUND_BLOCK = 4
 
 

@@ -38,7 +38,7 @@ LOWER_FRACTIONS = (0.95, 0.8, 0.5)
 BOUND_STEPS = 80
 NOISE = 1e-9
 """The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
-ZERO = 1e-13
+ZERO = 1e-11
 """A smallest singular value with an upper bound of this much of the norm of M counts as 0."""
 
 
@@ -172,12 +172,13 @@ def lobpcg_largest(request: Request) -> SingularTriplets:
         values_only=request.values_only,
         precondition=precondition,
         guard=0 if request.k == 1 else GUARD_VECTORS,
-        start=mode.flatten(1),
     )
     if outputs:
         triplets = replace(triplets, u=triplets.v, v=triplets.u)
+    distinct = bool((triplets.s > NOISE * norms[0]).all())
     return replace(
         triplets,
+        converged=triplets.converged and distinct,
         upper=torch.maximum(triplets.s.new_tensor(bounds[: request.k]), triplets.s),
         others=bounds[request.k] if len(bounds) > request.k else math.inf,
         certificate="Rayleigh-Ritz values below; above, those of the circulant on a torus",

@@ -17,6 +17,8 @@ from convspectra.solvers.result import SingularTriplets
 GUARD_VECTORS = 2
 NEW_DIRECTIONS = 1e-6
 """New directions that are this little beside the others, relatively, are dropped."""
+FLOOR_UNITS = 64
+"""A residual of so many eps, relative to the squared norm, is rounding error."""
 KEPT_DIRECTIONS = 1e-4
 """Directions of the last step that are this much of it or less, beside the others, are dropped:
 their images are known by linear combination only."""
@@ -101,7 +103,7 @@ def lobpcg(
         residual = rmatvec(ax / (norm or 1.0)) / (norm or 1.0) - ratio[:, None] ** 2 * x
         matvecs += block
         size = torch.linalg.vector_norm(residual, dim=1)[:k]
-        floor = 8 * eps
+        floor = FLOOR_UNITS * eps
         reached = size <= tol * ratio[:k]
         if values_only and block > k:
             gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
