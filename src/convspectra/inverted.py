@@ -16,6 +16,7 @@ from convspectra.solvers.result import SingularTriplets
 INVERSE_RESOLUTION = 1e-6
 """Squared singular values of the inverse that are smaller than this part of its largest one are
 computed apart from it."""
+ROUNDING_UNITS = 64
 RESIDUAL_UNITS = 100
 """Residuals with M may be so many times the tolerance of an iteration with the inverse."""
 
@@ -74,7 +75,9 @@ def capacitance(request: Request) -> SingularTriplets:
         request.tol**0.5 if request.values_only else RESIDUAL_UNITS * request.tol
     ) * s + slack
     converged = converged and bool((residual <= allowed).all())
-    below = [b**-0.5 * (1 - 2 * wrong) if b > 0 else math.inf for b in bounds]
+    # The inverse is known to some eps of its norm, whichever of its values is asked for.
+    rounding = ROUNDING_UNITS * torch.finfo(s.dtype).eps * bounds[0]
+    below = [(b + rounding) ** -0.5 * (1 - 2 * wrong) if b > 0 else math.inf for b in bounds]
     lower = torch.tensor(below[: request.k], dtype=s.dtype, device=s.device)
     order = torch.argsort(s, stable=True)
     return SingularTriplets(

@@ -91,14 +91,17 @@ def _block_lanczos(request: Request) -> SingularTriplets:
     pairs = largest_pairs(request, tall.gram, size, request.k, enclosure=ENCLOSURE, block=None)
     images, s, v = _refined(tall, pairs)
     slack = rounding_of(tall.op) * float(s[0])
-    upper = torch.tensor(pairs.bounds[: request.k], dtype=s.dtype, device=s.device)
+    # Squares are known to some eps of the largest.
+    rounding = GRAM_UNITS * torch.finfo(s.dtype).eps * float(s[0]) ** 2
+    bounds = [max(bound, 0.0) + rounding for bound in pairs.bounds]
+    upper = torch.tensor(bounds[: request.k], dtype=s.dtype, device=s.device)
     return SingularTriplets(
         u=v if wide else images,
         s=s,
         v=images if wide else v,
         lower=(s - slack).clamp_min(0),
-        upper=torch.maximum(upper.clamp_min(0).sqrt(), s) + slack,
-        others=math.sqrt(max(pairs.bounds[request.k], 0.0)) + slack,
+        upper=torch.maximum(upper.sqrt(), s) + slack,
+        others=math.sqrt(bounds[request.k]) + slack,
         converged=pairs.converged,
         matvecs=2 * pairs.products + request.k,
         certificate=(
