@@ -203,5 +203,5 @@ def _error_by_progress(values: list[float]) -> float:
         return math.inf
     steps = [abs(b - a) for a, b in zip(values[-7:-1], values[-6:], strict=True)]
     ratio = sum(steps[3:]) / max(sum(steps[:3]), 1e-300)
-    rate = min(max(ratio, 0.125), 0.9) ** (1 / 3)
+    rate = min(max(ratio, 0.125), 0.999) ** (1 / 3)
     return max(steps[3:]) * rate / (1 - rate)
