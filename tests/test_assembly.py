@@ -16,7 +16,7 @@ from strategies import one_thread as one_thread
 from torch import Tensor
 
 from convspectra import ConvOperator, assembly
-from convspectra.assembly import layer_triplets, transposed
+from convspectra.assembly import layer_triplets
 from convspectra.blocks import independent_blocks
 from convspectra.request import Request
 from convspectra.solvers.result import SingularTriplets
@@ -159,7 +159,7 @@ def test_zeros_by_structure_of_the_transposed_layer(layer, zeros):
     """The same the other way round: the sides change places."""
     op, dense = direct(layer)
     found = count_zeros(op)
-    result = transposed(triplets(op, max(1, found), largest=False)[0])
+    result = triplets(op, max(1, found), largest=False)[0].transposed()
     check(dense.T.contiguous(), result, max(1, found), largest=False)
 
 
@@ -370,7 +370,7 @@ def test_other_methods_that_do_not_fit_are_refused_too(op, method, k, largest):
 
 def test_transposed_changes_sides():
     result, _ = triplets(ConvOperator(random(2, 3, 3), 7), 2, largest=True)
-    other = transposed(result)
+    other = result.transposed()
     assert other.u is result.v
     assert other.v is result.u
     assert replace(other, u=result.u, v=result.v) == result

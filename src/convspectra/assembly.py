@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,6 +74,9 @@ def layer_triplets(
         triplets, way = answer(of_block, method)
         results.append(triplets)
         ways.append(way)
+    name = "+".join(sorted(set(ways))) or "structure"
+    if len(blocks) == 1 and wanted == k and _is_whole(blocks[0], op):
+        return results[0], name
     values = [
         _Value(float(s), b, i, place)
         for b, (block, triplets) in enumerate(zip(blocks, results, strict=False))
@@ -82,9 +85,6 @@ def layer_triplets(
     ]
     values.sort(key=lambda value: -value.s if largest else value.s)
     chosen, rest = values[:wanted], values[wanted:]
-    name = "+".join(sorted(set(ways))) or "structure"
-    if len(blocks) == 1 and wanted == k and _is_whole(blocks[0], op):
-        return results[0], name
     s = torch.tensor([v.s for v in chosen], dtype=torch.float64, device=op.device)
     lowers, uppers = (
         sorted((float(getattr(results[v.block], end)[v.i]) for v in values), reverse=largest)[
@@ -93,9 +93,8 @@ def layer_triplets(
         for end in ("lower", "upper")
     )
     bounds = [t.others for t in results]
-    bounds += [
-        float((results[v.block].upper if largest else results[v.block].lower)[v.i]) for v in rest
-    ]
+    far = "upper" if largest else "lower"
+    bounds += [float(getattr(results[v.block], far)[v.i]) for v in rest]
     if largest:
         others = max(bounds, default=0.0) if k < min(op.shape) else 0.0
     else:
@@ -225,8 +224,3 @@ def _null_vectors(
             found = torch.cat([found, *placed])
             matvecs, converged = matvecs + null.matvecs, converged and null.converged
     return _NullVectors(found, matvecs, converged)
-
-
-def transposed(triplets: SingularTriplets) -> SingularTriplets:
-    """The triplets of M' from those of M."""
-    return replace(triplets, u=triplets.v, v=triplets.u)

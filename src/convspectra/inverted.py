@@ -41,14 +41,13 @@ def capacitance(request: Request) -> SingularTriplets:
 
     while len(v) < request.k:
         count = request.k - len(v)
-        alone = request.k == 1 and request.separation is None
         pairs = largest_pairs(
             request,
             inverse_gram,
             op.shape[1],
             count,
             enclosure=ENCLOSURE,
-            block=1 if alone else None,
+            block=1 if request.alone else None,
             excluded=v,
         )
         resolved = int((pairs.values >= INVERSE_RESOLUTION * pairs.values[0]).sum())

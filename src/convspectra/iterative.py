@@ -28,7 +28,7 @@ SIMPLE_STEPS = 5
 """Steps without reorthogonalisation that one of `maxiter` stands for."""
 PRECONDITIONER_SHARE = 0.5
 """The preconditioner for sigma_max^2 has its pole above the circulant's norm, at this share of the
-distance from there to the Rayleigh quotient of the start vector."""
+distance from there to the Rayleigh quotient of the circulant's top mode."""
 PRECONDITIONER_GAP = 1e-3
 """That distance is taken for at least so much of the squared norm."""
 GRAM_UNITS = 64
@@ -141,7 +141,7 @@ def largest_pairs(
 
 
 def lobpcg_largest(request: Request) -> SingularTriplets:
-    """The largest triplets, from the circulant's top mode, bounded by the circulant."""
+    """The largest triplets, preconditioned and bounded by the circulant."""
     op, embedding = request.op, CirculantEmbedding(request.op)
     bounds = embedding.largest_bounds(request.k + 1) if request.k > 1 else []
     norms = embedding.norm_bounds()
@@ -177,7 +177,7 @@ def lobpcg_largest(request: Request) -> SingularTriplets:
         guard=0 if request.k == 1 else GUARD_VECTORS,
     )
     if outputs:
-        triplets = replace(triplets, u=triplets.v, v=triplets.u)
+        triplets = triplets.transposed()
     distinct = bool((triplets.s > NOISE * norms[0]).all())
     return replace(
         triplets,
@@ -206,7 +206,7 @@ def lobpcg_smallest(request: Request) -> SingularTriplets:
     )
     triplets = _with_null_vectors(request, triplets, tall)
     if request.op.shape[0] < request.op.shape[1]:
-        triplets = replace(triplets, u=triplets.v, v=triplets.u)
+        triplets = triplets.transposed()
     smallest, matvecs = float(triplets.s[0]), triplets.matvecs
     if not triplets.converged or not float(triplets.upper[0]) < smallest * (1 + 1e-6):
         return triplets

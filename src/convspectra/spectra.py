@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convspectra.assembly import layer_triplets, transposed
+from convspectra.assembly import layer_triplets
 from convspectra.checks import check_choice, check_type
 from convspectra.matrices import DEFAULT_MAX_BYTES, squared_frobenius_norm
 from convspectra.operator import ConvOperator
@@ -189,7 +189,7 @@ def svds(
     direct = scaled.T if scaled.transposed else scaled
     triplets, method = layer_triplets(direct, k, largest, return_singular_vectors, method, request)
     if scaled.transposed:
-        triplets = transposed(triplets)
+        triplets = triplets.transposed()
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -102,7 +101,7 @@ def _candidates(request: Request) -> list[str]:
             ("dense", fits),
         ]
     else:
-        border = border_bytes(op) <= request.max_bytes if is_square_toeplitz(op) else False
+        border = is_square_toeplitz(op) and border_bytes(op) <= request.max_bytes
         order = [
             ("capacitance", border),
             ("gram", at_once),
@@ -140,5 +139,4 @@ def _gram(request: Request) -> SingularTriplets:
     blocks = group_matrices(request.op, request.max_bytes)
     if blocks.shape[1] <= blocks.shape[2]:
         return gram_eigh(blocks, request.k, request.largest)
-    triplets = gram_eigh(blocks.mT, request.k, request.largest)
-    return replace(triplets, u=triplets.v, v=triplets.u)
+    return gram_eigh(blocks.mT, request.k, request.largest).transposed()

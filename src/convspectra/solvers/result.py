@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -41,3 +41,7 @@ class SingularTriplets:
     converged: bool
     matvecs: int
     certificate: str
+
+    def transposed(self) -> SingularTriplets:
+        """The triplets of A' from those of A."""
+        return replace(self, u=self.v, v=self.u)
