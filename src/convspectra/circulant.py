@@ -1,7 +1,7 @@
 """A convolution inside the block circulant of a torus, and what that circulant tells of it.
 
-It gives rigorous upper bounds on the largest singular values, a start vector close to the largest
-one, a preconditioner for the smallest ones, and, where a circularly padded layer is the circulant,
+It gives rigorous upper bounds on the largest singular values, a vector close to the largest one,
+preconditioners for both ends, and, where a circularly padded layer is the circulant,
 everything. It says nothing of the smallest singular values of other layers.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from convspectra.convolution import pad
 from convspectra.operator import ConvOperator
 from convspectra.solvers.result import SingularTriplets
 from convspectra.symbol import (
@@ -123,24 +124,8 @@ class CirculantEmbedding:
         if self._exact:
             x = x.roll(self._before, dims=tuple(range(2, 2 + ndim)))
         else:
-            x = torch.nn.functional.pad(
-                x,
-                [
-                    amount
-                    for before, n, period, stride in reversed(
-                        list(
-                            zip(
-                                self._before,
-                                x.shape[2:],
-                                self.periods,
-                                self._strides,
-                                strict=True,
-                            )
-                        )
-                    )
-                    for amount in (before, period * stride - before - n)
-                ],
-            )
+            ends = zip(self._before, x.shape[2:], self.periods, self._strides, strict=True)
+            x = pad([(before, period * s - before - n) for before, n, period, s in ends], x)
         split = [n for pair in zip(self.periods, self._strides, strict=True) for n in pair]
         x = x.reshape(*x.shape[:2], *split)
         points, phases = range(2, 2 + 2 * ndim, 2), range(3, 3 + 2 * ndim, 2)
@@ -165,12 +150,8 @@ class CirculantEmbedding:
 
     def embed_output(self, y: Tensor) -> Tensor:
         """(b, h, *output_size) -> (b, groups, h / groups, *periods)."""
-        pads = [
-            amount
-            for n, period in reversed(list(zip(y.shape[2:], self.periods, strict=True)))
-            for amount in (0, period - n)
-        ]
-        padded = torch.nn.functional.pad(y, pads)
+        ends = zip(y.shape[2:], self.periods, strict=True)
+        padded = pad([(0, period - n) for n, period in ends], y)
         return padded.reshape(y.shape[0], self._op.groups, -1, *self.periods)
 
     def restrict_output(self, y: Tensor) -> Tensor:

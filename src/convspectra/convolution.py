@@ -26,7 +26,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> 
     ]
     if geometry.padding_mode == "zeros":
         sides = zip(used, geometry.input_size, geometry.padding, strict=True)
-        x = _pad([(before, length - n - before) for length, n, (before, _) in sides], x)
+        x = pad([(before, length - n - before) for length, n, (before, _) in sides], x)
     else:
         first = x.ndim - geometry.ndim
         for axis, length in enumerate(used):
@@ -48,7 +48,7 @@ def convolve_transpose(y: Tensor, weight: Tensor, geometry: ConvGeometry, groups
     first = x.ndim - geometry.ndim
     if geometry.padding_mode == "zeros":
         sides = zip(x.shape[first:], geometry.input_size, geometry.padding, strict=True)
-        return _pad([(-before, n + before - length) for length, n, (before, _) in sides], x)
+        return pad([(-before, n + before - length) for length, n, (before, _) in sides], x)
     for axis, n in enumerate(geometry.input_size):
         dim = first + axis
         source = torch.from_numpy(geometry.padded_sources(axis)[: x.shape[dim]]).to(x.device)
@@ -102,7 +102,7 @@ def weight_to_kernel(weight: Tensor) -> Tensor:
     return weight.movedim((0, 1), (-1, -2))
 
 
-def _pad(sides: list[tuple[int, int]], x: Tensor) -> Tensor:
+def pad(sides: list[tuple[int, int]], x: Tensor) -> Tensor:
     """Zeros before and after each of the last axes; a negative amount crops."""
     amounts = [amount for pair in reversed(sides) for amount in pair]
     # In two steps: F.pad crops before it pads, and may then find nothing left to crop.

@@ -38,7 +38,6 @@ def lobpcg(
     values_only: bool = False,
     precondition: Callable[[Tensor], Tensor] | None = None,
     guard: int = GUARD_VECTORS,
-    start: Tensor | None = None,
 ) -> SingularTriplets:
     """The k largest (descending) or smallest (ascending) singular triplets of a map from R^n.
 
@@ -68,8 +67,6 @@ def lobpcg(
         ``(t - A'A)^{-1}`` with a t above sigma_max^2 for the largest.
     guard : int
         Vectors iterated with beside the k.
-    start : Tensor, optional
-        (at most k + guard, n): first approximations.
 
     Returns
     -------
@@ -87,8 +84,6 @@ def lobpcg(
     block = min(n, k + guard)
     eps = torch.finfo(like.dtype).eps
     x = torch.randn(block, n, dtype=like.dtype, device=like.device, generator=generator)
-    if start is not None:
-        x[: len(start)] = start
     x = torch.linalg.qr(x.T).Q.T
     ax = matvec(x)
     p, ap = x.new_zeros(0, n), x.new_zeros(0, m)

@@ -37,8 +37,6 @@ class ExtremeEigenpair:
     ----------
     bound : float
         On the far side of the eigenvalue: no eigenvalue is beyond it.
-    next_value : float
-        The next Ritz value.
     norm : float
         The largest Ritz value in size.
     """
@@ -47,7 +45,6 @@ class ExtremeEigenpair:
     vector: Tensor
     residual: float
     bound: float
-    next_value: float
     norm: float
     converged: bool
     products: int
@@ -123,13 +120,13 @@ def extreme_eigenpair(
         if last or steps >= check_at:
             check_at = steps + 1 + steps // 16
             values, coefficients = _ritz(alphas, betas, largest)
-            value = float(values[0])
-            norm = max(abs(float(values[0])), abs(float(values[-1])))
+            value, next_value, far_value = values
+            norm = max(abs(value), abs(far_value))
             residual = beta * abs(float(coefficients[-1]))
             floor = ROUNDING_UNITS * eps * norm
             error = residual
-            if values_only and len(values) > 2:
-                error = min(residual, residual**2 / max(abs(float(values[1]) - value), floor))
+            if values_only:
+                error = min(residual, residual**2 / max(abs(next_value - value), floor))
             if not reached_at and error <= max(tol * abs(value), 0.0 if values_only else floor):
                 reached_at = steps
             converged = bool(reached_at) or (beta <= floor and steps == size)
@@ -149,7 +146,6 @@ def extreme_eigenpair(
         vector=vector / torch.linalg.vector_norm(vector),
         residual=residual,
         bound=bound + floor if largest else bound - floor,
-        next_value=float(values[1]),
         norm=norm,
         converged=converged,
         products=steps,
