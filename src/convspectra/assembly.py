@@ -171,10 +171,10 @@ def _points(place: Place, side: str) -> tuple[range, ...]:
     return place.outputs if side == "u" else place.inputs
 
 
-def _placed(vector: Tensor, block: Block, place: int, side: str, sizes: tuple[int, ...]) -> Tensor:
-    """A block's vector as one of the layer, (1, channels, *sizes)."""
+def _placed(rows: Tensor, block: Block, place: int, side: str, sizes: tuple[int, ...]) -> Tensor:
+    """A block's vectors as vectors of the layer, (b, channels, *sizes)."""
     shape = block.op.output_shape if side == "u" else block.op.input_shape
-    return scatter(vector.reshape(1, *shape), _points(block.places[place], side), sizes)
+    return scatter(rows.reshape(-1, *shape), _points(block.places[place], side), sizes)
 
 
 def _null_vectors(
@@ -220,7 +220,7 @@ def _null_vectors(
                 like=block.op.weight,
                 generator=options.generator,
             )
-            placed = [_placed(x, block, place, side, shape[1:]).flatten(1) for x in null.v]
-            found = torch.cat([found, *placed])
+            placed = _placed(null.v, block, place, side, shape[1:])
+            found = torch.cat([found, placed.flatten(1)])
             matvecs, converged = matvecs + null.matvecs, converged and null.converged
     return _NullVectors(found, matvecs, converged)
