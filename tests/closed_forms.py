@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from strategies import Layer
+from strategies import random as random
 from torch import Tensor
 
 import convspectra as cs
@@ -18,11 +19,6 @@ from convspectra import ConvOperator
 
 EPS = 2.0**-52
 PAD = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def kernel(*taps: float | Sequence[float]) -> Tensor:

@@ -152,6 +152,18 @@ _MOST_PIXELS = 240
 _MOST_ROWS = 240
 
 
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Gaussian numbers, the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def direct(layer: Layer) -> tuple[ConvOperator, Tensor]:
+    """The layer that is not transposed, and its naive matrix."""
+    op, dense = layer.operator(), layer.dense().detach()
+    return (op.T, dense.T) if op.transposed else (op, dense)
+
+
 @st.composite
 def layers(draw: st.DrawFn, kinds: Sequence[str] = ("conv", "transposed", "linear")) -> Layer:
     """A layer of any kind, with matrices of at most about 240 x 240."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Layer, layers
+from strategies import Layer, direct, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -21,11 +21,6 @@ from convspectra.blocks import independent_blocks
 from convspectra.request import Request
 from convspectra.solvers.result import SingularTriplets
 from convspectra.strategy import answer
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def requesting(largest: bool, vectors: bool = True) -> Callable[[ConvOperator, int], Request]:
@@ -69,12 +64,6 @@ def check(dense: Tensor, result: SingularTriplets, k: int, largest: bool) -> Non
     adjoint = result.u @ dense - result.s[:, None] * result.v
     assert forward.abs().max() <= 1e-7 * scale
     assert adjoint.abs().max() <= 1e-7 * scale
-
-
-def direct(layer: Layer) -> tuple[ConvOperator, Tensor]:
-    """The layer that is not transposed, and its naive matrix."""
-    op, dense = layer.operator(), layer.dense().detach()
-    return (op.T, dense.T) if op.transposed else (op, dense)
 
 
 # --- all layers -----------------------------------------------------------------------------------

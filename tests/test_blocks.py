@@ -11,23 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from strategies import Layer, layers
+from strategies import Layer, direct, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
 from convspectra import ConvOperator
 from convspectra.blocks import Block, gather, independent_blocks, scatter
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def direct(layer: Layer) -> tuple[ConvOperator, Tensor]:
-    """The layer that is not transposed, and its naive matrix."""
-    op, dense = layer.operator(), layer.dense().detach()
-    return (op.T, dense.T) if op.transposed else (op, dense)
 
 
 def assembled(op: ConvOperator, blocks: list[Block]) -> Tensor:

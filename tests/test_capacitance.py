@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import Layer, layers
+from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -19,11 +19,6 @@ from convspectra.capacitance import (
     border_bytes,
     is_square_toeplitz,
 )
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def kernel(*taps: float) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import Layer
+from strategies import Layer, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -20,11 +20,6 @@ from convspectra.symbol import smallest_periods
 PHASES = (0.0, 0.5)
 each_phase = pytest.mark.parametrize("phase", PHASES, ids=["plain", "twisted"])
 each_extra = pytest.mark.parametrize("extra", [0, 1, 2])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def regular(layer: Layer, diagonal: float = 4.0) -> Layer:

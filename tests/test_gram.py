@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Layer, layers
+from strategies import direct, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -16,17 +16,6 @@ from convspectra import ConvOperator
 from convspectra.gram import GramPreconditioner
 from convspectra.request import Product
 from convspectra.solvers import lanczos_bound
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def direct(layer: Layer) -> tuple[ConvOperator, Tensor]:
-    """The layer that is not transposed, and its naive matrix."""
-    op, dense = layer.operator(), layer.dense().detach()
-    return (op.T, dense.T) if op.transposed else (op, dense)
 
 
 def smaller_gram(dense: Tensor) -> Tensor:

@@ -7,18 +7,13 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import Layer, layers
+from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
 import convspectra as cs
 from convspectra import ConvOperator, inverse
 from convspectra.capacitance import is_square_toeplitz
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def kernel(*taps: float) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import Layer, layers
+from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -18,11 +18,6 @@ from convspectra.penalties import CLUSTER_LIMIT, CLUSTER_TOLERANCE
 
 NAMES = ("frobenius", "sigma_min", "conditioning", "stein")
 each_penalty = pytest.mark.parametrize("name", NAMES)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def kernel(*taps: float) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import Layer, layers
+from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
@@ -21,11 +21,6 @@ from convspectra.symbol import angles, half_count, half_multiplicity, smallest_p
 PHASES = (0.0, 0.5)
 each_phase = pytest.mark.parametrize("phase", PHASES)
 each_period = pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 9, 10])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def dense_circulant(

@@ -10,16 +10,12 @@ import functools
 import mpmath
 import pytest
 import torch
+from strategies import random as random
 from torch import Tensor
 
 from convspectra.solvers.result import SingularTriplets
 
 EPS = torch.finfo(torch.float64).eps
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def with_values(rows: int, columns: int, values: list[float], seed: int = 1) -> Tensor:
