@@ -15,12 +15,15 @@ help: ## Print this list
 demo: $(STAMP) ## Train a deep plain CNN with and without the penalty: pictures and a table
 	$(BIN)/convspectra demo
 
+# The matrices of the tests are small: the cores serve tests side by side, not threads of one.
+test: export OMP_NUM_THREADS := 1
+test: export OPENBLAS_NUM_THREADS := 1
 test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests and examples
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # primme is built from source and wants a C compiler and a BLAS; without it its rows say so. The packages with trained
 # weights ask for runtimes that nothing here runs.
