@@ -345,18 +345,6 @@ def test_a_method_that_fits_no_block_is_refused():
             layer_triplets(op, 1, False, True, method, requesting(False))
 
 
-@pytest.mark.parametrize(
-    ("op", "method", "k", "largest"),
-    [
-        (ConvOperator(random(3, 2, 3), 7), "lanczos", 2, False),
-        (ConvOperator(random(3, 2, 3), 7, padding_mode="reflect"), "lobpcg", 1, True),
-    ],
-)
-def test_other_methods_that_do_not_fit_are_refused_too(op, method, k, largest):
-    with pytest.raises(ValueError, match=rf"expected .* for method='{method}', got ConvOp"):
-        layer_triplets(op, k, largest, True, method, requesting(largest))
-
-
 def test_transposed_changes_sides():
     result, _ = triplets(ConvOperator(random(2, 3, 3), 7), 2, largest=True)
     other = result.transposed()

@@ -8,6 +8,7 @@ the shorter sides of the blocks leave open.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from convspectra.blocks import Block, Place, independent_blocks, scatter
+from convspectra.iterative import ZERO
 from convspectra.operator import ConvOperator
 from convspectra.request import Product, Request
+from convspectra.solvers.deflation import less
 from convspectra.solvers.lobpcg import lobpcg
 from convspectra.solvers.result import SingularTriplets
 from convspectra.strategy import admits, answer
@@ -116,8 +119,10 @@ def layer_triplets(
     if missing:
         extra = u.new_zeros(missing, op.shape[0]), v.new_zeros(missing, op.shape[1])
         if vectors:
-            left = _null_vectors(op.T, blocks, missing, left=True, request=request)
-            right = _null_vectors(op, blocks, missing, left=False, request=request)
+            scale = ZERO * float(torch.linalg.vector_norm(op.weight))
+            zero = Counter((value.block, value.place) for value in chosen if value.s <= scale)
+            left = _null_vectors(op.T, blocks, missing, u, zero, left=True, request=request)
+            right = _null_vectors(op, blocks, missing, v, zero, left=False, request=request)
             extra = left.vectors, right.vectors
             matvecs += left.matvecs + right.matvecs
             converged = converged and left.converged and right.converged
@@ -153,8 +158,6 @@ def layer_triplets(
 _FITTING = {
     "capacitance": "a square layer with zero padding and stride 1",
     "circulant": "a layer with circular padding all around",
-    "lanczos": "which='LM', or k=1 without separation,",
-    "lobpcg": "which='SM', or zero padding without separation,",
 }
 """What the methods that not every block admits need."""
 
@@ -181,6 +184,8 @@ def _null_vectors(
     op: ConvOperator,
     blocks: list[Block],
     count: int,
+    taken: Tensor,
+    zero: Counter[tuple[int, int]],
     *,
     left: bool,
     request: Callable[[ConvOperator, int], Request],
@@ -188,7 +193,8 @@ def _null_vectors(
     """Orthonormal null vectors of M (right) or M' (left) that the structure tells of, (count, n).
 
     First unit vectors at points that belong to no block, then null vectors of blocks with more
-    columns than rows (right) or more rows than columns (left).
+    columns than rows (right) or more rows than columns (left): orthogonal to the rows `taken`, of
+    which `zero` says how many are null vectors of the block at this place.
     """
     side = "u" if left else "v"
     shape = op.input_shape
@@ -201,7 +207,7 @@ def _null_vectors(
     matvecs, converged = 0, True
     found = covered.new_zeros(len(free), covered.numel())
     found[torch.arange(len(free)), free] = 1
-    for block in blocks:
+    for b, block in enumerate(blocks):
         rows, columns = block.op.shape
         spare = (rows - columns) if left else (columns - rows)
         for place in range(len(block.places)):
@@ -214,13 +220,14 @@ def _null_vectors(
                 inner.apply,
                 inner.apply_adjoint,
                 inner.op.shape,
-                wanted,
+                wanted + zero[b, place],
                 tol=options.tol,
                 maxiter=NULL_VECTOR_STEPS,
                 like=block.op.weight,
                 generator=options.generator,
             )
-            placed = _placed(null.v, block, place, side, shape[1:])
-            found = torch.cat([found, placed.flatten(1)])
+            placed = less(_placed(null.v, block, place, side, shape[1:]).flatten(1), taken)
+            _, _, directions = torch.linalg.svd(placed, full_matrices=False)
+            found = torch.cat([found, directions[:wanted]])
             matvecs, converged = matvecs + null.matvecs, converged and null.converged
     return _NullVectors(found, matvecs, converged)

@@ -23,6 +23,9 @@ def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
         lu, pivots, _ = torch.linalg.lu_factor_ex(matrix)
         return lu, pivots
     flat = matrix.reshape(-1, *matrix.shape[-2:])
+    if len(flat) == 1:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(flat[0])
+        return lu.reshape(matrix.shape), pivots.reshape(matrix.shape[:-1])
     lu = torch.empty_like(flat).mT  # LAPACK's order: a solve would copy rows into it every time
     pivots = torch.empty(flat.shape[:-1], dtype=torch.int32, device=flat.device)
     for i, one in enumerate(flat):

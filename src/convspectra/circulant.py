@@ -1,15 +1,13 @@
 """A convolution inside the block circulant of a torus, and what that circulant tells of it.
 
-It gives rigorous upper bounds on the largest singular values, a vector close to the largest one,
-preconditioners for both ends, and, where a circularly padded layer is the circulant,
-everything. It says nothing of the smallest singular values of other layers.
+It gives rigorous upper bounds on the largest singular values, a preconditioner for the smallest,
+and, where a circularly padded layer is the circulant, everything. It says nothing of the smallest
+singular values of other layers.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,16 +18,14 @@ from convspectra.solvers.result import SingularTriplets
 from convspectra.symbol import (
     angles,
     half_count,
-    half_multiplicity,
     smallest_periods,
     symbols,
 )
 
-BOUND_SLACK = 1e-4
-"""A bound on a squared norm is tried this much above its estimate, relatively; then twice that."""
 POWER_STEPS = 6
+LIKELY = 4
+"""Matrices whose eigenvalues are computed to find the largest of all."""
 FEW_POINTS = 16
-REFINING_STEPS = 60
 
 
 def is_circulant(op: ConvOperator) -> bool:
@@ -86,12 +82,6 @@ class CirculantEmbedding:
         return symbols(self._op, grid).flatten(1, len(self.periods))
 
     @property
-    def fewer_outputs(self) -> bool:
-        """Whether symbols have fewer rows than columns."""
-        rows, columns = self._op.weight.shape[:2]
-        return rows // self._op.groups < columns * math.prod(self._strides)
-
-    @property
     def flops(self) -> float:
         """Flops that the smaller Gram matrices of all symbols and their factors cost, about."""
         rows, columns = self._op.weight.shape[:2]
@@ -99,24 +89,6 @@ class CirculantEmbedding:
         columns *= math.prod(self._strides)
         frequencies = math.prod(self.periods) // 2 + 1
         return 32.0 * self._op.groups * frequencies * min(rows, columns) * rows * columns
-
-    @functools.cached_property
-    def _gram(self) -> Tensor:
-        """The smaller Gram matrices of the symbols, (groups, frequencies, n, n)."""
-        return _smaller_gram(self.symbols())
-
-    def _grams(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The smaller Gram matrices of the symbols on circulants that M is in.
-
-        And for how many frequencies each stands. The torus may be twisted without touching M; that
-        makes a difference where it has few points.
-        """
-        few = not self._exact and max(self.periods) <= FEW_POINTS
-        for phase in (0.0, 0.5) if few else (0.0,):
-            gram = self._gram if phase == 0 else _smaller_gram(self.symbols(phase))
-            copies = half_multiplicity(self.periods[-1], phase).long()
-            copies = copies.expand(math.prod(self.periods[:-1]), -1).flatten().to(gram.device)
-            yield gram, copies
 
     def embed_input(self, x: Tensor) -> Tensor:
         """(b, g, *input_size) -> (b, groups, g / groups * prod(stride), *periods)."""
@@ -176,63 +148,22 @@ class CirculantEmbedding:
         )
         return result
 
-    def norm_bounds(self) -> list[float]:
-        """Rigorous upper bounds (up to rounding) on sigma_max: norms of circulants that M is in.
+    def norm_bound(self) -> float:
+        """A rigorous upper bound (up to rounding) on sigma_max: the norm of a circulant M is in.
 
-        The first is that of the circulant itself. Cost: a Cholesky factorisation of every symbol's
-        Gram matrix, batched, and power steps for the largest.
+        Cost: a Cholesky factorisation of every symbol's Gram matrix, and the eigenvalues of a few.
         """
-        return [_gram_norm_bound(gram.flatten(0, 1)) ** 0.5 for gram, _ in self._grams()]
+        squares = []
+        for phase in self._phases():
+            gram = _smaller_gram(self.symbols(phase)).flatten(0, 1)
+            square = _largest_eigenvalue(gram)
+            squares.append(square * (1 + 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps))
+        return min(squares) ** 0.5
 
-    def largest_bounds(self, count: int) -> list[float]:
-        """Upper bounds on the `count` largest singular values; fewer where C has no more.
-
-        By Cauchy's interlacing the i-th of M is at most the i-th of a circulant. Cost: a Cholesky
-        factorisation of every symbol's Gram matrix, and the eigenvalues of those that matter.
-        """
-        bounds: list[list[float]] = []
-        for gram, copies in self._grams():
-            gram, copies = gram.flatten(0, 1), copies.repeat(len(gram))
-            squares = _largest_eigenvalues(gram, copies, count)
-            rounding = 4 * gram.shape[-1] * torch.finfo(squares.dtype).eps * squares[0]
-            bounds.append((squares + rounding).sqrt().tolist())
-        return [min(of_phases) for of_phases in zip(*bounds, strict=True)]
-
-    def inverse_of_gap(self, square: float) -> Tensor:
-        """``(square - G)^{-1}`` for the smaller Gram matrices of the symbols, single precision.
-
-        For a `square` above that of the norm: a preconditioner for the largest singular values.
-        """
-        gram = self._gram
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(square * identity - gram)
-        return torch.cholesky_inverse(factor).to(torch.complex64)
-
-    def top_mode(self) -> Tensor:
-        """The circulant's top mode of every group under a sine window, (1, *input_shape), unit.
-
-        Within about 1% of sigma_max after one Lanczos step where M is much larger than the kernel.
-        """
-        best = _norm_estimates(self._gram).argmax(1)
-        blocks = self.symbols()
-        groups = torch.arange(len(best), device=best.device)
-        _, _, right = torch.linalg.svd(blocks[groups, best], full_matrices=False)
-        mode = torch.zeros(
-            *blocks.shape[:2], blocks.shape[3], dtype=blocks.dtype, device=blocks.device
-        )
-        mode[groups, best] = right[:, 0].conj()
-        axes = tuple(range(-len(self.periods), 0))
-        grid = [*self.periods[:-1], self.periods[-1] // 2 + 1]
-        mode = mode.permute(0, 2, 1).reshape(1, len(best), -1, *grid)
-        x = self.restrict_input(torch.fft.irfftn(mode, s=self.periods, dim=axes))
-        if not self._exact:
-            for axis, n in enumerate(self._op.geometry.input_size):
-                points = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
-                window = torch.sin(points * (math.pi / (n + 1)))
-                x = x * window.reshape(-1, *(1,) * (x.ndim - 3 - axis))
-        flat = x.reshape(len(best), -1)
-        flat = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp_min(1e-300)
-        return (flat / len(best) ** 0.5).reshape(x.shape)
+    def _phases(self) -> tuple[float, ...]:
+        """Twists that leave M in the torus; that makes a difference where it has few points."""
+        few = not self._exact and max(self.periods) <= FEW_POINTS
+        return (0.0, 0.5) if few else (0.0,)
 
 
 def circulant_triplets(op: ConvOperator, k: int, largest: bool) -> SingularTriplets:
@@ -306,52 +237,32 @@ def _smaller_gram(blocks: Tensor) -> Tensor:
     return blocks @ blocks.mH if blocks.shape[2] < blocks.shape[3] else blocks.mH @ blocks
 
 
-def _norm_estimates(gram: Tensor, steps: int = POWER_STEPS) -> Tensor:
+def _norm_estimates(gram: Tensor) -> Tensor:
     """Norms of Hermitian matrices (..., n, n) from below, by power steps."""
     generator = torch.Generator(device=gram.device).manual_seed(0)
     vector = torch.randn(
         *gram.shape[:-1], 1, dtype=gram.dtype, device=gram.device, generator=generator
     )
-    for _ in range(steps):
+    for _ in range(POWER_STEPS):
         vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
         vector = torch.nan_to_num(vector)
     norms: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
     return norms
 
 
-def _gram_norm_bound(gram: Tensor) -> float:
-    """An upper bound on the norm of all Gram matrices (b, n, n).
-
-    ``t I - G`` has a Cholesky factorisation where t is above the norm of G.
-    """
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    rounding = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    largest_first = torch.argsort(_norm_estimates(gram), descending=True)
-    likely = gram[largest_first[: len(gram) // 16 + 2]]
-    bound, slack = float(torch.finfo(gram.dtype).tiny), BOUND_SLACK
-    while len(gram):
-        estimate = float(_norm_estimates(likely, REFINING_STEPS).amax())
-        bound, slack = max(bound, estimate) * (1 + slack), 2 * slack
-        _, info = torch.linalg.cholesky_ex(bound * (1 - rounding) * identity - gram)
-        gram = likely = gram[info != 0]
-    return bound
-
-
-def _largest_eigenvalues(gram: Tensor, copies: Tensor, count: int) -> Tensor:
-    """The largest eigenvalues of Gram matrices (b, n, n) that stand for several copies each.
+def _largest_eigenvalue(gram: Tensor) -> float:
+    """The largest eigenvalue of all Gram matrices (b, n, n).
 
     Those of the matrices with the largest norms are computed; the others have no larger ones where
-    ``t I - G`` has a Cholesky factorisation for the smallest of these, t.
+    ``t I - G`` has a Cholesky factorisation for the largest of these, t.
     """
     order = torch.argsort(_norm_estimates(gram), descending=True)
-    chosen, rest = order[: count + 8], order[count + 8 :]
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    while True:
-        squares = torch.linalg.eigvalsh(gram[chosen]).repeat_interleave(copies[chosen], dim=0)
-        top = squares.flatten().sort(descending=True).values[:count].clamp_min(0)
-        if len(rest) == 0:
-            return top
-        _, info = torch.linalg.cholesky_ex(top[-1] * identity - gram[rest])
-        if not bool((info != 0).any()):
-            return top
-        chosen, rest = torch.cat([chosen, rest[info != 0]]), rest[info == 0]
+    chosen, rest = order[:LIKELY], order[LIKELY:]
+    top = 0.0
+    while len(chosen):
+        top = max(top, float(torch.linalg.eigvalsh(gram[chosen]).amax()))
+        below = gram[rest].neg_()
+        below.diagonal(dim1=-2, dim2=-1).add_(top)
+        _, info = torch.linalg.cholesky_ex(below)
+        chosen, rest = rest[info != 0], rest[info == 0]
+    return top

@@ -37,17 +37,21 @@ class _Axis:
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
         """Block Toeplitz matrices (..., rows m, columns m) of a kernel (..., period, m, m)."""
-        device = kernel.device
-        step = torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(
-            columns.start, columns.stop, device=device
-        )
-        blocks = kernel.index_select(-3, (step % self.period).flatten())
-        m = kernel.shape[-1]
-        blocks = blocks.reshape(*kernel.shape[:-3], len(rows), len(columns), m, m)
+        height, width, m = len(rows), len(columns), kernel.shape[-1]
+        if height == 0 or width == 0:
+            return kernel.new_zeros(*kernel.shape[:-3], height * m, width * m)
+        # All steps from a column to a row, the largest first: every block row is a window of them.
+        first, last = rows.stop - 1 - columns.start, rows.start - columns.stop
+        steps = torch.arange(first, last, -1, device=kernel.device)
+        blocks = kernel.index_select(-3, steps % self.period)
         if self.phase:
-            blocks = torch.where((step < 0)[..., None, None], -blocks, blocks)
-        blocks = blocks.transpose(-3, -2)
-        return blocks.reshape(*kernel.shape[:-3], len(rows) * m, len(columns) * m)
+            blocks = torch.where((steps < 0)[:, None, None], -blocks, blocks)
+        if width == 1:
+            return blocks.flip(-3).flatten(-3, -2)
+        blocks = blocks.transpose(-3, -2).contiguous()
+        windows = [blocks.narrow(-2, height - 1 - i, width) for i in range(height)]
+        matrices = torch.stack(windows, dim=-4) if height > 1 else blocks
+        return matrices.reshape(*kernel.shape[:-3], height * m, width * m)
 
     @property
     def interior(self) -> range:
@@ -93,15 +97,17 @@ class CutTorus:
         ]
         by_place = [frequencies[order.index(i)] for i in range(g.ndim)]
         symbol = symbols(op, by_place).permute(0, *(1 + i for i in order), -2, -1)
-        for i, (axis, theta) in enumerate(zip(self._axes, frequencies, strict=True)):
-            # Inputs and outputs both begin at point 0 of the torus.
-            shift = torch.polar(torch.ones_like(theta), -axis.before * theta).to(symbol.device)
-            symbol = symbol * shift.reshape(-1, *(1,) * (g.ndim + 1 - i))
+        # Inputs and outputs both begin at point 0 of the torus.
+        shift = torch.zeros((), dtype=torch.float64)
+        for axis, theta in zip(self._axes, frequencies, strict=True):
+            shift = shift[..., None] - axis.before * theta
+        shift = torch.polar(torch.ones_like(shift), shift).to(symbol.device)
+        symbol = symbol * shift[..., None, None]
         self._inverse, log_dets = inverse_and_logabsdet(symbol)
         self._half = half_multiplicity(first.period, phase).to(symbol.device)
         weights = self._half.reshape(-1, *(1,) * (g.ndim - 1))
         self._log_det = (log_dets * weights).sum()
-        norms = [torch.linalg.matrix_norm(x.detach()).flatten(1) for x in (symbol, self._inverse)]
+        norms = [_frobenius_norms(x.detach()) for x in (symbol, self._inverse)]
         self.norm = float(norms[0].amax())
         self.condition = float((norms[0].amax(1) * norms[1].amax(1)).amax())
         if math.isnan(self.condition):
@@ -114,9 +120,9 @@ class CutTorus:
         self._corrections = []
         for axis in reversed(self._axes[1:]):
             dim = blocks.ndim - 3
-            kernel = (
-                torch.fft.ifft(blocks, dim=dim) * axis.twist(axis.period, blocks)[:, None, None]
-            )
+            kernel = torch.fft.ifft(blocks, dim=dim)
+            if axis.phase:
+                kernel = kernel * axis.twist(axis.period, blocks)[:, None, None]
             small, log_dets = inverse_and_logabsdet(axis.toeplitz(kernel, axis.border, axis.border))
             to_interior = axis.toeplitz(kernel, axis.interior, axis.border) @ small
             to_border = axis.toeplitz(kernel, axis.border, axis.interior)
@@ -129,21 +135,21 @@ class CutTorus:
         if len(self._axes) == 1:
             border = self._border_matrix(lambda waves: _real_sum(waves, blocks))
         else:
-            # One product for all frequencies: the real and imaginary parts side by side.
-            right = to_border.flatten(1, 2)
-            right = torch.cat([right.real, right.imag], 1)
+            # One product for all frequencies, real and imaginary parts beside each other.
+            right = torch.view_as_real(to_border).transpose(-1, -2).flatten(1, 3)
 
             def block(waves: Tensor) -> Tensor:
-                left = (waves[:, None, None] * to_interior).transpose(1, 2).flatten(2)
-                left = torch.cat([left.real, -left.imag], 2)
+                left = to_interior.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+                left = torch.view_as_real(left.mul_(waves[:, None]))
+                left[..., 1].neg_()
                 inside = axis.toeplitz(_real_sum(waves, kernel), axis.interior, axis.interior)
-                return torch.baddbmm(inside, left, right, alpha=-1)
+                return inside.baddbmm_(left.flatten(2), right, alpha=-1)
 
             border = self._border_matrix(block)
         self._factors = lu_factor(border.detach())
         self._border = border if border.requires_grad else None
         self._log_det_border = _log_diagonal(self._factors[0])
-        self._inverse = self._inverse.detach().contiguous()
+        self._inverse = self._inverse.detach()
 
     def logabsdet(self) -> Tensor:
         """Log |det M|, with gradient."""
@@ -232,7 +238,18 @@ def _adjoint_product(blocks: Tensor, y: Tensor) -> Tensor:
 
 def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
     """Re sum_k waves[k] blocks[:, k] for blocks (groups, frequencies, ...)."""
-    return torch.tensordot(blocks, waves, dims=([1], [0])).real
+    total = torch.zeros_like(blocks[:, 0].real)
+    for k, wave in enumerate(waves.tolist()):
+        total = total.add(blocks[:, k].real, alpha=wave.real)
+        if wave.imag:
+            total = total.sub(blocks[:, k].imag, alpha=wave.imag)
+    return total
+
+
+def _frobenius_norms(blocks: Tensor) -> Tensor:
+    """Of the last two axes, (groups, frequencies)."""
+    norms: Tensor = torch.linalg.vector_norm(torch.view_as_real(blocks).flatten(-3), dim=-1)
+    return norms.flatten(1)
 
 
 def _log_diagonal(lu: Tensor) -> Tensor:

@@ -15,12 +15,11 @@ from convspectra.batched_lu import inverse_and_logabsdet
 from convspectra.circulant import CirculantEmbedding
 from convspectra.operator import ConvOperator
 from convspectra.request import Product
-from convspectra.solvers.lanczos import exceeds
+from convspectra.solvers.lanczos import lanczos
 
 REGULARISATION = 1e-3
 """Added to the circulant's Gram matrices, relative to their norm: they may be singular, and with
 less than this LOBPCG is lost in their null space."""
-BOUND_BLOCK = 4
 
 
 class GramPreconditioner:
@@ -63,21 +62,18 @@ class GramPreconditioner:
         (square - G) B has the signs of square - G and a spectrum that a few Lanczos steps tell
         from 0. Also gives the number of applications of M and M'.
         """
-        size = math.prod(self._shape)
-        omega = torch.randn(
-            min(BOUND_BLOCK, size),
-            size,
-            dtype=self.tall.op.dtype,
-            device=self.tall.op.device,
-            generator=generator,
-        )
-        above, products = exceeds(
+        run = lanczos(
             lambda x: square * x - self.tall.gram(x),
-            0.0,
-            # A vector q with q'B q = 1 has |B q|^2 >= 1 / norm, the smallest eigenvalue of B.
-            omega * (self._norm * (1 + REGULARISATION)) ** 0.5,
+            math.prod(self._shape),
+            1,
+            largest=True,
+            tol=0.5,
             maxiter=maxiter,
-            metric=self.apply,
+            like=self.tall.op.weight,
             generator=generator,
+            enclosure=0.0,
+            beyond=0.0,
+            metric=self.apply,
+            smallest_of_metric=1 / (self._norm * (1 + REGULARISATION)),
         )
-        return not above, 2 * products
+        return run.bound <= 0, 2 * run.products

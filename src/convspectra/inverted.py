@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from convspectra.capacitance import CapacitanceFactorization
-from convspectra.iterative import ENCLOSURE, largest_pairs
 from convspectra.request import Product, Request, rounding_of
-from convspectra.solvers.lanczos_bound import FAILURE_PROBABILITY
+from convspectra.solvers.deflation import extreme_eigenpairs, less
+from convspectra.solvers.gaussian import FAILURE_PROBABILITY
 from convspectra.solvers.result import SingularTriplets
 
 INVERSE_RESOLUTION = 1e-6
 """Squared singular values of the inverse that are smaller than this part of its largest one are
 computed apart from it."""
+ENCLOSURE = 1e-2
+"""Relative width of an enclosure of the inverse's values that is gone on for, within reason."""
 ROUNDING_UNITS = 64
 RESIDUAL_UNITS = 100
 """Residuals with M may be so many times the tolerance of an iteration with the inverse."""
@@ -29,54 +32,54 @@ def capacitance(request: Request) -> SingularTriplets:
     """
     op = request.op
     factorization = CapacitanceFactorization(op, request.max_bytes)
-    u, v = (op.weight.new_zeros(0, n) for n in op.shape)
-    bounds: list[float] = []
-    products, converged = 0, True
+    inverse, inverse_adjoint = factorization.apply_inverse, factorization.apply_inverse_adjoint
 
-    def inverse_gram(x: Tensor) -> Tensor:
-        x = _less(x, v)
-        y = factorization.solve_adjoint(x.reshape(-1, *op.input_shape)).flatten(1)
-        y = _less(y, u)
-        return _less(factorization.solve(y.reshape(-1, *op.output_shape)).flatten(1), v)
+    def deflated(v: Tensor) -> Callable[[Tensor], Tensor]:
+        # Taken out on both sides: the values left may be lost in the rounding of those found.
+        u = _solved(inverse_adjoint, v, op.input_shape) if len(v) else v.new_zeros(0, op.shape[0])
 
-    while len(v) < request.k:
-        count = request.k - len(v)
-        pairs = largest_pairs(
-            request,
-            inverse_gram,
-            op.shape[1],
-            count,
-            enclosure=ENCLOSURE,
-            block=1 if request.alone else None,
-            excluded=v,
-        )
-        resolved = int((pairs.values >= INVERSE_RESOLUTION * pairs.values[0]).sum())
-        products += pairs.products
-        if resolved < count and not pairs.converged:
-            resolved = count
-        converged = converged and (pairs.converged or resolved < count)
-        bounds = bounds[: len(v)] + pairs.bounds[: resolved if resolved < count else None]
-        found = pairs.vectors[:resolved]
-        images = factorization.solve_adjoint(found.reshape(-1, *op.input_shape)).flatten(1)
-        turn, _, directions = torch.linalg.svd(images, full_matrices=False)
-        u, v = torch.cat([u, directions]), torch.cat([v, turn.mT @ found])
+        def inverse_gram(x: Tensor) -> Tensor:
+            y = inverse_adjoint(less(x, v).reshape(-1, *op.input_shape)).flatten(1)
+            return less(inverse(less(y, u).reshape(-1, *op.output_shape)).flatten(1), v)
+
+        return inverse_gram
+
+    found = extreme_eigenpairs(
+        deflated,
+        op.shape[1],
+        request.k,
+        largest=True,
+        tol=request.tol,
+        maxiter=request.maxiter,
+        like=op.weight,
+        generator=request.generator,
+        values_only=request.values_only,
+        alone=request.alone,
+        enclosure=ENCLOSURE,
+        separation=request.separation and 1 - (1 + request.separation) ** -2,
+        full_orthogonalisation=True,
+        resolution=INVERSE_RESOLUTION,
+    )
+    # One step of inverse iteration for each side: what is left is small beside s, not the norm.
+    u = _solved(factorization.solve_adjoint, found.vectors, op.input_shape)
+    v = _solved(factorization.solve, u, op.output_shape)
     # The solves invert M (I + R): a bound on ||R|| bounds what they say of M.
     wrong = factorization.error_bound
     if not math.isfinite(wrong) or wrong >= 0.5:
         raise ArithmeticError("the solves with M leave residuals as large as their data")
-    adjoint = op.apply_adjoint(u.reshape(-1, *op.output_shape)).flatten(1)
-    images = Product(op).apply(v)
+    product = Product(op)
+    images = product.apply(v)
     slack = rounding_of(op) * request.norm_estimate
     upper = torch.linalg.svdvals(images).flip(0) + slack
-    s = torch.minimum(torch.linalg.vector_norm(adjoint, dim=1), upper)
-    residual = torch.linalg.vector_norm(images - s[:, None] * u, dim=1)
+    s = torch.minimum(torch.linalg.vector_norm(images, dim=1), upper)
+    residual = torch.linalg.vector_norm(product.apply_adjoint(u) - s[:, None] * v, dim=1)
     allowed = (
         request.tol**0.5 if request.values_only else RESIDUAL_UNITS * request.tol
     ) * s + slack
-    converged = converged and bool((residual <= allowed).all())
+    converged = found.converged and bool((residual <= allowed).all())
     # The inverse is known to some eps of its norm, whichever of its values is asked for.
-    rounding = ROUNDING_UNITS * torch.finfo(s.dtype).eps * bounds[0]
-    below = [(b + rounding) ** -0.5 * (1 - 2 * wrong) if b > 0 else math.inf for b in bounds]
+    rounding = ROUNDING_UNITS * torch.finfo(s.dtype).eps * found.bounds[0]
+    below = [(b + rounding) ** -0.5 * (1 - 2 * wrong) if b > 0 else math.inf for b in found.bounds]
     lower = torch.tensor(below[: request.k], dtype=s.dtype, device=s.device)
     order = torch.argsort(s, stable=True)
     return SingularTriplets(
@@ -87,7 +90,7 @@ def capacitance(request: Request) -> SingularTriplets:
         upper=upper,
         others=below[request.k],
         converged=converged,
-        matvecs=2 * products,
+        matvecs=2 * found.products,
         certificate=(
             "Rayleigh-Ritz values of M above; below, the Lanczos bound for the inverse and a "
             f"bound on the error of its solves, {wrong:.0e}, each of which fails with "
@@ -96,6 +99,10 @@ def capacitance(request: Request) -> SingularTriplets:
     )
 
 
-def _less(rows: Tensor, found: Tensor) -> Tensor:
-    """Rows less their components along orthonormal ones."""
-    return torch.addmm(rows, rows @ found.mT, found, alpha=-1) if len(found) else rows
+def _solved(solve: Callable[[Tensor], Tensor], rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Orthonormal rows along the solutions for these right-hand sides."""
+    solutions = solve(rows.reshape(-1, *shape)).flatten(1)
+    q, r = torch.linalg.qr(
+        (solutions / torch.linalg.vector_norm(solutions, dim=1, keepdim=True)).mT
+    )
+    return (q * r.diagonal().sign()).mT

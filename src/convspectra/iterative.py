@@ -3,188 +3,160 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from convspectra.circulant import CirculantEmbedding
+from convspectra.circulant import CirculantEmbedding, has_embedding
 from convspectra.gram import GramPreconditioner
+from convspectra.operator import ConvOperator
 from convspectra.request import Product, Request, rounding_of
-from convspectra.solvers.lanczos import GUARD_VECTORS, Eigenpairs, lanczos
-from convspectra.solvers.lanczos_bound import FAILURE_PROBABILITY
+from convspectra.solvers.deflation import extreme_eigenpairs, less
+from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.lanczos import lanczos
 from convspectra.solvers.lobpcg import lobpcg
 from convspectra.solvers.result import SingularTriplets
-from convspectra.solvers.simple_lanczos import extreme_eigenpair
 
 ENCLOSURE = 1e-2
 """Relative width of an enclosure that Lanczos goes on for, within reason."""
 LOWER_ENCLOSURE = 0.1
 """The same for a smallest value, where every step is dear."""
-LARGEST_BASIS = 800
-"""Most vectors of a basis that is kept orthogonal."""
-SIMPLE_STEPS = 5
-"""Steps without reorthogonalisation that one of `maxiter` stands for."""
-PRECONDITIONER_SHARE = 0.5
-"""The preconditioner for sigma_max^2 has its pole above the circulant's norm, at this share of the
-distance from there to the Rayleigh quotient of the circulant's top mode."""
-PRECONDITIONER_GAP = 1e-3
-"""That distance is taken for at least so much of the squared norm."""
+STEPS = 25
+"""Steps of Lanczos that one of `maxiter` stands for, for the largest values; they are cheap."""
+STEPS_FOR_SMALLEST = 5
+SINGLE_TOLERANCE = 1e-7
+"""Least tolerance on a norm for which single precision finds the vector."""
+PRODUCTS_SAVED = 80
+"""Products with M that the circulant's norm may cost as much as."""
 GRAM_UNITS = 64
 """Rounding error of a Gram matrix in eps of its norm."""
+LOST_UNITS = 1024
+"""Eigenvectors of a Gram matrix are known to so many eps of its norm, over the gap."""
 LOWER_FRACTIONS = (0.95, 0.8, 0.5)
 """Lower bounds tried on a singular value of LOBPCG, relative to it."""
-BOUND_STEPS = 80
-NOISE = 1e-9
+BOUND_STEPS = 400
+NOISE = 1e-7
 """The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
 ZERO = 1e-11
 """A smallest singular value with an upper bound of this much of the norm of M counts as 0."""
 
 
 def lanczos_triplets(request: Request) -> SingularTriplets:
-    """The largest triplets, or the smallest one, from products with M alone."""
-    if not request.alone:
-        return _block_lanczos(request)
+    """The largest or smallest triplets from products with M; one norm by the circulant if cheap."""
+    if not request.largest:
+        return _lanczos(request, LOWER_ENCLOSURE)
+    if not request.alone or not _bound_is_cheap(request.op):
+        return _lanczos(request, ENCLOSURE)
+    bound = CirculantEmbedding(request.op).norm_bound()
+    if request.values_only and request.tol >= SINGLE_TOLERANCE:
+        triplets = _norm_by_single_precision(request)
+        if triplets.converged:
+            return _bounded_by_circulant(triplets, bound)
+    return _bounded_by_circulant(_lanczos(request, math.inf), bound)
+
+
+def _lanczos(request: Request, enclosure: float) -> SingularTriplets:
     tall, wide = Product.tall(request.op)
     size = min(request.op.shape)
-    pair = extreme_eigenpair(
-        tall.gram,
+    steps = request.maxiter * (STEPS if request.largest else STEPS_FOR_SMALLEST)
+    separation = request.separation
+    if separation is not None:
+        separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1
+    found = extreme_eigenpairs(
+        lambda excluded: lambda x: less(tall.gram(x), excluded),
         size,
-        request.largest,
+        request.k,
+        largest=request.largest,
         tol=request.tol,
-        maxiter=max(2, min(request.maxiter * SIMPLE_STEPS, request.max_bytes // (8 * size))),
+        maxiter=min(steps, request.max_bytes // (8 * size)),
         like=request.op.weight,
         generator=request.generator,
         values_only=request.values_only,
-        enclosure=2 * (ENCLOSURE if request.largest else LOWER_ENCLOSURE),
+        alone=request.alone,
+        enclosure=2 * enclosure,
+        separation=separation,
     )
-    u = tall.apply(pair.vector)
-    s = torch.linalg.vector_norm(u, dim=1)
-    u, v = u / s.clamp_min(torch.finfo(s.dtype).tiny), pair.vector
-    slack = rounding_of(tall.op) * pair.norm**0.5
-    far = torch.full_like(s, max(pair.bound, 0.0) ** 0.5)
-    near, far = ("below", far + slack) if request.largest else ("above", far - slack)
-    lower, upper = (s - slack, far) if request.largest else (far, s + slack)
-    # A Gram matrix has lost what is below sqrt(eps) of its norm.
-    lost = float(s) ** 2 <= GRAM_UNITS * torch.finfo(s.dtype).eps * pair.norm / request.tol**0.5
-    return SingularTriplets(
-        u=v if wide else u,
-        s=s,
-        v=u if wide else v,
-        lower=torch.minimum(lower, s).clamp_min(0),
-        upper=torch.maximum(upper, s),
-        others=math.inf if request.largest else 0.0,
-        converged=pair.converged and (request.largest or not lost),
-        matvecs=2 * pair.products + 1,
-        certificate=(
-            f"Rayleigh quotient {near}; on the other side, the Lanczos bound, which fails with "
-            f"probability {FAILURE_PROBABILITY:.0e}"
-        ),
-    )
-
-
-def _block_lanczos(request: Request) -> SingularTriplets:
-    """The largest triplets, repeated or not."""
-    tall, wide = Product.tall(request.op)
-    size = min(request.op.shape)
-    pairs = largest_pairs(request, tall.gram, size, request.k, enclosure=ENCLOSURE, block=None)
-    images, s, v = _refined(tall, pairs)
-    slack = rounding_of(tall.op) * float(s[0])
+    images, s, v = _refined(tall, found.vectors, request.largest)
+    eps = torch.finfo(s.dtype).eps
+    slack = rounding_of(tall.op) * max(found.norm, 0.0) ** 0.5
     # Squares are known to some eps of the largest.
-    rounding = GRAM_UNITS * torch.finfo(s.dtype).eps * float(s[0]) ** 2
-    bounds = [max(bound, 0.0) + rounding for bound in pairs.bounds]
-    upper = torch.tensor(bounds[: request.k], dtype=s.dtype, device=s.device)
+    rounding = GRAM_UNITS * eps * found.norm * (1.0 if request.largest else -1.0)
+    far = [max(bound + rounding, 0.0) ** 0.5 for bound in found.bounds]
+    others = far[request.k]
+    bounds = s.new_tensor(far[: request.k])
+    if request.largest:
+        lower, upper = s - slack, torch.maximum(bounds, s) + slack
+    else:
+        lower, upper = torch.minimum(bounds, s) - slack, s + slack
+    # A Gram matrix has lost what is below sqrt(eps) of its norm.
+    lost = float(s.amin()) ** 2 <= LOST_UNITS * eps * found.norm / request.tol**0.5
+    near, beyond = ("below", "above") if request.largest else ("above", "below")
     return SingularTriplets(
         u=v if wide else images,
         s=s,
         v=images if wide else v,
-        lower=(s - slack).clamp_min(0),
-        upper=torch.maximum(upper.sqrt(), s) + slack,
-        others=math.sqrt(bounds[request.k]) + slack,
-        converged=pairs.converged,
-        matvecs=2 * pairs.products + request.k,
+        lower=lower.clamp_min(0),
+        upper=upper,
+        others=others + slack if request.largest else max(others - slack, 0.0),
+        converged=found.converged and (request.largest or not lost),
+        matvecs=2 * found.products + request.k,
         certificate=(
-            "Rayleigh-Ritz values below; above, the Lanczos bound, which fails with "
+            f"Rayleigh-Ritz values {near}; {beyond}, the Lanczos bound, which fails with "
             f"probability {FAILURE_PROBABILITY:.0e}"
         ),
     )
 
 
-def largest_pairs(
-    request: Request,
-    product: Callable[[Tensor], Tensor],
-    size: int,
-    count: int,
-    *,
-    enclosure: float,
-    block: int | None,
-    excluded: Tensor | None = None,
-) -> Eigenpairs:
-    """Largest eigenpairs of a Gram operator, within a basis of `max_bytes`."""
-    width = block or count + GUARD_VECTORS
-    room = min(LARGEST_BASIS, request.max_bytes // (8 * size))
-    return lanczos(
-        product,
+def _norm_by_single_precision(request: Request) -> SingularTriplets:
+    """The largest triplet: its vector by Lanczos in single precision, its value in double.
+
+    The error of a Rayleigh quotient is the square of that of its vector.
+    """
+    op, size = request.op, min(request.op.shape)
+    tall, wide = Product.tall(op)
+    single, _ = Product.tall(op.with_weight(op.weight.float()))
+    pair = lanczos(
+        single.gram,
         size,
-        count,
-        tol=request.tol,
-        maxiter=max(2, min(request.maxiter, room // width)),
-        like=request.op.weight,
-        generator=request.generator,
-        values_only=request.values_only,
-        enclosure=enclosure,
-        separation=None if request.separation is None else 1 - (1 - request.separation) ** 2,
-        block=block,
-        excluded=excluded,
-    )
-
-
-def lobpcg_largest(request: Request) -> SingularTriplets:
-    """The largest triplets, preconditioned and bounded by the circulant."""
-    op, embedding = request.op, CirculantEmbedding(request.op)
-    bounds = embedding.largest_bounds(request.k + 1) if request.k > 1 else []
-    norms = embedding.norm_bounds()
-    bounds = bounds or [min(norms)]
-    # The iteration is with vectors on the side that has fewer channels on the torus.
-    outputs = embedding.fewer_outputs
-    product = Product(op.T if outputs else op)
-    embed = embedding.embed_output if outputs else embedding.embed_input
-    restrict = embedding.restrict_output if outputs else embedding.restrict_input
-    mode = embedding.top_mode()
-    mode = op.apply(mode) if outputs else mode
-    quotient = product.apply(mode).square().sum() / mode.square().sum().clamp_min(1e-300)
-    gap = max(norms[0] ** 2 - float(quotient), PRECONDITIONER_GAP * norms[0] ** 2)
-    inverse = embedding.inverse_of_gap(norms[0] ** 2 + PRECONDITIONER_SHARE * gap)
-
-    def precondition(x: Tensor) -> Tensor:
-        x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-300)
-        on_torus = embed(x.float().reshape(-1, *product.op.input_shape))
-        return restrict(embedding.multiply(inverse, on_torus)).flatten(1).to(x)
-
-    triplets = lobpcg(
-        product.apply,
-        product.apply_adjoint,
-        product.op.shape,
-        request.k,
+        1,
         largest=True,
         tol=request.tol,
-        maxiter=request.maxiter,
-        like=request.op.weight,
+        maxiter=min(request.maxiter * STEPS, request.max_bytes // (4 * size)),
+        like=single.op.weight,
         generator=request.generator,
-        values_only=request.values_only,
-        precondition=precondition,
-        guard=0 if request.k == 1 else GUARD_VECTORS,
+        values_only=True,
     )
-    if outputs:
-        triplets = triplets.transposed()
-    distinct = bool((triplets.s > NOISE * norms[0]).all())
+    u, s, v = _refined(tall, pair.vectors.double(), largest=True)
+    residual = torch.linalg.vector_norm(tall.apply_adjoint(u) - s[:, None] * v)
+    allowed = request.tol**0.5 * s
+    return SingularTriplets(
+        u=v if wide else u,
+        s=s,
+        v=u if wide else v,
+        lower=(s - rounding_of(op) * s).clamp_min(0),
+        upper=torch.full_like(s, math.inf),
+        others=math.inf,
+        converged=pair.converged and bool((residual <= allowed).all()),
+        matvecs=2 * pair.products + 2,
+        certificate="Rayleigh quotient below; no bound above",
+    )
+
+
+def _bound_is_cheap(op: ConvOperator) -> bool:
+    """Whether the symbols cost no more than the products with M of a Lanczos bound."""
+    if not has_embedding(op):
+        return False
+    product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
+    return CirculantEmbedding(op).flops <= PRODUCTS_SAVED * product
+
+
+def _bounded_by_circulant(triplets: SingularTriplets, bound: float) -> SingularTriplets:
     return replace(
         triplets,
-        converged=triplets.converged and distinct,
-        upper=torch.maximum(triplets.s.new_tensor(bounds[: request.k]), triplets.s),
-        others=bounds[request.k] if len(bounds) > request.k else math.inf,
-        certificate="Rayleigh-Ritz values below; above, those of the circulant on a torus",
+        upper=triplets.s.clamp_min(bound),
+        others=bound,
+        certificate="Rayleigh quotient below; above, the norm of the circulant on a torus",
     )
 
 
@@ -254,8 +226,10 @@ def _with_null_vectors(
     )
 
 
-def _refined(tall: Product, pairs: Eigenpairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (u, s, v), descending, from Rayleigh-Ritz with M itself in the span of vectors."""
-    images = tall.apply(pairs.vectors)
+def _refined(tall: Product, vectors: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of orthonormal rows."""
+    images = tall.apply(vectors)
     left, s, right = torch.linalg.svd(images, full_matrices=False)
-    return right, s, left.mT @ pairs.vectors
+    if not largest:
+        left, s, right = left.flip(1), s.flip(0), right.flip(0)
+    return right, s, left.mT @ vectors

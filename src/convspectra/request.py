@@ -41,11 +41,20 @@ class Request:
         return float(torch.linalg.vector_norm(weight.flatten(1), dim=1).amax()) * taps**0.5
 
 
-@dataclass(frozen=True)
 class Product:
-    """A layer as maps between rows, (b, n) -> (b, m) and back."""
+    """A layer as maps between rows, (b, n) -> (b, m) and back, for inner loops.
 
-    op: ConvOperator
+    Parameters
+    ----------
+    op : ConvOperator
+    """
+
+    def __init__(self, op: ConvOperator) -> None:
+        self.op = op
+        direct = op.T if op.transposed else op
+        # PyTorch's transposed convolution is the slower one in float64.
+        adjoint = _adjoint_layer(direct) or direct.T
+        self._forward, self._backward = (adjoint, direct) if op.transposed else (direct, adjoint)
 
     @classmethod
     def tall(cls, op: ConvOperator) -> tuple[Product, bool]:
@@ -55,15 +64,40 @@ class Product:
 
     def apply(self, x: Tensor) -> Tensor:
         """M x."""
-        return self.op.apply(x.reshape(-1, *self.op.input_shape)).flatten(1)
+        return self._forward.apply(x.reshape(-1, *self.op.input_shape)).flatten(1)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """M' y."""
-        return self.op.apply_adjoint(y.reshape(-1, *self.op.output_shape)).flatten(1)
+        return self._backward.apply(y.reshape(-1, *self.op.output_shape)).flatten(1)
 
     def gram(self, x: Tensor) -> Tensor:
         """M'M x."""
         return self.apply_adjoint(self.apply(x))
+
+
+def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
+    """M' as a layer that is not transposed: taps reversed, channels exchanged; None if it is not.
+
+    That of stride 1 with zero padding is, unless it pads farther than the taps reach.
+    """
+    g = op.geometry
+    if g.ndim == 0 or g.padding_mode != "zeros" or any(s != 1 for s in g.stride):
+        return None
+    padding = [
+        (reach - 1 - before, reach - 1 - after)
+        for reach, (before, after) in zip(g.reach, g.padding, strict=True)
+    ]
+    if min(map(min, padding)) < 0:
+        return None
+    blocks = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
+    weight = blocks.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + g.ndim)))
+    return ConvOperator(
+        weight.contiguous(),
+        g.output_size,
+        padding=padding,
+        dilation=g.dilation,
+        groups=op.groups,
+    )
 
 
 def rounding_of(op: ConvOperator) -> float:

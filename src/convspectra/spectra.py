@@ -120,13 +120,15 @@ def svds(
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
         forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
         with circular padding all around; "capacitance" inverts a square, zero-padded, stride-1
-        layer exactly, for its smallest values; "lanczos" and "lobpcg" need only products with M.
+        layer exactly, for its smallest values; "lanczos" and "lobpcg" (smallest values) need only
+        products with M.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not.
     tol : float
         Relative: of the residuals where vectors are asked for, of the values themselves otherwise.
         An iteration with the inverse applies it to the singular values of the inverse.
     maxiter : int
-        Most block steps; five times as many where they are made without reorthogonalisation.
+        Most steps of LOBPCG, or of Lanczos with an inverse; Lanczos with M may take 5 times as many
+        for the smallest values and 25 times as many for the largest.
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 
 from convspectra.capacitance import border_bytes, is_square_toeplitz
 from convspectra.circulant import (
-    CirculantEmbedding,
     circulant_triplets,
-    has_embedding,
     is_circulant,
 )
 from convspectra.inverted import capacitance
 from convspectra.iterative import (
     ZERO,
     lanczos_triplets,
-    lobpcg_largest,
     lobpcg_smallest,
 )
-from convspectra.operator import ConvOperator
 from convspectra.request import Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
 from convspectra.solvers.result import SingularTriplets
 
 METHODS = {
-    "LM": ("auto", "dense", "gram", "circulant", "lanczos", "lobpcg"),
+    "LM": ("auto", "dense", "gram", "circulant", "lanczos"),
     "SM": ("auto", "dense", "gram", "circulant", "capacitance", "lanczos", "lobpcg"),
 }
 SMALL_WORK = 2e7
@@ -37,8 +32,6 @@ GRAM_AT_ONCE = 2e9
 GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
-PRODUCTS_SAVED = 800
-"""Products with M that the preconditioner for sigma_max may cost as much as."""
 DENSE_WORK_LIMIT = 1e11
 
 
@@ -50,7 +43,7 @@ def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
         "circulant": lambda r: circulant_triplets(r.op, r.k, r.largest),
         "capacitance": capacitance,
         "lanczos": lanczos_triplets,
-        "lobpcg": lobpcg_largest if request.largest else lobpcg_smallest,
+        "lobpcg": lobpcg_smallest,
     }
     if method != "auto":
         return ways[method](request), method
@@ -75,8 +68,6 @@ def admits(request: Request, method: str) -> bool:
     return {
         "capacitance": is_square_toeplitz(op),
         "circulant": is_circulant(op),
-        "lanczos": request.largest or request.alone,
-        "lobpcg": not request.largest or (request.separation is None and has_embedding(op)),
     }.get(method, True)
 
 
@@ -95,7 +86,6 @@ def _candidates(request: Request) -> list[str]:
     if request.largest:
         order = [
             ("gram", at_once),
-            ("lobpcg", _symbols_pay(op)),
             ("lanczos", True),
             ("gram", gram and not at_once),
             ("dense", fits),
@@ -111,14 +101,6 @@ def _candidates(request: Request) -> list[str]:
             ("dense", fits),
         ]
     return [name for name, wanted in order if wanted and admits(request, name)]
-
-
-def _symbols_pay(op: ConvOperator) -> bool:
-    """Whether the symbols cost less than the products with M that they save."""
-    if not has_embedding(op):
-        return False
-    product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return CirculantEmbedding(op).flops <= PRODUCTS_SAVED * product
 
 
 def _certified(request: Request, triplets: SingularTriplets) -> bool:

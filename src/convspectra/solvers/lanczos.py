@@ -1,45 +1,63 @@
-"""Largest eigenpairs of a symmetric operator by block Lanczos with full reorthogonalisation.
+"""Extreme eigenpairs of a symmetric operator by Lanczos with selective orthogonalisation.
 
-Sources: Golub and Underwood (The block Lanczos method for computing eigenvalues, 1977); the bounds
-from above are those of Note [Block bound].
+Two short vectors of products a step, and nothing else that grows but the basis itself.
 
-Note [Repeated values]. A Krylov sequence from one vector sees one copy of a repeated eigenvalue.
-From a Gaussian block of b vectors it sees min(b, multiplicity) copies, so that a block of more than
-k vectors gives the k largest as they are, repeated or not.
+Note [Selective orthogonalisation]. In finite precision Lanczos vectors lose orthogonality only
+along Ritz vectors that have converged (Paige, J. Inst. Maths Applics 18, 1976). New vectors are
+made orthogonal to those, and copies of them never appear (Parlett and Scott, Math. Comp. 33, 1979).
+As long as the basis is small they are made orthogonal to all of it.
+
+Note [Bound beyond an end]. Let p_j be the polynomial of the recurrence, q_{j+1} = p_j(A) q_1. For a
+unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{j+1})^2 <= 1``.
+Outside the Ritz values p_j grows, and a Gaussian q_1 has a component |z'q_1| of at least delta,
+except with the probability `FAILURE_PROBABILITY`: no eigenvalue lies where the sum is larger than
+``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl.
+22, 2000). Rounding enters as a change of q_1 by a few eps, which is far below delta.
+
+Note [Repeated values]. A Krylov sequence sees one copy of a repeated eigenvalue: see `deflation`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
 import torch
 from torch import Tensor
 
-from convspectra.solvers.lanczos_bound import KrylovBlock
+from convspectra.solvers.gaussian import log_smallest_norm
+
+FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
-"""A length of at most this many eps times the largest one is rounding error, and counts as 0."""
-GUARD_VECTORS = 2
+"""The operator is known to so many eps of its norm."""
+SMALL_BASIS = 4_000_000
+"""Numbers in a basis that new vectors are made orthogonal to, all of it."""
+CHUNK = 32
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The k largest eigenpairs of a symmetric operator, descending.
+    """Extreme eigenpairs, the most extreme first.
 
     Attributes
     ----------
     values : Tensor
-        (k,)
+        (k,), or fewer where the Krylov space had no more.
     vectors : Tensor
-        Orthonormal, in rows, (k, n).
+        Orthonormal rows, (k, n).
     residuals : Tensor
         (k,)
-    bounds : list of float
-        Upper bounds on the k largest eigenvalues and on the one after them.
+    bound : float
+        No eigenvalue is beyond it: above it for the largest, below it for the smallest.
+    norm : float
+        An estimate of the norm of the operator, of the right order.
     converged : bool
+        Whether the pairs have; with `beyond`, or that none is to be expected there.
     products : int
         Vectors that the operator was applied to.
     """
@@ -47,7 +65,8 @@ class Eigenpairs:
     values: Tensor
     vectors: Tensor
     residuals: Tensor
-    bounds: list[float]
+    bound: float
+    norm: float
     converged: bool
     products: int
 
@@ -57,47 +76,56 @@ def lanczos(
     size: int,
     k: int,
     *,
+    largest: bool,
     tol: float,
     maxiter: int,
     like: Tensor,
     generator: torch.Generator | None = None,
     values_only: bool = False,
     enclosure: float = math.inf,
-    separation: float | None = None,
-    block: int | None = None,
+    beyond: float | None = None,
     excluded: Tensor | None = None,
+    metric: Callable[[Tensor], Tensor] | None = None,
+    smallest_of_metric: float = 1.0,
+    full_orthogonalisation: bool = False,
 ) -> Eigenpairs:
-    """The k largest eigenpairs of a symmetric operator.
+    """The k largest or smallest eigenpairs of a symmetric operator, one copy of each.
 
     Parameters
     ----------
     product : callable
-        The operator on vectors in rows, (b, n) -> (b, n).
+        The operator on a row, (1, n) -> (1, n).
     size : int
         n.
     k : int
+    largest : bool
     tol : float
-        A pair has converged when its residual is at most ``tol * value``; with `values_only`, when
+        A pair has converged when its residual is at most ``tol |value|``; with `values_only`, when
         the error of the value is estimated so: residual^2 over the gap to the next Ritz value.
     maxiter : int
-        Most block steps; the basis holds as many blocks of vectors of length n.
+        Most steps, k at least; as many vectors of length n are kept.
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
-        Of the Gaussian start block, on that device.
+        Of the Gaussian start vector, on that device.
     values_only : bool
     enclosure : float
-        Go on until the bounds are within this fraction of the values, for at most as many steps
+        Go on until the bound is within this fraction of the first value, for at most as many steps
         again as the values took.
-    separation : float, optional
-        Go on until the bound on the eigenvalue after the k-th is below the k-th by this fraction of
-        it, or its Ritz value is not.
-    block : int, optional
-        Vectors in a block, k + 2 unless said otherwise. With k or fewer, copies of a repeated value
-        can be missed, and bounds are missing.
+    beyond : float, optional
+        Stop as soon as no eigenvalue beyond this one is to be expected: the bound is within
+        `enclosure` of it, and the first Ritz value with its estimated error is not beyond it. If
+        one is, go on until it has converged.
     excluded : Tensor, optional
         Orthonormal rows; the eigenpairs are those in their orthogonal complement, which the
         operator must map into itself.
+    metric : callable, optional
+        With k = 1: B on a row, positive definite. The eigenvalue is that of A B, with the inner
+        product of B.
+    smallest_of_metric : float
+        A lower bound on the eigenvalues of B.
+    full_orthogonalisation : bool
+        New vectors are made orthogonal to the whole basis: where products are dearer than that.
 
     Raises
     ------
@@ -106,263 +134,229 @@ def lanczos(
 
     Notes
     -----
-    Cost: one application to a block, and ``8 j b^2 n`` flops for step j.
+    Cost: one product and about ``8 n`` flops a step; one pass over the basis when a pair converges.
     """
-    free = size - (0 if excluded is None else len(excluded))
-    width = min(block or k + GUARD_VECTORS, free)
-    omega = torch.randn(width, size, dtype=like.dtype, device=like.device, generator=generator)
-    krylov = _Krylov(product, omega, generator, excluded)
-    values_at, check_at = 0, 1
+    sign = 1.0 if largest else -1.0
+    run = _Recurrence(product, sign, size, like, generator, excluded, metric, smallest_of_metric)
+    limit = max(maxiter, k)
+    reached_at, check_at = 0, 1
     while True:
-        krylov.extend()
-        steps = krylov.steps
-        last = steps >= maxiter or krylov.exhausted
-        if steps < check_at and not last:
+        run.step()
+        steps = run.steps
+        last = steps >= limit or run.exhausted
+        if not last and steps < check_at:
             continue
         check_at = steps + 1 + steps // 16
-        values, vectors, residuals = krylov.ritz_pairs()
-        enough = len(values) >= min(free, k + (separation is not None))
-        floor = ROUNDING_UNITS * torch.finfo(like.dtype).eps * float(values[0].abs())
-        error = _errors(values, residuals, k) if values_only else residuals[:k]
-        reached = bool((error <= (tol * values[:k]).clamp_min(floor)).all())
-        converged = krylov.exhausted or (reached and enough)
-        bounds: list[float] | None = None
+        ritz = run.ritz(k)
+        errors = ritz.errors(tol) if values_only else ritz.residuals
+        allowed = np.maximum(tol * np.abs(ritz.values[:k]), run.floor)
+        if not reached_at and len(ritz.values) >= k and bool((errors[:k] <= allowed).all()):
+            reached_at = steps
+        converged = bool(reached_at) or run.exhausted
+        first = float(ritz.values[0])
+        target = first if beyond is None else sign * beyond
         if converged and not last:
-            values_at = values_at or steps
-            settled = math.isinf(enclosure) or steps >= 2 * values_at + 2
-            if not settled or separation is not None:
-                bounds = krylov.bounds(k)
-                kth = float(values[k - 1])
-                tight = all(
-                    bound - float(value) <= enclosure * float(value)
-                    for bound, value in zip(bounds, values[:k], strict=False)
-                )
-                settled = (settled or tight) and (
-                    separation is None
-                    or bounds[k] <= (1 - separation) * kth
-                    or float(values[k]) > (1 - separation) * kth
-                )
-            last = settled
+            if beyond is None:
+                last = math.isinf(enclosure) or steps >= 2 * reached_at
+            else:
+                in_vain = ritz.residuals[0] <= run.floor and steps >= 4 * reached_at
+                last = first > target or in_vain
+        expected = converged if beyond is None else first + ritz.errors(tol)[0] <= target
+        if expected and not last:
+            last = run.bound(first) <= target + enclosure * abs(target)
+            converged = converged or last
         if last:
             break
-    basis = krylov.basis()
+        whole = full_orthogonalisation or steps * size <= SMALL_BASIS
+        run.orthogonalise(ritz, k, whole=whole and metric is None)
+    vectors = run.vectors(ritz.coefficients[:, :k])
     return Eigenpairs(
-        values=values[:k].to(like),
-        vectors=vectors[:, :k].T.to(like) @ basis,
-        residuals=residuals[:k].to(like),
-        bounds=bounds or krylov.bounds(k),
+        values=like.new_tensor(sign * ritz.values[:k]),
+        vectors=vectors,
+        residuals=like.new_tensor(ritz.residuals[:k]),
+        bound=sign * (run.bound(float(ritz.values[0])) + run.floor),
+        norm=run.norm,
         converged=converged,
-        products=krylov.products,
+        products=run.steps,
     )
 
 
-def exceeds(
-    product: Callable[[Tensor], Tensor],
-    ceiling: float,
-    omega: Tensor,
-    *,
-    maxiter: int,
-    metric: Callable[[Tensor], Tensor],
-    generator: torch.Generator | None = None,
-) -> tuple[bool, int]:
-    """Whether some eigenvalue of A B may be above the ceiling, A symmetric and B positive definite.
+@dataclass(frozen=True)
+class _Ritz:
+    """The first Ritz values, descending, with coefficients in columns."""
 
-    Parameters
-    ----------
-    product : callable
-        A on vectors in rows, (b, n) -> (b, n).
-    ceiling : float
-    metric : callable
-        B on vectors in rows; A B is symmetric in the inner product that it gives.
-    omega : Tensor
-        Start vectors (b, n): their components along the eigenvectors must be at least as large in
-        distribution as standard Gaussian ones.
-    maxiter : int
-        Most block steps.
+    values: FloatArray
+    coefficients: FloatArray
+    residuals: FloatArray
 
-    Returns
-    -------
-    bool, int
-        False if no eigenvalue is above it, which holds except with the probability of
-        Note [Block bound]; True if one was found, or if `maxiter` steps did not tell. And the
-        number of vectors that the operator was applied to.
-    """
-    krylov = _Krylov(product, omega, generator, metric=metric)
-    check_at = 2
-    while krylov.steps < maxiter and not krylov.exhausted:
-        krylov.extend()
-        if krylov.steps < min(check_at, maxiter) and not krylov.exhausted:
-            continue
-        check_at = krylov.steps + 2 + krylov.steps // 16
-        values, _, _ = krylov.ritz_pairs()
-        if float(values[0]) > ceiling:
-            return True, krylov.products
-        if krylov.bounds(0)[0] <= ceiling:
-            return False, krylov.products
-    return True, krylov.products
+    def errors(self, tol: float) -> FloatArray:
+        """Estimated errors: residual^2 over the gap, or the residual if that is less.
+
+        Values closer to each other than the tolerance are one value. A gap counts for no more than
+        the value: before they have converged Ritz values may be far apart for no reason.
+        """
+        distance = np.abs(self.values[:, None] - self.values[None, :])
+        distance[distance <= tol * np.abs(self.values)[:, None]] = math.inf
+        gap = np.minimum(distance.min(1), np.abs(self.values))
+        tiny = float(np.finfo(float).tiny)
+        estimates: FloatArray = self.residuals * (self.residuals / np.maximum(gap, tiny))
+        # Without another Ritz value nothing is known of the gap.
+        estimates = estimates if len(gap) > 1 else self.residuals
+        return np.minimum(self.residuals, estimates)
 
 
-def _errors(values: Tensor, residuals: Tensor, k: int) -> Tensor:
-    """Estimated errors of Ritz values: residual^2 over the gap, or the residual if that is less."""
-    distance = (values[:k, None] - values[None, :]).abs()
-    distance[range(len(distance)), range(len(distance))] = math.inf
-    gap = distance.amin(1) if distance.shape[1] > 1 else residuals.new_zeros(len(distance))
-    squared = residuals[:k].square() / gap.clamp_min(torch.finfo(gap.dtype).tiny)
-    return torch.minimum(residuals[:k], squared)
-
-
-class _Krylov:
-    """An orthonormal basis of a block Krylov space of A B, with the operator's matrix in it.
-
-    Orthogonality is in the inner product of the metric B; `_dual` holds B times the basis, which is
-    the basis itself where there is no metric.
-    """
+class _Recurrence:
+    """The three-term recurrence of sign A, its basis and its tridiagonal matrix."""
 
     def __init__(
         self,
         product: Callable[[Tensor], Tensor],
-        omega: Tensor,
+        sign: float,
+        size: int,
+        like: Tensor,
         generator: torch.Generator | None,
-        excluded: Tensor | None = None,
-        metric: Callable[[Tensor], Tensor] | None = None,
+        excluded: Tensor | None,
+        metric: Callable[[Tensor], Tensor] | None,
+        smallest_of_metric: float,
     ) -> None:
-        self._product = product
-        self._metric = metric
-        self._generator = generator
-        self._size = omega.shape[1]
-        # The excluded rows stand first in the basis: everything is made orthogonal to them.
-        self._first = 0 if excluded is None else len(excluded)
-        self._store = omega.new_zeros(min(self._size, self._first + 16 * len(omega)), self._size)
-        self._dual = self._store if metric is None else torch.zeros_like(self._store)
-        self._count = 0
-        if excluded is not None:
-            self._append(excluded, excluded)
-            omega = self._project_out(omega)
-        rows, dual, factor = self._orthonormal(omega)
-        self._start = factor.cpu().double()
-        self._append(rows, dual)
-        self._diagonal: list[Tensor] = []
-        self._couplings: list[Tensor] = []
-        self._widths = [len(omega)]
-        self._scale = 0.0
-        self.products = 0
+        self._product, self._sign, self._metric = product, sign, metric
+        self._excluded = excluded if excluded is not None and len(excluded) else None
+        self._eps = float(torch.finfo(like.dtype).eps)
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._chunks: list[Tensor] = []
+        self._found: Tensor | None = None
+        self._good = 0
+        self._whole = metric is None
+        omega = torch.randn(1, size, dtype=like.dtype, device=like.device, generator=generator)
+        omega = self._less(self._less(omega, self._excluded), self._excluded)
+        self._next, self._dual, length = self._normalised(omega)
+        self._log_delta = (
+            log_smallest_norm(1)
+            + 0.5 * math.log(smallest_of_metric)
+            - math.log(max(length, 1e-300))
+        )
+        self.norm = 0.0
 
     @property
     def steps(self) -> int:
-        return len(self._diagonal)
+        return len(self._alphas)
+
+    @property
+    def floor(self) -> float:
+        """What is rounding error in values and residuals."""
+        return ROUNDING_UNITS * self._eps * self.norm
 
     @property
     def exhausted(self) -> bool:
-        """Whether the basis spans the whole space."""
-        return self.steps > 0 and self._widths[-1] == 0
+        """Whether the Krylov space is invariant."""
+        return self.steps > 0 and self._betas[-1] <= self.floor
 
-    def basis(self) -> Tensor:
-        return self._store[self._first :][: sum(self._widths[: self.steps])]
-
-    def extend(self) -> None:
-        """One block step."""
-        width = self._widths[-1]
-        block = self._dual[self._count - width : self._count]
-        image = self._product(block)
-        self.products += width
-        matrix = (image @ block.T).cpu().double()
-        self._diagonal.append(0.5 * (matrix + matrix.T))
-        scale = float(torch.linalg.matrix_norm(matrix))
-        if not math.isfinite(scale):
+    def step(self) -> None:
+        q, dual = self._next, self._dual
+        row = self.steps % CHUNK
+        if row == 0:
+            self._chunks.append(q.new_empty(CHUNK, q.shape[1]))
+        self._chunks[-1][row] = q[0]
+        w = self._sign * self._product(dual)
+        alpha = float((w * dual).sum())
+        w = w - alpha * q
+        if self._betas:
+            w = w - self._betas[-1] * self._row(self.steps)
+        for _ in range(2 if self._whole else 1):
+            w = self._less(self._less(w, self._excluded), self._found)
+            if self._whole:
+                for i, chunk in enumerate(self._chunks):
+                    w = self._less(w, chunk[: self.steps + 1 - i * CHUNK])
+        self._next, self._dual, beta = self._normalised(w)
+        if not math.isfinite(beta) or not math.isfinite(alpha):
             raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
-        image = self._project_out(image)
-        rows, dual, factor = self._orthonormal(image)
-        left, sizes, _ = torch.linalg.svd(factor)
-        self._scale = max(self._scale, scale, float(sizes[0]))
-        floor = ROUNDING_UNITS * torch.finfo(image.dtype).eps * self._scale
-        kept = min(width, self._size - self._count)
-        found = int((sizes[:kept] > floor).sum())
-        rows = left.T[:found] @ rows
-        if kept > found:
-            random = torch.randn(
-                kept - found,
-                self._size,
-                dtype=image.dtype,
-                device=image.device,
-                generator=self._generator,
+        before = self._betas[-1] if self._betas else 0.0
+        self.norm = max(self.norm, abs(alpha) + beta + before)
+        self._alphas.append(alpha)
+        self._betas.append(beta)
+
+    def ritz(self, k: int) -> _Ritz:
+        """The k + 2 largest Ritz pairs, or as many as there are."""
+        order = self.steps
+        wanted = min(order, k + 2)
+        diagonal, beside = np.array(self._alphas), np.array(self._betas[:-1])
+        if order == 1:
+            values, vectors = diagonal, np.ones((1, 1))
+        else:
+            values, vectors = scipy.linalg.eigh_tridiagonal(
+                diagonal, beside, select="i", select_range=(order - wanted, order - 1)
             )
-            rows = torch.cat([rows, random / self._size**0.5])
-        # Short directions carry rounding error along the basis: once more, and the coupling is
-        # measured. That of random directions is 0.
-        dual, coupling = rows, image.new_zeros(kept, width)
-        if kept:
-            rows, dual, _ = self._orthonormal(self._project_out(rows))
-            coupling[:found] = dual[:found] @ image.T
-        self._append(rows, dual)
-        self._couplings.append(coupling.cpu().double())
-        self._widths.append(kept)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        return _Ritz(values, vectors, self._betas[-1] * np.abs(vectors[-1]))
 
-    def ritz_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All Ritz values, descending, their coefficients in columns, and the residual norms."""
-        order = sum(self._widths[: self.steps])
-        matrix = torch.zeros(order, order, dtype=torch.float64)
-        first = 0
-        for i, diagonal in enumerate(self._diagonal):
-            middle = first + self._widths[i]
-            matrix[first:middle, first:middle] = diagonal
-            if i + 1 < self.steps:
-                last = middle + self._widths[i + 1]
-                matrix[middle:last, first:middle] = self._couplings[i]
-                matrix[first:middle, middle:last] = self._couplings[i].T
-            first = middle
-        values, vectors = torch.linalg.eigh(matrix)
-        self._ritz = values.flip(0), vectors.flip(1)
-        values, vectors = self._ritz
-        coupling = self._couplings[-1] @ vectors[order - self._widths[self.steps - 1] :]
-        return values, vectors, torch.linalg.vector_norm(coupling, dim=0)
+    def orthogonalise(self, ritz: _Ritz, k: int, *, whole: bool) -> None:
+        """From now on, against the whole basis or the Ritz vectors that have converged."""
+        self._whole = whole
+        if whole or k == 1:
+            return
+        good = ritz.residuals[:k] <= math.sqrt(self._eps) * np.abs(ritz.values[:k])
+        if int(good.sum()) > self._good:
+            self._good = int(good.sum())
+            self._found = self.vectors(ritz.coefficients[:, :k][:, good])
+            self._next = self._dual = self._less(self._next, self._found)
 
-    def bounds(self, k: int) -> list[float]:
-        """Upper bounds on the k + 1 largest eigenvalues."""
-        values, vectors = self._ritz
-        if self.exhausted:
-            return [float(x) for x in values[: k + 1]] + [-math.inf] * max(0, k + 1 - len(values))
-        tail, log_tail = self._start, 0.0
-        for coupling in self._couplings:
-            tail = coupling @ tail
-            size = max(float(torch.linalg.matrix_norm(tail)), torch.finfo(torch.float64).tiny)
-            tail, log_tail = tail / size, log_tail + math.log(size)
-        known = KrylovBlock(
-            values.numpy(),
-            (vectors[: self._widths[0]].T @ self._start).numpy(),
-            tail.numpy(),
-            log_tail,
-            self.steps,
-        )
-        bounds = [known.upper_bound(i + 1) for i in range(k + 1)]
-        return list(itertools.accumulate(bounds, min))
+    def vectors(self, coefficients: FloatArray) -> Tensor:
+        """Combinations of the basis, orthonormal rows."""
+        weights = torch.tensor(coefficients.T.copy()).to(self._chunks[0])
+        rows = self._chunks[0].new_zeros(len(weights), self._chunks[0].shape[1])
+        for i, chunk in enumerate(self._chunks):
+            part = weights[:, i * CHUNK : (i + 1) * CHUNK]
+            rows.addmm_(part, chunk[: part.shape[1]])
+        if self._metric is not None:
+            return rows
+        orthonormal: Tensor = torch.linalg.qr(rows.T).Q.T
+        return orthonormal
 
-    def _append(self, rows: Tensor, dual: Tensor) -> None:
-        if self._count + len(rows) > len(self._store):
-            more = min(max(len(self._store), len(rows)), self._size - len(self._store))
-            room = self._store.new_zeros(more, self._size)
-            self._store = torch.cat([self._store, room])
-            self._dual = self._store if self._metric is None else torch.cat([self._dual, room])
-        self._store[self._count : self._count + len(rows)] = rows
-        self._dual[self._count : self._count + len(rows)] = dual
-        self._count += len(rows)
+    def bound(self, value: float) -> float:
+        """The nearest point above the first Ritz value where the sum of squares is 1 / delta^2."""
+        enough = -2 * self._log_delta
 
-    def _project_out(self, rows: Tensor) -> Tensor:
-        basis, dual = self._store[: self._count], self._dual[: self._count]
-        for _ in range(2):
-            rows = torch.addmm(rows, rows @ dual.T, basis, alpha=-1)
-        return rows
+        def reaches(gap: float) -> bool:
+            x = value + gap
+            now, before, behind, total, log_scale = 1.0, 0.0, 0.0, 1.0, 0.0
+            for alpha, beta in zip(self._alphas, betas, strict=True):
+                now, before = ((x - alpha) * now - behind * before) / beta, now
+                behind = beta
+                total += now * now
+                if total > 1e100:
+                    now, before, total = now * 1e-50, before * 1e-50, total * 1e-100
+                    log_scale += 100 * math.log(10.0)
+                    if log_scale >= enough:
+                        return True
+            return math.log(total) + log_scale >= enough
 
-    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Orthonormal rows Q with ``rows = factor' Q``, B Q, and the factor."""
+        floor = max(self.floor, 1e-300)
+        betas = [max(beta, floor) for beta in self._betas]
+        high = floor
+        while not reaches(high):
+            high *= 4
+        low = high / 4
+        for _ in range(12):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if reaches(middle) else (middle, high)
+        return value + high
+
+    def _row(self, count: int) -> Tensor:
+        """The last of `count` basis vectors."""
+        return self._chunks[(count - 1) // CHUNK][(count - 1) % CHUNK][None]
+
+    def _normalised(self, w: Tensor) -> tuple[Tensor, Tensor, float]:
         if self._metric is None:
-            q, factor = torch.linalg.qr(rows.T)
-            return q.T, q.T, factor
-        factor = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        for _ in range(2):
-            dual = self._metric(rows)
-            values, vectors = torch.linalg.eigh(rows @ dual.T)
-            largest = values[-1].clamp_min(torch.finfo(rows.dtype).tiny)
-            root = values.clamp_min(torch.finfo(rows.dtype).eps * largest).sqrt()
-            rows, dual = ((vectors / root).T @ x for x in (rows, dual))
-            factor = (vectors * root).T @ factor
-        return rows, dual, factor
+            length = float(torch.linalg.vector_norm(w))
+            w = w / max(length, float(torch.finfo(w.dtype).tiny))
+            return w, w, length
+        dual = self._metric(w)
+        length = math.sqrt(max(float((w * dual).sum()), 0.0))
+        scale = 1 / max(length, float(torch.finfo(w.dtype).tiny))
+        return scale * w, scale * dual, length
+
+    @staticmethod
+    def _less(rows: Tensor, found: Tensor | None) -> Tensor:
+        """Rows less their components along orthonormal ones."""
+        return rows if found is None else torch.addmm(rows, rows @ found.T, found, alpha=-1)
