@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convspectra.solvers.lanczos import Eigenpairs, lanczos
+from convspectra.solvers.lanczos import lanczos
+from convspectra.solvers.result import Eigenpairs
 
 Product = Callable[[Tensor], Tensor]
 

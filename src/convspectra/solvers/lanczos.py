@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.gaussian import log_smallest_norm
+from convspectra.solvers.result import Eigenpairs
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -38,37 +39,6 @@ ROUNDING_UNITS = 16
 SMALL_BASIS = 4_000_000
 """Numbers in a basis that new vectors are made orthogonal to, all of it."""
 CHUNK = 32
-
-
-@dataclass(frozen=True)
-class Eigenpairs:
-    """Extreme eigenpairs, the most extreme first.
-
-    Attributes
-    ----------
-    values : Tensor
-        (k,), or fewer where the Krylov space had no more.
-    vectors : Tensor
-        Orthonormal rows, (k, n).
-    residuals : Tensor
-        (k,)
-    bound : float
-        No eigenvalue is beyond it: above it for the largest, below it for the smallest.
-    norm : float
-        An estimate of the norm of the operator, of the right order.
-    converged : bool
-        Whether the pairs have; with `beyond`, or that none is to be expected there.
-    products : int
-        Vectors that the operator was applied to.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    bound: float
-    norm: float
-    converged: bool
-    products: int
 
 
 def lanczos(

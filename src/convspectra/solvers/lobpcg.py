@@ -11,11 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from convspectra.solvers.orthonormal import orthonormal, principal
 from convspectra.solvers.result import SingularTriplets
 
 GUARD_VECTORS = 2
-NEW_DIRECTIONS = 1e-6
-"""New directions that are this little beside the others, relatively, are dropped."""
 FLOOR_UNITS = 64
 """A residual of so many eps, relative to the squared norm, is rounding error."""
 KEPT_DIRECTIONS = 1e-4
@@ -102,7 +101,7 @@ def lobpcg(
         active[:k] = ~(reached | (size <= floor))
         search = residual[active]
         search = search if precondition is None else precondition(search)
-        search = _orthonormal(search, x)
+        search = orthonormal(search, x)
         if len(search) + len(p) == 0:  # x spans the whole space
             converged = True
             break
@@ -143,19 +142,6 @@ def _left_singular(rows: Tensor) -> tuple[Tensor, Tensor]:
     return left.flip(1), s.flip(0)
 
 
-def _orthonormal(rows: Tensor, against: Tensor) -> Tensor:
-    """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
-
-    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002).
-    """
-    for smallest in (NEW_DIRECTIONS, 0.5, 0.5):
-        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
-        rows = torch.addmm(rows, rows @ against.T, against, alpha=-1)
-        rows = _principal(rows, smallest) @ rows
-    return rows
-
-
 def _beside(p: Tensor, ap: Tensor, basis: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal rows of the span of p orthogonal to the basis, and their images."""
     for smallest in (KEPT_DIRECTIONS, 0.5):
@@ -164,13 +150,6 @@ def _beside(p: Tensor, ap: Tensor, basis: Tensor, images: Tensor) -> tuple[Tenso
         p, ap = scale * p, scale * ap
         along = p @ basis.T
         p, ap = p - along @ basis, ap - along @ images
-        turn = _principal(p, smallest)
+        turn = principal(p, smallest)
         p, ap = turn @ p, turn @ ap
     return p, ap
-
-
-def _principal(rows: Tensor, smallest: float) -> Tensor:
-    """What makes rows orthonormal, without their principal components of `smallest` or less."""
-    squares, vectors = torch.linalg.eigh(rows @ rows.T)
-    kept = squares > smallest**2
-    return (vectors[:, kept] / squares[kept].sqrt()).T

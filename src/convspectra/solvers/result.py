@@ -45,3 +45,35 @@ class SingularTriplets:
     def transposed(self) -> SingularTriplets:
         """The triplets of A' from those of A."""
         return replace(self, u=self.v, v=self.u)
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Extreme eigenpairs of a symmetric operator, the most extreme first.
+
+    Attributes
+    ----------
+    values : Tensor
+        (k,), or fewer where the Krylov space had no more.
+    vectors : Tensor
+        Orthonormal rows, (k, n).
+    residuals : Tensor
+        (k,)
+    bound : float
+        No eigenvalue is beyond it: above it for the largest, below it for the smallest; infinite
+        where nothing is known.
+    norm : float
+        An estimate of the norm of the operator, of the right order.
+    converged : bool
+        Whether the pairs have; or, where that was asked, that there is none beyond a value.
+    products : int
+        Vectors that the operator was applied to.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    bound: float
+    norm: float
+    converged: bool
+    products: int

@@ -1,0 +1,172 @@
+"""The largest eigenpairs of a symmetric operator by block Davidson, with a preconditioner or not.
+
+Source: Davidson (J. Comput. Phys. 17, 1975); Stathopoulos and Saad (Numer. Algorithms 18, 1998) for
+the restart, which keeps the Ritz vectors of the last step beside those of this one. Without a
+preconditioner and a restart it is block Lanczos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from convspectra.solvers.orthonormal import orthonormal
+from convspectra.solvers.result import Eigenpairs
+
+GUARD_VECTORS = 2
+"""Vectors beside the k wanted: the last of those converges by its distance to the next beyond."""
+BASIS_BLOCKS = 4
+BASIS_LEAST = 48
+"""Most vectors of the basis: so many blocks of the start, and so many at the least."""
+ROUNDING_UNITS = 16
+"""The operator is known to so many eps of its norm."""
+PAIRS_COUNT_AS_ONE = 10
+"""With `values_only` two values nearer than so many tolerances may be taken for one."""
+KEPT_DIRECTION = 1e-3
+"""Directions of the last step that add less than this to those of this one are dropped."""
+
+
+def davidson(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    k: int,
+    *,
+    tol: float,
+    maxiter: int,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    values_only: bool = False,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> Eigenpairs:
+    """The k largest eigenpairs, repeated ones too where the random start vectors tell them apart.
+
+    Parameters
+    ----------
+    product : callable
+        The operator on rows, (b, n) -> (b, n).
+    size : int
+        n.
+    k : int
+        At most n.
+    tol : float
+        A pair has converged when its residual is at most ``tol value``; with `values_only`, when
+        the error of the value is estimated so, residual^2 over the gap to the next Ritz value, and
+        the residual is at most ``10 tol value``, which bounds the error whatever the gap.
+    maxiter : int
+        Most block steps.
+    like : Tensor
+        Gives the dtype and the device. In single precision no tolerance below 1e-6 is reached.
+    generator : torch.Generator, optional
+        Of the Gaussian start vectors, on that device.
+    start : Tensor, optional
+        Rows to start from instead, k or more.
+    values_only : bool
+    precondition : callable, optional
+        On rows, symmetric positive definite: near (t - A)^{-1} for a t above the spectrum.
+
+    Returns
+    -------
+    Eigenpairs
+        Without a bound: the iteration cannot tell that it missed a value.
+
+    Raises
+    ------
+    ArithmeticError
+        If a product is not finite.
+
+    Notes
+    -----
+    Cost per step: one product for every pair that has not converged, and ``8 n`` flops for each of
+    those and each vector of the basis, of which there are at most 48 or 4 (k + 2).
+    """
+    eps = float(torch.finfo(like.dtype).eps)
+    block = min(size, k + (GUARD_VECTORS if k > 1 else 0))
+    if start is not None:
+        block = len(start)
+    most = min(size, max(BASIS_LEAST, BASIS_BLOCKS * block))
+    new = start
+    if new is None:
+        new = torch.randn(block, size, dtype=like.dtype, device=like.device, generator=generator)
+    basis, images = new.new_empty(most, size), new.new_empty(most, size)
+    projected = torch.zeros(0, 0, dtype=torch.float64, device=like.device)
+    before = projected.new_zeros(block, 0)
+    order, products, converged, norm = 0, 0, False, 0.0
+    for step in range(maxiter):
+        _check_finite(new)
+        new = orthonormal(new[: most - order], basis[:order])
+        if len(new) == 0:  # nothing that the basis does not have
+            break
+        old, order = order, order + len(new)
+        basis[old:order] = new
+        images[old:order] = product(new)
+        products += len(new)
+        projected = _bordered(projected, basis[:order], images[:order])
+        _check_finite(projected)
+        every, vectors = torch.linalg.eigh(projected)
+        every, vectors = every.flip(0), vectors.flip(1)
+        chosen = vectors[:, :block].to(like.dtype).mT
+        values, x, ax = every[:block], chosen @ basis[:order], chosen @ images[:order]
+        norm = max(norm, float(every.abs().amax()))
+        residuals = ax - values[:, None].to(like.dtype) * x
+        sizes = torch.linalg.vector_norm(residuals, dim=1).double()
+        reached = _reached(sizes, every, tol, ROUNDING_UNITS * eps * norm, values_only)
+        converged = (bool(reached[:k].all()) and len(values) >= k) or order == size
+        if converged or step == maxiter - 1:
+            break
+        new = residuals[~reached]
+        new = new if precondition is None else precondition(new)
+        if order + len(new) > most and most < size:
+            kept = _restart(vectors[:, :block], before)
+            order = kept.shape[1]
+            for rows in (basis, images):
+                rows[:order] = kept.to(like.dtype).mT @ rows[: len(kept)]
+            projected = kept.mT @ projected @ kept
+            vectors = kept.mT @ vectors
+        before = vectors[:, :block]
+    return Eigenpairs(
+        values=values[:k].to(like.dtype),
+        vectors=x[:k],
+        residuals=sizes[:k].to(like.dtype),
+        bound=float("inf"),
+        norm=norm,
+        converged=converged,
+        products=products,
+    )
+
+
+def _check_finite(products: Tensor) -> None:
+    if not bool(torch.isfinite(products).all()):
+        raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
+
+
+def _reached(sizes: Tensor, every: Tensor, tol: float, floor: float, values_only: bool) -> Tensor:
+    allowed = (tol * every[: len(sizes)].abs()).clamp_min(floor)
+    if not values_only:
+        return sizes <= allowed
+    beyond = every[len(sizes)] if len(every) > len(sizes) else every[-1]
+    gaps = (every[: len(sizes)] - beyond).clamp_min(floor)
+    return (sizes**2 <= allowed * gaps) & (sizes <= PAIRS_COUNT_AS_ONE * allowed)
+
+
+def _bordered(projected: Tensor, basis: Tensor, images: Tensor) -> Tensor:
+    """The projected operator, of which all but the last rows and columns is known."""
+    old, order = len(projected), len(basis)
+    border = (basis @ images[old:].mT).double()
+    border[old:] = (border[old:] + border[old:].mT) / 2
+    grown = projected.new_empty(order, order)
+    grown[:old, :old] = projected
+    grown[:, old:], grown[old:] = border, border.mT
+    return grown
+
+
+def _restart(now: Tensor, before: Tensor) -> Tensor:
+    """Orthonormal columns: the coefficients of these Ritz vectors, and what the last ones add."""
+    before = torch.nn.functional.pad(before, (0, 0, 0, len(now) - len(before)))
+    rest = before - now @ (now.mT @ before)
+    left, s, _ = torch.linalg.svd(rest, full_matrices=False)
+    both = torch.cat([now, left[:, s > KEPT_DIRECTION]], dim=1)
+    orthonormal: Tensor = torch.linalg.qr(both).Q
+    return orthonormal

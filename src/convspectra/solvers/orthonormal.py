@@ -1,0 +1,29 @@
+"""Orthonormal rows out of rows that may be dependent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEW_DIRECTIONS = 1e-6
+"""New directions that are this little beside the others, relatively, are dropped."""
+
+
+def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
+    """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
+
+    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002).
+    """
+    for smallest in (NEW_DIRECTIONS, 0.5, 0.5):
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
+        rows = torch.addmm(rows, rows @ against.T, against, alpha=-1)
+        rows = principal(rows, smallest) @ rows
+    return rows
+
+
+def principal(rows: Tensor, smallest: float) -> Tensor:
+    """What makes rows orthonormal, without their principal components of `smallest` or less."""
+    squares, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = squares > smallest**2
+    return (vectors[:, kept] / squares[kept].sqrt()).T
