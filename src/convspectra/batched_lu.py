@@ -118,7 +118,7 @@ class _LogAbsDet(torch.autograd.Function):
 def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:
     identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
     inverse: Tensor = torch.linalg.lu_solve(lu, pivots, identity.expand_as(lu))
-    return inverse
+    return inverse.contiguous()  # LAPACK's order would make every product with few vectors slow
 
 
 def _log_diagonal(lu: Tensor) -> Tensor:

@@ -40,18 +40,24 @@ class _Axis:
         height, width, m = len(rows), len(columns), kernel.shape[-1]
         if height == 0 or width == 0:
             return kernel.new_zeros(*kernel.shape[:-3], height * m, width * m)
-        # All steps from a column to a row, the largest first: every block row is a window of them.
+        # All steps from a column to a row: every block row is a window of them.
+        if width == 1:
+            steps = torch.arange(rows.start, rows.stop, device=kernel.device) - columns.start
+            return self._at(kernel, steps, -3).flatten(-3, -2)
         first, last = rows.stop - 1 - columns.start, rows.start - columns.stop
         steps = torch.arange(first, last, -1, device=kernel.device)
-        blocks = kernel.index_select(-3, steps % self.period)
-        if self.phase:
-            blocks = torch.where((steps < 0)[:, None, None], -blocks, blocks)
-        if width == 1:
-            return blocks.flip(-3).flatten(-3, -2)
-        blocks = blocks.transpose(-3, -2).contiguous()
+        blocks = self._at(kernel.transpose(-3, -2), steps, -2)
         windows = [blocks.narrow(-2, height - 1 - i, width) for i in range(height)]
         matrices = torch.stack(windows, dim=-4) if height > 1 else blocks
         return matrices.reshape(*kernel.shape[:-3], height * m, width * m)
+
+    def _at(self, kernel: Tensor, steps: Tensor, dim: int) -> Tensor:
+        """The kernel at these steps along an axis, in one copy."""
+        blocks = kernel.index_select(dim, steps % self.period)
+        if self.phase:
+            signs = torch.where(steps < 0, -1.0, 1.0)
+            blocks = blocks * signs.reshape(-1, *(1,) * (-1 - dim))
+        return blocks
 
     @property
     def interior(self) -> range:
@@ -102,7 +108,7 @@ class CutTorus:
         for axis, theta in zip(self._axes, frequencies, strict=True):
             shift = shift[..., None] - axis.before * theta
         shift = torch.polar(torch.ones_like(shift), shift).to(symbol.device)
-        symbol = symbol * shift[..., None, None]
+        symbol = (symbol * shift[..., None, None]).contiguous()
         self._inverse, log_dets = inverse_and_logabsdet(symbol)
         self._half = half_multiplicity(first.period, phase).to(symbol.device)
         weights = self._half.reshape(-1, *(1,) * (g.ndim - 1))
@@ -135,15 +141,17 @@ class CutTorus:
         if len(self._axes) == 1:
             border = self._border_matrix(lambda waves: _real_sum(waves, blocks))
         else:
-            # One product for all frequencies, real and imaginary parts beside each other.
-            right = torch.view_as_real(to_border).transpose(-1, -2).flatten(1, 3)
+            # One product for all frequencies; what is its own mirror image has no imaginary part.
+            twice = torch.nonzero(self._half == 2).flatten().tolist()
+            pairs = slice(twice[0], twice[-1] + 1) if twice else slice(0, 0)
+            right_real = to_border.real.flatten(1, 2)
+            right_imaginary = to_border.imag[:, pairs].flatten(1, 2)
 
             def block(waves: Tensor) -> Tensor:
-                left = to_interior.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-                left = torch.view_as_real(left.mul_(waves[:, None]))
-                left[..., 1].neg_()
+                left = (to_interior * waves[:, None, None]).transpose(1, 2)
                 inside = axis.toeplitz(_real_sum(waves, kernel), axis.interior, axis.interior)
-                return inside.baddbmm_(left.flatten(2), right, alpha=-1)
+                inside.baddbmm_(left.real.flatten(2), right_real, alpha=-1)
+                return inside.baddbmm_(left.imag[:, :, pairs].flatten(2), right_imaginary)
 
             border = self._border_matrix(block)
         self._factors = lu_factor(border.detach())
@@ -232,8 +240,8 @@ class CutTorus:
 
 
 def _adjoint_product(blocks: Tensor, y: Tensor) -> Tensor:
-    """blocks^H y, without a conjugated copy of the blocks."""
-    return (blocks.mT @ y.conj()).conj()
+    """blocks^H y as the adjoint of y^H blocks: BLAS then reads the blocks row by row."""
+    return (y.mH @ blocks).mH.resolve_conj()
 
 
 def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
