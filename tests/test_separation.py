@@ -20,7 +20,7 @@ CASES = [
     (which, method)
     for which in METHODS
     for method in METHODS[which]
-    if method not in ("auto", "circulant")
+    if method not in ("auto", "circulant", "davidson")
 ]
 
 
@@ -57,6 +57,11 @@ def test_a_repeated_value_is_not_shown_to_be_separated(which, method):
         assert result.others >= float(result.s[0]) * (1 - 1e-9)
     else:
         assert result.others <= float(result.s[0]) * (1 + 1e-9)
+
+
+def test_davidson_tells_nothing_of_the_others():
+    with pytest.raises(ValueError, match="no separation for method='davidson'"):
+        cs.svds(layer(), 1, "LM", method="davidson", separation=1e-6)
 
 
 @pytest.mark.parametrize("which", ["LM", "SM"])

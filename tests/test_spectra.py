@@ -242,8 +242,10 @@ def test_large_layers(name):
         bottom = cs.svds(op, k, "SM")
         assert bottom.converged
         way = "capacitance" if is_square_toeplitz(op) else "gram"
-        way = "dense" if name == "reflect" else way  # too ill-conditioned for a Gram matrix
-        assert bottom.method == OTHER_WAYS.get(name, way)
+        ways = (OTHER_WAYS.get(name, way),)
+        # Too ill-conditioned for the Gram matrix; a single value Lanczos still finds.
+        ways = ("lanczos", "dense") if name == "reflect" else ways
+        assert bottom.method in ways
         check(layer, bottom, k, "SM", true)
 
 
@@ -567,9 +569,9 @@ BAD_OPTIONS = [
     ({"tol": math.nan}, "tol between 0 and 1, got nan"),
     ({"tol": "1e-8"}, "tol between 0 and 1, got '1e-8'"),
     ({"tol": True}, "tol between 0 and 1, got True"),
-    ({"maxiter": 0}, "maxiter to be a positive integer, got 0"),
-    ({"maxiter": 2.5}, r"maxiter to be a positive integer, got 2\.5"),
-    ({"maxiter": True}, "maxiter to be a positive integer, got True"),
+    ({"maxiter": 0}, "maxiter to be a positive integer or None, got 0"),
+    ({"maxiter": 2.5}, r"maxiter to be a positive integer or None, got 2\.5"),
+    ({"maxiter": True}, "maxiter to be a positive integer or None, got True"),
     ({"max_bytes": 100, "method": "dense"}, "the dense matrix to take at most max_bytes=100 bytes"),
 ]
 

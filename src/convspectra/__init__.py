@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from convspectra import matlab, penalties
+from convspectra.bounds import norm_bound
 from convspectra.convolution import kernel_to_weight, weight_to_kernel
 from convspectra.descent import DescentResult, descend
 from convspectra.inverse import logabsdet, solve
@@ -33,6 +34,7 @@ __all__ = [
     "kernel_to_weight",
     "logabsdet",
     "matlab",
+    "norm_bound",
     "penalties",
     "sigma_max",
     "sigma_min",

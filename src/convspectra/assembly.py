@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from convspectra.blocks import Block, Place, independent_blocks, scatter
-from convspectra.iterative import ZERO
 from convspectra.operator import ConvOperator
-from convspectra.request import Product, Request
+from convspectra.request import ZERO, Product, Request
 from convspectra.solvers.deflation import less
 from convspectra.solvers.lobpcg import lobpcg
 from convspectra.solvers.result import SingularTriplets
@@ -158,6 +157,7 @@ def layer_triplets(
 _FITTING = {
     "capacitance": "a square layer with zero padding and stride 1",
     "circulant": "a layer with circular padding all around",
+    "davidson": "a layer with zero padding, or circular all around, and no separation",
 }
 """What the methods that not every block admits need."""
 

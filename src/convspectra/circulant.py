@@ -1,8 +1,8 @@
 """A convolution inside the block circulant of a torus, and what that circulant tells of it.
 
-It gives rigorous upper bounds on the largest singular values, a preconditioner for the smallest,
-and, where a circularly padded layer is the circulant, everything. It says nothing of the smallest
-singular values of other layers.
+Its Gram matrices give rigorous upper bounds on the largest singular values and preconditioners; the
+symbols of a circularly padded layer, which is the circulant, give everything. They say nothing of
+the smallest singular values of other layers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ from convspectra.symbol import (
     smallest_periods,
     symbols,
 )
-
-POWER_STEPS = 6
-LIKELY = 4
-"""Matrices whose eigenvalues are computed to find the largest of all."""
-FEW_POINTS = 16
 
 
 def is_circulant(op: ConvOperator) -> bool:
@@ -52,8 +47,8 @@ class CirculantEmbedding:
     Parameters
     ----------
     op : ConvOperator
-        Not transposed, float64, such that `has_embedding(op)`; or with any other padding mode,
-        which is then taken for zero padding: for a preconditioner that is good enough.
+        Not transposed, float64 or float32, such that `has_embedding(op)`; or with any other padding
+        mode, which is then taken for zero padding: for a preconditioner that is good enough.
 
     Notes
     -----
@@ -62,9 +57,9 @@ class CirculantEmbedding:
 
     def __init__(self, op: ConvOperator) -> None:
         self._op = op
-        self._exact = is_circulant(op)
+        self.is_exact = is_circulant(op)
         g = op.geometry
-        self.periods = g.output_size if self._exact else smallest_periods(g)
+        self.periods = g.output_size if self.is_exact else smallest_periods(g)
         self._strides = g.stride
         self._before = tuple(before for before, _ in g.padding)
 
@@ -81,19 +76,10 @@ class CirculantEmbedding:
         ]
         return symbols(self._op, grid).flatten(1, len(self.periods))
 
-    @property
-    def flops(self) -> float:
-        """Flops that the smaller Gram matrices of all symbols and their factors cost, about."""
-        rows, columns = self._op.weight.shape[:2]
-        rows //= self._op.groups
-        columns *= math.prod(self._strides)
-        frequencies = math.prod(self.periods) // 2 + 1
-        return 32.0 * self._op.groups * frequencies * min(rows, columns) * rows * columns
-
     def embed_input(self, x: Tensor) -> Tensor:
         """(b, g, *input_size) -> (b, groups, g / groups * prod(stride), *periods)."""
         ndim = len(self.periods)
-        if self._exact:
+        if self.is_exact:
             x = x.roll(self._before, dims=tuple(range(2, 2 + ndim)))
         else:
             ends = zip(self._before, x.shape[2:], self.periods, self._strides, strict=True)
@@ -114,7 +100,7 @@ class CirculantEmbedding:
         x = x.reshape(
             *x.shape[:2], *(p * s for p, s in zip(self.periods, self._strides, strict=True))
         )
-        if self._exact:
+        if self.is_exact:
             return x.roll(tuple(-b for b in self._before), dims=tuple(range(2, 2 + ndim)))
         for axis, (before, n) in enumerate(zip(self._before, g.input_size, strict=True)):
             x = x.narrow(2 + axis, before, n)
@@ -141,29 +127,13 @@ class CirculantEmbedding:
         axes = tuple(range(-len(self.periods), 0))
         coefficients = torch.fft.rfftn(x, dim=axes)
         grid = coefficients.shape[3:]
-        product = blocks @ coefficients.flatten(3).permute(1, 3, 2, 0)
-        product = product.permute(3, 0, 2, 1)
+        # BLAS is faster with few vectors on the left.
+        rows = coefficients.flatten(3).permute(1, 3, 0, 2).contiguous()
+        product = (rows @ blocks.mT).permute(2, 0, 3, 1)
         result: Tensor = torch.fft.irfftn(
             product.reshape(*product.shape[:3], *grid), s=self.periods, dim=axes
         )
         return result
-
-    def norm_bound(self) -> float:
-        """A rigorous upper bound (up to rounding) on sigma_max: the norm of a circulant M is in.
-
-        Cost: a Cholesky factorisation of every symbol's Gram matrix, and the eigenvalues of a few.
-        """
-        squares = []
-        for phase in self._phases():
-            gram = _smaller_gram(self.symbols(phase)).flatten(0, 1)
-            square = _largest_eigenvalue(gram)
-            squares.append(square * (1 + 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps))
-        return min(squares) ** 0.5
-
-    def _phases(self) -> tuple[float, ...]:
-        """Twists that leave M in the torus; that makes a difference where it has few points."""
-        few = not self._exact and max(self.periods) <= FEW_POINTS
-        return (0.0, 0.5) if few else (0.0,)
 
 
 def circulant_triplets(op: ConvOperator, k: int, largest: bool) -> SingularTriplets:
@@ -231,38 +201,3 @@ def circulant_triplets(op: ConvOperator, k: int, largest: bool) -> SingularTripl
         matvecs=0,
         certificate="backward error of dense SVDs of the symbols, (max(m, n) + 32) eps sigma_max",
     )
-
-
-def _smaller_gram(blocks: Tensor) -> Tensor:
-    return blocks @ blocks.mH if blocks.shape[2] < blocks.shape[3] else blocks.mH @ blocks
-
-
-def _norm_estimates(gram: Tensor) -> Tensor:
-    """Norms of Hermitian matrices (..., n, n) from below, by power steps."""
-    generator = torch.Generator(device=gram.device).manual_seed(0)
-    vector = torch.randn(
-        *gram.shape[:-1], 1, dtype=gram.dtype, device=gram.device, generator=generator
-    )
-    for _ in range(POWER_STEPS):
-        vector = gram @ (vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True))
-        vector = torch.nan_to_num(vector)
-    norms: Tensor = torch.linalg.vector_norm(vector, dim=-2)[..., 0]
-    return norms
-
-
-def _largest_eigenvalue(gram: Tensor) -> float:
-    """The largest eigenvalue of all Gram matrices (b, n, n).
-
-    Those of the matrices with the largest norms are computed; the others have no larger ones where
-    ``t I - G`` has a Cholesky factorisation for the largest of these, t.
-    """
-    order = torch.argsort(_norm_estimates(gram), descending=True)
-    chosen, rest = order[:LIKELY], order[LIKELY:]
-    top = 0.0
-    while len(chosen):
-        top = max(top, float(torch.linalg.eigvalsh(gram[chosen]).amax()))
-        below = gram[rest].neg_()
-        below.diagonal(dim1=-2, dim2=-1).add_(top)
-        _, info = torch.linalg.cholesky_ex(below)
-        chosen, rest = rest[info != 0], rest[info == 0]
-    return top

@@ -1,12 +1,20 @@
-"""The smaller Gram matrix of a layer: its preconditioner, and a certified lower bound.
+"""The smaller Gram matrix of a layer, G, and that of a circulant around it, block by block.
 
-The preconditioner is the inverse of the circulant's Gram matrix, restricted to the points of the
-layer: two FFTs and one product per frequency.
+The circulant's Gram matrices bound the largest eigenvalues of G from above (Cauchy's interlacing),
+and their inverses, restricted to the points of the layer, are preconditioners at either end of the
+spectrum: two FFTs and one product per frequency.
+
+Note [Rounding of bounds]. A Cholesky factorisation of ``t I - S'S``, n x n, that runs through says
+that this matrix is positive up to the rounding of the symbol, 8 eps of the sum of its absolute
+taps, of the product, n eps ||S||_F^2, and of the factors, n eps of the trace of t I (Higham,
+Accuracy and Stability of Numerical Algorithms, theorem 10.3).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,51 +24,90 @@ from convspectra.circulant import CirculantEmbedding
 from convspectra.operator import ConvOperator
 from convspectra.request import Product
 from convspectra.solvers.lanczos import lanczos
+from convspectra.symbol import half_multiplicity
 
 REGULARISATION = 1e-3
 """Added to the circulant's Gram matrices, relative to their norm: they may be singular, and with
 less than this LOBPCG is lost in their null space."""
+POWER_STEPS = 14
+LIKELY = 8
+"""Matrices whose eigenvalues are computed at once to find the largest of all."""
+FEW_POINTS = 16
+"""Points of a torus along every axis, up to which a twist makes a difference."""
+WINDOW = 2.0
+"""The largest eigenvalue of G lies below the circulant's by about so much over the square of the
+points of the shortest axis, relatively: what a window over the points costs."""
+LEAST_MARGIN = 1e-3
+"""Nearer to the largest eigenvalue a preconditioner in single precision amplifies rounding."""
 
 
-class GramPreconditioner:
-    """G = M'M for a tall layer, M M' for a wide one, and an approximate inverse B of it.
+class CirculantGram:
+    """G = M'M for a tall layer, M M' for a wide one, and the circulant's.
 
     Parameters
     ----------
     op : ConvOperator
-        Not transposed, float64.
+        Not transposed, float64 or float32: in float32 everything is.
 
     Notes
     -----
-    Cost: an inversion of every symbol's Gram matrix. Memory: two such matrices per frequency.
+    Cost: one product of every symbol with itself. Memory: one such matrix per frequency.
     """
 
     def __init__(self, op: ConvOperator) -> None:
-        self.tall, wide = Product.tall(op)
+        self.tall, self._wide = Product.tall(op)
         if op.geometry.ndim == 0:
             op = ConvOperator(op.weight[:, :, None], 1)
-        embedding = CirculantEmbedding(op)
-        self._embed = embedding.embed_output if wide else embedding.embed_input
-        self._restrict = embedding.restrict_output if wide else embedding.restrict_input
-        self._shape = op.output_shape if wide else op.input_shape
-        self._multiply = embedding.multiply
-        symbols = embedding.symbols()
-        gram = symbols @ symbols.mH if wide else symbols.mH @ symbols
-        self._norm = float(torch.linalg.matrix_norm(gram).amax())
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        inverse, _ = inverse_and_logabsdet(gram + REGULARISATION * self._norm * identity)
-        self._inverse = 0.5 * (inverse + inverse.mH)
+        self._embedding = embedding = CirculantEmbedding(op)
+        self._embed = embedding.embed_output if self._wide else embedding.embed_input
+        self._restrict = embedding.restrict_output if self._wide else embedding.restrict_input
+        self._shape = op.output_shape if self._wide else op.input_shape
+        self.blocks = self._gram(0.0)
 
-    def apply(self, x: Tensor) -> Tensor:
-        """B x for vectors in rows."""
-        embedded = self._embed(x.reshape(-1, *self._shape))
-        return self._restrict(self._multiply(self._inverse, embedded)).flatten(1)
+    def inverse_near_zero(self) -> Callable[[Tensor], Tensor]:
+        """A preconditioner for the smallest eigenvalues: the circulant's inverse Gram matrix.
+
+        Cost: an inversion of every block.
+        """
+        identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self._device)
+        shifted = self.blocks + REGULARISATION * self._norm * identity
+        inverse, _ = inverse_and_logabsdet(shifted)
+        inverse = 0.5 * (inverse + inverse.mH)
+        return lambda x: self._multiply(inverse, x)
+
+    def inverse_near_norm(self) -> tuple[Callable[[Tensor], Tensor], float]:
+        """A preconditioner for the largest, (t - the circulant's Gram matrix)^{-1}, and its proof.
+
+        The second is an upper bound on sigma_max: t is above the circulant's Gram matrix because
+        that has a Cholesky factorisation. The preconditioner is in single precision, whatever the
+        vectors are. Cost: a Cholesky factorisation and an inversion of every block.
+        """
+        margin = max(WINDOW / min(self._embedding.periods) ** 2, LEAST_MARGIN)
+        single = self.blocks.flatten(0, 1).to(torch.complex64)
+        top, factors = _largest_eigenvalues(single, self._copies(0.0), 1, margin)
+        inverse = torch.cholesky_inverse(factors).unflatten(0, self.blocks.shape[:2])
+        bound = rounded_up(top * (1 + margin), single, self.tall.op.weight)
+        return lambda x: self._multiply(inverse, x.float()).to(x.dtype), float(bound)
+
+    def upper_bounds(self, count: int) -> Tensor:
+        """What the `count` largest singular values of M are at most, descending, float64.
+
+        Rigorous up to the rounding of the symbols, which is allowed for. Cost: a Cholesky
+        factorisation of every block, and the eigenvalues of a few.
+        """
+        squares, _ = _largest_eigenvalues(self.blocks.flatten(0, 1), self._copies(0.0), count)
+        few = not self._embedding.is_exact and max(self._embedding.periods) <= FEW_POINTS
+        if few:
+            blocks = self._gram(0.5).flatten(0, 1)
+            twisted, _ = _largest_eigenvalues(blocks, self._copies(0.5), count)
+            squares = torch.minimum(squares, twisted)
+        return rounded_up(squares, self.blocks.flatten(0, 1), self.tall.op.weight)
 
     def is_above(self, square: float, maxiter: int, generator: torch.Generator) -> tuple[bool, int]:
         """Whether all eigenvalues of G are above `square`, except with a small probability.
 
-        (square - G) B has the signs of square - G and a spectrum that a few Lanczos steps tell
-        from 0. Also gives the number of applications of M and M'.
+        With B, the circulant's inverse, (square - G) B has the signs of square - G and a spectrum
+        that a few Lanczos steps tell from 0. Also gives the number of applications of M and M'.
         """
         run = lanczos(
             lambda x: square * x - self.tall.gram(x),
@@ -73,7 +120,94 @@ class GramPreconditioner:
             generator=generator,
             enclosure=0.0,
             beyond=0.0,
-            metric=self.apply,
+            metric=self.inverse_near_zero(),
             smallest_of_metric=1 / (self._norm * (1 + REGULARISATION)),
         )
         return run.bound <= 0, 2 * run.products
+
+    @property
+    def _device(self) -> torch.device:
+        return self.blocks.device
+
+    @functools.cached_property
+    def _norm(self) -> float:
+        return float(torch.linalg.matrix_norm(self.blocks).amax())
+
+    def _gram(self, phase: float) -> Tensor:
+        """Gram matrices, (groups, frequencies, n, n)."""
+        symbols = self._embedding.symbols(phase)
+        return smaller_gram(symbols, self._wide)
+
+    def _copies(self, phase: float) -> Tensor:
+        """For how many of all frequencies each of the blocks stands."""
+        last = half_multiplicity(self._embedding.periods[-1], phase).to(self._device)
+        return last.repeat(self.blocks.shape[0] * math.prod(self._embedding.periods[:-1]))
+
+    def _multiply(self, blocks: Tensor, x: Tensor) -> Tensor:
+        embedded = self._embed(x.reshape(-1, *self._shape))
+        return self._restrict(self._embedding.multiply(blocks, embedded)).flatten(1)
+
+
+def gram_cost(op: ConvOperator) -> tuple[float, float]:
+    """Flops and bytes that a `CirculantGram` and the factors of its blocks take, about."""
+    embedding = CirculantEmbedding(op)
+    rows, columns = op.weight.shape[0] // op.groups, op.weight.shape[1]
+    columns *= math.prod(op.geometry.stride)
+    symbols = op.groups * (math.prod(embedding.periods) // 2 + 1)
+    order = rows if op.shape[0] < op.shape[1] else columns
+    return 32.0 * symbols * order * rows * columns, 16.0 * symbols * (rows * columns + 3 * order**2)
+
+
+def smaller_gram(symbols: Tensor, wide: bool) -> Tensor:
+    """S S* for a wide layer, S*S for a tall one, of all symbols (..., h, g)."""
+    return symbols @ symbols.mH if wide else symbols.mH @ symbols
+
+
+def rounded_up(squares: Tensor, blocks: Tensor, weight: Tensor) -> Tensor:
+    """Singular values from squares that factorisations are above: Note [Rounding of bounds]."""
+    trace = blocks.diagonal(dim1=-2, dim2=-1).real.sum(-1).amax().double()
+    order, taps = blocks.shape[-1], math.prod(weight.shape[2:])
+    size = torch.linalg.vector_norm(weight).double() * taps**0.5
+    slack = (order + 4) * (trace + order * squares) + 16 * size * trace.sqrt()
+    return (squares + torch.finfo(blocks.dtype).eps * slack).sqrt()
+
+
+def norm_estimates(gram: Tensor) -> Tensor:
+    """Norms of Hermitian matrices (..., n, n) from below, by power steps."""
+    generator = torch.Generator(device=gram.device).manual_seed(0)
+    shape = (*gram.shape[:-2], 1, gram.shape[-1])
+    row = torch.randn(shape, dtype=gram.dtype, device=gram.device, generator=generator)
+    for _ in range(POWER_STEPS):
+        row = (row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)) @ gram
+        row = torch.nan_to_num(row)
+    norms: Tensor = torch.linalg.vector_norm(row, dim=-1)[..., 0]
+    return norms
+
+
+def _largest_eigenvalues(
+    gram: Tensor, copies: Tensor, count: int, margin: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenvalues of all Gram matrices (b, n, n), each as often as its copies.
+
+    Those of the matrices with the largest norms are computed; the others have no larger ones where
+    ``t I - G`` has a Cholesky factorisation for the last of these, t. With a margin t is larger by
+    this fraction and all matrices are factored; the second result are the factors.
+    """
+    order = torch.argsort(norm_estimates(gram), descending=True)
+    likely = max(LIKELY, count)
+    chosen, rest = order[:likely], order[likely:]
+    found = torch.zeros(count, dtype=torch.float64, device=gram.device)
+    while True:
+        values = torch.linalg.eigvalsh(gram[chosen].to(torch.complex128))
+        values = values.repeat_interleave(copies[chosen].long(), dim=0).flatten()
+        found = torch.cat([found, values]).sort(descending=True).values[:count]
+        below = gram.neg() if margin else gram[rest].neg_()
+        below.diagonal(dim1=-2, dim2=-1).add_(float(found[-1]) * (1 + margin))
+        factors, info = torch.linalg.cholesky_ex(below)
+        failed = info != 0
+        if not bool(failed.any()):
+            return found, factors
+        if margin:
+            chosen = torch.nonzero(failed).flatten()
+        else:
+            chosen, rest = rest[failed], rest[~failed]

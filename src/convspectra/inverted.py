@@ -17,8 +17,9 @@ from convspectra.solvers.result import SingularTriplets
 INVERSE_RESOLUTION = 1e-6
 """Squared singular values of the inverse that are smaller than this part of its largest one are
 computed apart from it."""
-ENCLOSURE = 1e-2
+ENCLOSURE = 2e-2
 """Relative width of an enclosure of the inverse's values that is gone on for, within reason."""
+STEPS = 300
 ROUNDING_UNITS = 64
 RESIDUAL_UNITS = 100
 """Residuals with M may be so many times the tolerance of an iteration with the inverse."""
@@ -50,7 +51,7 @@ def capacitance(request: Request) -> SingularTriplets:
         request.k,
         largest=True,
         tol=request.tol,
-        maxiter=request.maxiter,
+        maxiter=request.most_steps(STEPS),
         like=op.weight,
         generator=request.generator,
         values_only=request.values_only,

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from convspectra.operator import ConvOperator
 
+ZERO = 1e-11
+"""A smallest singular value with an upper bound of this much of the norm of M counts as 0."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -23,7 +26,7 @@ class Request:
     largest: bool
     values_only: bool
     tol: float
-    maxiter: int
+    maxiter: int | None
     generator: torch.Generator
     max_bytes: int
     separation: float | None
@@ -32,6 +35,10 @@ class Request:
     def alone(self) -> bool:
         """Whether one value is asked for, and nothing of the others."""
         return self.k == 1 and self.separation is None
+
+    def most_steps(self, default: int) -> int:
+        """`maxiter`, or what a way takes by default."""
+        return default if self.maxiter is None else self.maxiter
 
     @property
     def norm_estimate(self) -> float:
@@ -64,15 +71,25 @@ class Product:
 
     def apply(self, x: Tensor) -> Tensor:
         """M x."""
-        return self._forward.apply(x.reshape(-1, *self.op.input_shape)).flatten(1)
+        return _each(self._forward, x.reshape(-1, *self.op.input_shape))
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """M' y."""
-        return self._backward.apply(y.reshape(-1, *self.op.output_shape)).flatten(1)
+        return _each(self._backward, y.reshape(-1, *self.op.output_shape))
 
     def gram(self, x: Tensor) -> Tensor:
         """M'M x."""
         return self.apply_adjoint(self.apply(x))
+
+
+def _each(op: ConvOperator, x: Tensor) -> Tensor:
+    """The layer applied to a batch, as rows.
+
+    On the CPU PyTorch's convolution in float64 unfolds a whole batch: one by one stays in cache.
+    """
+    if x.dtype == torch.float64 and not x.is_cuda and len(x) > 1:
+        return torch.cat([op.apply(one[None]) for one in x]).flatten(1)
+    return op.apply(x).flatten(1)
 
 
 def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
@@ -104,6 +121,15 @@ def rounding_of(op: ConvOperator) -> float:
     """Rounding error of a product with M, and of sums of its entries, relative to its norm."""
     eps: float = torch.finfo(op.dtype).eps
     return (16 + 4 * max(op.shape) ** 0.5) * eps
+
+
+def refined(tall: Product, vectors: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of orthonormal rows."""
+    images = tall.apply(vectors)
+    left, s, right = torch.linalg.svd(images, full_matrices=False)
+    if not largest:
+        left, s, right = left.flip(1), s.flip(0), right.flip(0)
+    return right, s, left.mT @ vectors
 
 
 def group_matrices(op: ConvOperator, max_bytes: int) -> Tensor:

@@ -100,7 +100,7 @@ def svds(
     return_singular_vectors: bool = True,
     method: str = "auto",
     tol: float = 1e-8,
-    maxiter: int = 300,
+    maxiter: int | None = None,
     generator: torch.Generator | None = None,
     separation: float | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
@@ -116,19 +116,19 @@ def svds(
     which : {"LM", "SM"}
         Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
     return_singular_vectors : bool
-    method : {"auto", "dense", "gram", "circulant", "capacitance", "lanczos", "lobpcg"}
+    method : {"auto", "dense", "gram", "circulant", "capacitance", "lanczos", "davidson", "lobpcg"}
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
         forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
         with circular padding all around; "capacitance" inverts a square, zero-padded, stride-1
-        layer exactly, for its smallest values; "lanczos" and "lobpcg" (smallest values) need only
-        products with M.
+        layer exactly, for its smallest values; "lanczos" needs only products with M; "davidson"
+        (largest values) and "lobpcg" (smallest) precondition them by the layer's circulant.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not.
     tol : float
         Relative: of the residuals where vectors are asked for, of the values themselves otherwise.
         An iteration with the inverse applies it to the singular values of the inverse.
-    maxiter : int
-        Most steps of LOBPCG, or of Lanczos with an inverse; Lanczos with M may take 5 times as many
-        for the smallest values and 25 times as many for the largest.
+    maxiter : int, optional
+        Most steps of an iteration. By default 300 of "davidson", "lobpcg" and "capacitance"; of
+        "lanczos" 1,500 for the smallest values and 7,500 for the largest.
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.
@@ -154,8 +154,8 @@ def svds(
     Notes
     -----
     Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "capacitance" in two
-    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "lanczos" and "lobpcg"
-    two convolutions a step, "lobpcg" with two FFTs and a product per frequency besides.
+    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "lanczos" two
+    convolutions a step, "davidson" and "lobpcg" with two FFTs and a product per frequency besides.
     docs/mathematics.md says which way is taken for which layer and on what its bounds rest.
 
     Examples
@@ -173,8 +173,10 @@ def svds(
     check_count(op, k)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
         raise ValueError(f"expected a tol between 0 and 1, got {tol!r}")
-    if isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1:
-        raise ValueError(f"expected maxiter to be a positive integer, got {maxiter!r}")
+    if maxiter is not None and (
+        isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1
+    ):
+        raise ValueError(f"expected maxiter to be a positive integer or None, got {maxiter!r}")
     if separation is not None and not 0 <= separation < 1:
         raise ValueError(f"expected a separation between 0 and 1, or None, got {separation!r}")
     scaled, exponent = normalised(op)

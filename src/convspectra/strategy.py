@@ -7,22 +7,16 @@ from collections.abc import Callable
 import torch
 
 from convspectra.capacitance import border_bytes, is_square_toeplitz
-from convspectra.circulant import (
-    circulant_triplets,
-    is_circulant,
-)
+from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import capacitance
-from convspectra.iterative import (
-    ZERO,
-    lanczos_triplets,
-    lobpcg_smallest,
-)
-from convspectra.request import Request, group_matrices
+from convspectra.krylov import lanczos_triplets
+from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
+from convspectra.request import ZERO, Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
 from convspectra.solvers.result import SingularTriplets
 
 METHODS = {
-    "LM": ("auto", "dense", "gram", "circulant", "lanczos"),
+    "LM": ("auto", "dense", "gram", "circulant", "lanczos", "davidson"),
     "SM": ("auto", "dense", "gram", "circulant", "capacitance", "lanczos", "lobpcg"),
 }
 SMALL_WORK = 2e7
@@ -43,6 +37,7 @@ def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
         "circulant": lambda r: circulant_triplets(r.op, r.k, r.largest),
         "capacitance": capacitance,
         "lanczos": lanczos_triplets,
+        "davidson": davidson_largest,
         "lobpcg": lobpcg_smallest,
     }
     if method != "auto":
@@ -68,6 +63,7 @@ def admits(request: Request, method: str) -> bool:
     return {
         "capacitance": is_square_toeplitz(op),
         "circulant": is_circulant(op),
+        "davidson": has_embedding(op) and request.separation is None,
     }.get(method, True)
 
 
@@ -86,6 +82,7 @@ def _candidates(request: Request) -> list[str]:
     if request.largest:
         order = [
             ("gram", at_once),
+            ("davidson", circulant_helps(op, request.k, request.max_bytes)),
             ("lanczos", True),
             ("gram", gram and not at_once),
             ("dense", fits),

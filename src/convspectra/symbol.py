@@ -67,7 +67,7 @@ def symbols(op: ConvOperator, frequencies: Sequence[Tensor]) -> Tensor:
     Parameters
     ----------
     op : ConvOperator
-        Not transposed; float64.
+        Not transposed; float64 or float32.
     frequencies : sequence of Tensor
         One vector of angles per axis.
 
@@ -91,7 +91,7 @@ def symbols(op: ConvOperator, frequencies: Sequence[Tensor]) -> Tensor:
         phase = (taps // stride)[:, None] * frequencies[axis]
         waves = torch.polar(torch.ones_like(phase), phase)
         in_phase = (taps[:, None] % stride == torch.arange(stride)).to(waves.dtype)
-        table = (waves[:, :, None] * in_phase[:, None, :]).to(result.device)
+        table = (waves[:, :, None] * in_phase[:, None, :]).to(result)
         # The taps of this axis are contracted; its frequencies and phases go to the end.
         result = torch.tensordot(result, table, dims=([3 + axis], [0]))
     ndim = geometry.ndim

@@ -1,0 +1,74 @@
+"""Bounds on singular values that need no iteration."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from convspectra.blocks import independent_blocks
+from convspectra.checks import check_type
+from convspectra.circulant import has_embedding
+from convspectra.cut_norm import circulant_norm_bound
+from convspectra.gram import gram_cost
+from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
+from convspectra.operator import ConvOperator
+from convspectra.spectra import ldexp, normalised
+
+
+def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float:
+    """A rigorous upper bound on sigma_max: what a certificate of a Lipschitz constant needs.
+
+    The norm of a block circulant that M is part of, cut open along one axis; rounding is allowed
+    for. With zero padding on 32 x 32 points it is typically within 0.1% of sigma_max, and the
+    nearer the more points there are; for circular padding all around it is sigma_max. For padding
+    that reads an input pixel several times the layer is bounded on its padded input.
+
+    Raises
+    ------
+    ValueError
+        If the symbols and their Gram matrices take more than `max_bytes`.
+
+    Notes
+    -----
+    Cost: for g and h channels on n points, about ``8 g h min(g, h) n`` flops, and a Cholesky
+    factorisation of order min(g, h) at half of the points. `sigma_max` gives the value itself.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> op = cs.ConvOperator(torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]]), (32, 32))
+    >>> bound = cs.norm_bound(op)
+    >>> cs.sigma_max(op) <= bound < 1.001 * cs.sigma_max(op)
+    True
+    """
+    check_type("op", op, ConvOperator)
+    scaled, exponent = normalised(op)
+    if exponent is None:
+        return 0.0
+    direct = scaled.T if scaled.transposed else scaled
+    bound = max(_of_block(block.op, max_bytes) for block in independent_blocks(direct))
+    return float(ldexp(torch.tensor(bound, dtype=torch.float64), exponent))
+
+
+def _of_block(op: ConvOperator, max_bytes: int) -> float:
+    geometry = op.geometry
+    if geometry.ndim == 0:
+        op = ConvOperator(op.weight[:, :, None], 1)
+    reads = 1
+    if not has_embedding(op):
+        # M is the layer without padding on the padded input, after the padding: a matrix with one 1
+        # in a row, whose squared norm is the most times that an input pixel is read.
+        sources = [geometry.padded_sources(axis) for axis in range(geometry.ndim)]
+        reads = math.prod(int(np.bincount(source).max()) for source in sources)
+        op = ConvOperator(
+            op.weight,
+            [len(source) for source in sources],
+            stride=geometry.stride,
+            padding=0,
+            dilation=geometry.dilation,
+            groups=op.groups,
+        )
+    check_bytes("the symbols and their Gram matrices", math.ceil(gram_cost(op)[1]), max_bytes)
+    return circulant_norm_bound(op) * reads**0.5

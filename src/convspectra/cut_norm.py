@@ -1,0 +1,154 @@
+"""The norm of a circulant cut open along one axis: a tight upper bound on sigma_max.
+
+Note [Cut norm]. On the torus around a layer a function may be anything at the points beyond the
+layer's, where for M it must be 0; the circulant's norm is above that of M for this reason, by the
+square of the frequency step along each axis. Cut one axis open: keep the functions that are 0 at
+its last points. With the other axes in Fourier space that is, for each of their frequencies, a
+block Toeplitz matrix T, and G = T'T is the first points' part of a circulant with symbols G_j.
+Whether all eigenvalues of G are below t is read off matrices of a few channels: by Haynsworth
+(Linear Algebra Appl. 1, 1968), with A = t - circulant and R the border part of A^{-1},
+
+    (negative eigenvalues of t - G) = (those of A) - (those of R),
+
+and A^{-1} is diagonal in Fourier space. Half of what is lost on a square layer is won back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from convspectra.batched_lu import inverse_and_logabsdet
+from convspectra.gram import CirculantGram, norm_estimates, rounded_up
+from convspectra.operator import ConvOperator
+from convspectra.symbol import angles, half_count, smallest_periods
+
+LOWEST = 8.0
+"""The cut norm is looked for down to so much over the square of the points below the circulant's,
+relatively."""
+BISECTIONS = 6
+ROUNDING_UNITS = 64
+FEW_POINTS = 16
+"""Points of a torus along every axis, up to which the norms of twisted ones are worth a look."""
+
+
+def circulant_norm_bound(op: ConvOperator) -> float:
+    """An upper bound on sigma_max from circulants, whole and cut open along one axis.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Not transposed, float64, such that `has_embedding(op)`.
+
+    Notes
+    -----
+    Cost: the symbols, their Gram matrices, a Cholesky factorisation of each; then eigenvalues and
+    inverses of a few.
+    """
+    gram = CirculantGram(op)
+    blocks = gram.blocks.flatten(0, 1)
+    shortest = min(smallest_periods(op.geometry))
+    low = float(norm_estimates(blocks).amax()) * (1 - min(LOWEST / shortest**2, 0.5))
+    below = blocks.neg()
+    below.diagonal(dim1=-2, dim2=-1).add_(low)
+    _, info = torch.linalg.cholesky_ex(below)
+    # Eigenvalues of all blocks that have some above `low`.
+    large = {int(i): torch.linalg.eigvalsh(blocks[i]) for i in torch.nonzero(info).flatten()}
+    best = max((float(values[-1]) for values in large.values()), default=low)
+    for axis in range(op.geometry.ndim) if op.geometry.padding_mode == "zeros" else ():
+        cut = _Cut(op, axis, blocks, large)
+        if not cut.is_possible or low >= best:
+            continue
+        lower = low
+        for turn in range(BISECTIONS + 1):
+            middle = (lower + best) / 2 if turn else lower
+            if cut.is_below(middle):
+                best = middle
+            else:
+                lower = middle
+            if best <= lower:
+                break
+    bound = float(rounded_up(blocks.new_tensor(best).real.double(), blocks, op.weight))
+    if max(smallest_periods(op.geometry)) <= FEW_POINTS:
+        bound = min(bound, float(gram.upper_bounds(1)))
+    return bound
+
+
+class _Cut:
+    """The circulant cut open along one axis, a block Toeplitz matrix for every frequency else.
+
+    `blocks` are the Gram matrices of half of the frequencies of each group, and `large` the
+    eigenvalues of those that have large ones.
+    """
+
+    def __init__(
+        self, op: ConvOperator, axis: int, blocks: Tensor, large: dict[int, Tensor]
+    ) -> None:
+        geometry, periods = op.geometry, smallest_periods(op.geometry)
+        outputs = op.shape[0] < op.shape[1]
+        points = geometry.output_size[axis] if outputs else geometry.input_size[axis]
+        self._blocks, self._large = blocks, large
+        self._border = periods[axis] - points
+        # With a stride the channels behind a point beyond the inputs are not all beyond them.
+        self.is_possible = self._border > 0 and (outputs or geometry.stride[axis] == 1)
+        half = half_count(periods[-1], 0.0)
+        grid = torch.stack(
+            torch.meshgrid(*(torch.arange(p) for p in periods), indexing="ij"), dim=-1
+        )
+        mirrored = grid[..., -1] >= half
+        sizes = torch.tensor(periods)
+        grid = torch.where(mirrored[..., None], (sizes - grid) % sizes, grid)
+        index = torch.zeros_like(grid[..., 0])
+        for i, period in enumerate((*periods[:-1], half)):
+            index = index * period + grid[..., i]
+        self._index = index.movedim(axis, -1).reshape(-1, periods[axis])
+        self._mirrored = mirrored.movedim(axis, -1).reshape(-1, periods[axis])
+        self._frequencies = half * math.prod(periods[:-1])
+        self._theta = angles(periods[axis]).to(blocks.device)
+
+    def is_below(self, t: float) -> bool:
+        """Whether the squared norm of the cut circulant is below t, beyond doubt."""
+        eps = float(torch.finfo(self._blocks.dtype).eps)
+        order = self._blocks.shape[-1]
+        uncertain = ROUNDING_UNITS * order * eps * t
+        negative = Counter(
+            {i: int((values > t - uncertain).sum()) for i, values in self._large.items()}
+        )
+        seen = set()
+        for place in (i for i, count in negative.items() if count):
+            group, frequency = divmod(place, self._frequencies)
+            for column in torch.nonzero((self._index == frequency).any(1)).flatten().tolist():
+                members = (self._index[column] + group * self._frequencies).tolist()
+                key = tuple(sorted(members))  # a column and its mirror image have the same norm
+                if key in seen:
+                    continue
+                seen.add(key)
+                shifted = self._blocks[members].neg()
+                shifted.diagonal(dim1=-2, dim2=-1).add_(t)
+                inverse, _ = inverse_and_logabsdet(shifted)
+                norm = float(torch.linalg.matrix_norm(inverse).amax())
+                if not math.isfinite(norm):
+                    return False
+                mirrored = self._mirrored[column].to(inverse.device)
+                inverse = torch.where(mirrored[:, None, None], inverse.conj(), inverse)
+                error = ROUNDING_UNITS * order * eps * t * norm**2 * self._border
+                eigenvalues = torch.linalg.eigvalsh(self._border_part(inverse))
+                if int((eigenvalues < -error).sum()) < sum(negative[i] for i in members):
+                    return False
+        return True
+
+    def _border_part(self, inverse: Tensor) -> Tensor:
+        """Rows and columns of the circulant with these symbols that belong to the border."""
+        width, theta = self._border, self._theta
+        diagonals = {
+            step: (torch.polar(torch.ones_like(theta), step * theta)[:, None, None] * inverse).mean(
+                0
+            )
+            for step in range(1 - width, width)
+        }
+        rows = [torch.cat([diagonals[i - j] for j in range(width)], 1) for i in range(width)]
+        part = torch.cat(rows)
+        return (part + part.mH) / 2

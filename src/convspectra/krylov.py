@@ -1,0 +1,76 @@
+"""Singular triplets by Lanczos: nothing but products with M, with a bound on both sides."""
+
+from __future__ import annotations
+
+import torch
+
+from convspectra.request import Product, Request, refined, rounding_of
+from convspectra.solvers.deflation import extreme_eigenpairs, less
+from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.result import SingularTriplets
+
+ENCLOSURE = 2e-2
+"""Relative width of an enclosure that is gone on for, within reason."""
+LOWER_ENCLOSURE = 0.1
+"""The same for a smallest value, where every step is dear."""
+STEPS = 7500
+"""Most steps for the largest values, where they are cheap."""
+STEPS_FOR_SMALLEST = 1500
+GRAM_UNITS = 64
+"""Rounding error of a Gram matrix in eps of its norm."""
+LOST_UNITS = 1024
+"""Eigenvectors of a Gram matrix are known to so many eps of its norm, over the gap."""
+
+
+def lanczos_triplets(request: Request) -> SingularTriplets:
+    """The largest or smallest triplets, all copies of repeated ones."""
+    tall, wide = Product.tall(request.op)
+    size = min(request.op.shape)
+    steps = request.most_steps(STEPS if request.largest else STEPS_FOR_SMALLEST)
+    enclosure = ENCLOSURE if request.largest else LOWER_ENCLOSURE
+    separation = request.separation
+    if separation is not None:
+        separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1
+    found = extreme_eigenpairs(
+        lambda excluded: lambda x: less(tall.gram(x), excluded),
+        size,
+        request.k,
+        largest=request.largest,
+        tol=request.tol,
+        maxiter=min(steps, request.max_bytes // (8 * size)),
+        like=request.op.weight,
+        generator=request.generator,
+        values_only=request.values_only,
+        alone=request.alone,
+        enclosure=2 * enclosure,
+        separation=separation,
+    )
+    images, s, v = refined(tall, found.vectors, request.largest)
+    eps = torch.finfo(s.dtype).eps
+    slack = rounding_of(tall.op) * max(found.norm, 0.0) ** 0.5
+    # Squares are known to some eps of the largest.
+    rounding = GRAM_UNITS * eps * found.norm * (1.0 if request.largest else -1.0)
+    far = [max(bound + rounding, 0.0) ** 0.5 for bound in found.bounds]
+    others = far[request.k]
+    bounds = s.new_tensor(far[: request.k])
+    if request.largest:
+        lower, upper = s - slack, torch.maximum(bounds, s) + slack
+    else:
+        lower, upper = torch.minimum(bounds, s) - slack, s + slack
+    # A Gram matrix has lost what is below sqrt(eps) of its norm.
+    lost = float(s.amin()) ** 2 <= LOST_UNITS * eps * found.norm / request.tol**0.5
+    near, beyond = ("below", "above") if request.largest else ("above", "below")
+    return SingularTriplets(
+        u=v if wide else images,
+        s=s,
+        v=images if wide else v,
+        lower=lower.clamp_min(0),
+        upper=upper,
+        others=others + slack if request.largest else max(others - slack, 0.0),
+        converged=found.converged and (request.largest or not lost),
+        matvecs=2 * found.products + request.k,
+        certificate=(
+            f"Rayleigh-Ritz values {near}; {beyond}, the Lanczos bound, which fails with "
+            f"probability {FAILURE_PROBABILITY:.0e}"
+        ),
+    )

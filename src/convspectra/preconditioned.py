@@ -1,0 +1,157 @@
+"""Singular triplets by iterations that the circulant's inverse Gram matrix speeds up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from convspectra.circulant import has_embedding
+from convspectra.gram import CirculantGram, gram_cost
+from convspectra.operator import ConvOperator
+from convspectra.request import Product, Request, refined, rounding_of
+from convspectra.solvers.davidson import davidson
+from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.lobpcg import lobpcg
+from convspectra.solvers.result import Eigenpairs, SingularTriplets
+
+STEPS = 300
+SINGLE_TOLERANCE = 1e-7
+"""Least tolerance on a norm for which single precision finds the vector."""
+SINGLE_RESIDUAL = 2e-5
+"""Residual down to which single precision goes when double is to follow."""
+PRODUCTS_SAVED = 150
+"""Products with M that the circulant's Gram matrices may cost as much as, for every vector."""
+LOWER_FRACTIONS = (0.95, 0.8, 0.5)
+"""Lower bounds tried on a singular value of LOBPCG, relative to it."""
+BOUND_STEPS = 400
+NOISE = 1e-7
+"""The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
+
+
+def circulant_helps(op: ConvOperator, k: int, max_bytes: int) -> bool:
+    """Whether the circulant's Gram matrices cost less than the products with M that they save."""
+    if not has_embedding(op):
+        return False
+    flops, memory = gram_cost(op)
+    product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
+    return flops <= k * PRODUCTS_SAVED * product and memory <= max_bytes
+
+
+def davidson_largest(request: Request) -> SingularTriplets:
+    """The largest triplets, with the circulant's Gram matrix for a preconditioner and for bounds.
+
+    Single precision finds the vectors as far as it can. For a norm that is enough, since the error
+    of a Rayleigh quotient is the square of that of its vector; otherwise double precision goes on.
+    """
+    op, k = request.op, request.k
+    norm_only = k == 1 and request.values_only and request.tol >= SINGLE_TOLERANCE
+    single = op.with_weight(op.weight.float())
+    gram = CirculantGram(single if norm_only else op)
+    precondition, norm_bound = gram.inverse_near_norm()
+    bounds = op.weight.new_tensor([norm_bound] * 2) if norm_only else gram.upper_bounds(k + 1)
+    tol = 2 * request.tol if request.values_only else request.tol
+
+    def run(layer: Product, tol: float, values_only: bool, start: Tensor | None) -> Eigenpairs:
+        return davidson(
+            layer.gram,
+            min(op.shape),
+            k,
+            tol=tol,
+            maxiter=request.most_steps(STEPS),
+            like=layer.op.weight,
+            generator=request.generator,
+            start=start,
+            values_only=values_only,
+            precondition=precondition,
+        )
+
+    found = run(
+        Product.tall(single)[0], tol if norm_only else max(tol, SINGLE_RESIDUAL), norm_only, None
+    )
+    products = found.products
+    tall, wide = Product.tall(op)
+    vectors: Tensor = torch.linalg.qr(found.vectors.double().mT).Q.mT
+    if not norm_only:
+        found = run(tall, tol, request.values_only, vectors)
+        products, vectors = products + found.products, found.vectors
+    images, s, v = refined(tall, vectors, largest=True)
+    others = 0.0 if k == min(op.shape) else float(bounds[k])
+    triplets = SingularTriplets(
+        u=images,
+        s=s,
+        v=v,
+        lower=(s - rounding_of(op) * s[0]).clamp_min(0),
+        upper=torch.maximum(bounds[:k], s),
+        others=others,
+        converged=found.converged,
+        matvecs=2 * products + k,
+        certificate="Rayleigh-Ritz values below; above, a circulant on a torus that M is part of",
+    )
+    return triplets.transposed() if wide else triplets
+
+
+def lobpcg_smallest(request: Request) -> SingularTriplets:
+    """The smallest triplets, with the circulant's Gram matrix for a preconditioner."""
+    gram = CirculantGram(request.op)
+    tall = gram.tall
+    triplets = lobpcg(
+        tall.apply,
+        tall.apply_adjoint,
+        tall.op.shape,
+        request.k,
+        tol=request.tol,
+        maxiter=request.most_steps(STEPS),
+        like=request.op.weight,
+        generator=request.generator,
+        values_only=request.values_only,
+        precondition=gram.inverse_near_zero(),
+    )
+    triplets = _with_null_vectors(request, triplets, tall)
+    if request.op.shape[0] < request.op.shape[1]:
+        triplets = triplets.transposed()
+    smallest, matvecs = float(triplets.s[0]), triplets.matvecs
+    if not triplets.converged or not float(triplets.upper[0]) < smallest * (1 + 1e-6):
+        return triplets
+    for fraction in LOWER_FRACTIONS:
+        holds, count = gram.is_above((fraction * smallest) ** 2, BOUND_STEPS, request.generator)
+        matvecs += count
+        if holds:
+            return replace(
+                triplets,
+                lower=torch.full_like(triplets.s, fraction * smallest),
+                others=fraction * smallest,
+                matvecs=matvecs,
+                certificate=(
+                    "Rayleigh-Ritz values above; below, Lanczos on the shifted Gram matrix, "
+                    f"which fails with probability {FAILURE_PROBABILITY:.0e}"
+                ),
+            )
+    return replace(triplets, matvecs=matvecs)
+
+
+def _with_null_vectors(
+    request: Request, triplets: SingularTriplets, tall: Product
+) -> SingularTriplets:
+    """A v / s is noise for an s near 0: the left vector is then looked for with M' in its turn."""
+    zeros = int((triplets.s <= NOISE * request.norm_estimate).sum())
+    if zeros == 0 or request.values_only:
+        return triplets
+    null = lobpcg(
+        tall.apply_adjoint,
+        tall.apply,
+        (tall.op.shape[1], tall.op.shape[0]),
+        zeros,
+        tol=request.tol,
+        maxiter=request.most_steps(STEPS),
+        like=request.op.weight,
+        generator=request.generator,
+    )
+    return replace(
+        triplets,
+        u=torch.cat([null.v, triplets.u[zeros:]]),
+        converged=triplets.converged and null.converged,
+        matvecs=triplets.matvecs + null.matvecs,
+    )
