@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -131,77 +130,6 @@ def test_restriction_is_the_adjoint_of_embedding(drawn):
         z = random(*large.shape, seed=1)
         assert torch.isclose((large * z).sum(), (x * restrict(z)).sum(), rtol=1e-12, atol=1e-12)
         assert torch.equal(restrict(large), x)
-
-
-# --- the bounds -----------------------------------------------------------------------------------
-
-ROUNDING = 1e-13
-
-
-@given(embedded())
-@settings(max_examples=120)
-def test_the_norm_is_below_that_of_the_circulant(drawn):
-    op, dense = drawn
-    true = float(torch.linalg.matrix_norm(dense, 2))
-    assert CirculantEmbedding(op).norm_bound() >= (1 - ROUNDING) * true
-
-
-@each_circular
-def test_the_norm_of_a_circulant_is_exact(layer):
-    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
-    bound = CirculantEmbedding(layer.operator()).norm_bound()
-    assert (1 - ROUNDING) * true <= bound <= (1 + ROUNDING) * true
-
-
-@pytest.mark.parametrize("scale", [1e-8, 1e8])
-def test_the_bound_scales_with_the_weight(scale):
-    op = ConvOperator(random(3, 2, 3, 3), (5, 4))
-    bound = CirculantEmbedding(op).norm_bound()
-    scaled = CirculantEmbedding(op.with_weight(scale * op.weight)).norm_bound()
-    assert math.isclose(scaled, scale * bound, rel_tol=1e-12)
-
-
-def test_a_twisted_torus_can_bound_better():
-    """The plain torus has the frequency 0, where the symbol is 3; the twisted one has not."""
-    weight = torch.tensor([[[1.0, 1.0, 1.0]]], dtype=torch.float64)
-    bound = CirculantEmbedding(ConvOperator(weight, 5)).norm_bound()
-    assert 1 + 2 * math.cos(math.pi / 6) <= bound <= 2.99
-    large = CirculantEmbedding(ConvOperator(weight, 40)).norm_bound()
-    assert math.isclose(large, 3.0, rel_tol=1e-12)
-
-
-def test_nearly_repeated_norms_of_symbols_are_bounded():
-    """An orthogonal layer: every symbol has the same norm, and none may be left out."""
-    weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
-    weight[..., 1, 1] = torch.linalg.qr(random(4, 4)).Q
-    weight[..., 0, 1] = 1e-9 * random(4, 4, seed=1)
-    layer = Layer(weight, (4, 4), {"padding_mode": "circular"})
-    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
-    assert abs(CirculantEmbedding(layer.operator()).norm_bound() - true) <= 1e-12
-
-
-def test_a_large_norm_among_many_symbols():
-    """Norms that power steps tell badly: the largest value is at a frequency with a large gap."""
-    for seed in range(20):
-        generator = np.random.default_rng(seed)
-        weight = torch.from_numpy(generator.standard_normal((6, 6, 5)))
-        layer = Layer(weight, (64,), {"padding_mode": "circular"})
-        true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
-        bound = CirculantEmbedding(layer.operator()).norm_bound()
-        assert math.isclose(bound, true, rel_tol=1e-12)
-
-
-def test_the_bound_is_the_norm_of_the_better_torus():
-    """The symbols of both phases written out with NumPy."""
-    op = ConvOperator(random(3, 2, 3), 9)
-    weight = op.weight.numpy()
-    values = []
-    for phase in (0.0, 0.5):
-        theta = 2 * np.pi * (np.arange(10) + phase) / 10
-        symbols = sum(weight[..., p] * np.exp(1j * p * theta)[:, None, None] for p in range(3))
-        values.append(np.linalg.svd(symbols, compute_uv=False).max())
-    assert math.isclose(CirculantEmbedding(op).norm_bound(), min(values), rel_tol=1e-12)
-    assert not math.isclose(*values, rel_tol=1e-3)
 
 
 # --- triplets -------------------------------------------------------------------------------------

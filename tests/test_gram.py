@@ -1,19 +1,35 @@
-"""The preconditioner of the smaller Gram matrix, and the bound from below, against dense ones."""
+"""The smaller Gram matrix of a circulant: bounds and preconditioners, against dense matrices."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import direct, layers, random
+from strategies import Layer, direct, layers, random
 from strategies import one_thread as one_thread
+from test_circulant import CIRCULAR, each_circular, embedded
 from torch import Tensor
 
 from convspectra import ConvOperator
-from convspectra.gram import GramPreconditioner
+from convspectra.circulant import CirculantEmbedding
+from convspectra.gram import (
+    LEAST_MARGIN,
+    LIKELY,
+    WINDOW,
+    CirculantGram,
+    _largest_eigenvalues,
+    gram_cost,
+    norm_estimates,
+    rounded_up,
+)
+from convspectra.gram import smaller_gram as gram_of_symbols
 from convspectra.request import Product
 from convspectra.solvers import gaussian
 
@@ -22,9 +38,66 @@ def smaller_gram(dense: Tensor) -> Tensor:
     return dense @ dense.T if dense.shape[0] < dense.shape[1] else dense.T @ dense
 
 
-def matrix(preconditioner: GramPreconditioner, order: int) -> Tensor:
+def matrix(preconditioner: Callable[[Tensor], Tensor], order: int) -> Tensor:
     """B, by its action on the identity."""
-    return preconditioner.apply(torch.eye(order, dtype=torch.float64)).T
+    return preconditioner(torch.eye(order, dtype=torch.float64)).T
+
+
+def norm_bound(op: ConvOperator) -> float:
+    return float(CirculantGram(op).upper_bounds(1))
+
+
+def torus_tables(op: ConvOperator, twisted: bool = False) -> list[np.ndarray]:
+    """Per axis the (taps, outputs, inputs) table of the circulant; twisted: -1 once around."""
+    g, tables = op.geometry, []
+    for axis, period in enumerate(CirculantEmbedding(op).periods):
+        stride, dilation, before = g.stride[axis], g.dilation[axis], g.padding[axis][0]
+        table = np.zeros((g.kernel_size[axis], period, period * stride))
+        for tap, point in itertools.product(range(len(table)), range(period)):
+            turns, source = divmod(stride * point + dilation * tap - before, period * stride)
+            table[tap, point, source] = (-1) ** turns if twisted else 1
+        tables.append(table)
+    return tables
+
+
+def torus_matrix(op: ConvOperator, twisted: bool = False) -> Tensor:
+    """The circulant around a layer, dense, tap by tap: rows (h, *P), columns (g, *(s P))."""
+    h, g = op.weight.shape[:2]
+    tables = torus_tables(op, twisted)
+    result: np.ndarray | float = 0.0
+    for tap in itertools.product(*map(range, op.weight.shape[2:])):
+        full = np.zeros((h, g * op.groups))
+        for row in range(h):
+            first = row // (h // op.groups) * g
+            full[row, first : first + g] = op.weight[(row, slice(None), *tap)].double()
+        parts = (table[p] for table, p in zip(tables, tap, strict=True))
+        result = result + functools.reduce(np.kron, parts, full)
+    return torch.from_numpy(result)
+
+
+def restricted(
+    op: ConvOperator, torus: Tensor, *, rows: dict[int, int], columns: dict[int, int]
+) -> Tensor:
+    """Rows and columns of the first points along some axes, {axis: points}."""
+    periods = CirculantEmbedding(op).periods
+    sizes = [p * s for p, s in zip(periods, op.geometry.stride, strict=True)]
+    kept = torus.reshape(op.output_shape[0], *periods, op.input_shape[0], *sizes)
+    for axis, points in rows.items():
+        kept = kept.narrow(1 + axis, 0, points)
+    for axis, points in columns.items():
+        kept = kept.narrow(2 + len(periods) + axis, 0, points)
+    return kept.reshape(math.prod(kept.shape[: 1 + len(periods)]), -1)
+
+
+def check_bounds(bounds: Tensor, true: Tensor, error: float = 1e-12) -> None:
+    """They are the true values, of which missing ones are 0, in squares up to rounding."""
+    missing = len(bounds) - len(true)
+    true = torch.nn.functional.pad(true, (0, max(missing, 0)))[: len(bounds)]
+    top = float(true[0])
+    assert bounds.dtype == torch.float64
+    assert (bounds >= true - 1e-13 * top).all()
+    assert (bounds**2 - true**2).max() <= error * top**2
+    assert (bounds.diff() <= 0).all()
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -42,7 +115,19 @@ def test_products_are_those_of_the_dense_matrix(layer):
     assert (product.gram(x) - x @ dense.T @ dense).abs().max() <= limit * x.norm()
 
 
-# --- the preconditioner ---------------------------------------------------------------------------
+@pytest.mark.parametrize("output_padding", [0, 1, 2])
+def test_products_of_a_layer_with_output_padding_beyond_its_stride(output_padding):
+    """More inputs of the direct layer than its outputs' taps reach: M has zero columns."""
+    options = {"transposed": True, "dilation": 3, "padding": 1, "output_padding": output_padding}
+    layer = Layer(random(2, 3, 3), (7,), options)
+    op, dense = direct(layer)
+    product = Product(op)
+    x, y = random(2, dense.shape[1]), random(2, dense.shape[0], seed=1)
+    assert torch.allclose(product.apply(x), x @ dense.T)
+    assert torch.allclose(product.apply_adjoint(y), y @ dense)
+
+
+# --- the preconditioner near zero -----------------------------------------------------------------
 
 
 @given(layers())
@@ -53,7 +138,7 @@ def test_it_is_symmetric_and_positive_definite(layer):
     if not dense.any():
         return
     order = min(dense.shape)
-    b = matrix(GramPreconditioner(op), order)
+    b = matrix(CirculantGram(op).inverse_near_zero(), order)
     assert b.shape == (order, order)
     assert torch.isfinite(b).all()
     scale = float(b.norm())
@@ -66,7 +151,7 @@ def test_it_is_symmetric_and_positive_definite(layer):
 @settings(max_examples=60)
 def test_the_tall_side_is_the_one_iterated_on(layer):
     op, dense = direct(layer)
-    tall = GramPreconditioner(op).tall
+    tall = CirculantGram(op).tall
     rows, columns = tall.op.shape
     assert rows >= columns
     gram = tall.gram(torch.eye(columns, dtype=torch.float64))
@@ -92,7 +177,7 @@ BLOCKS_APART = {
 def test_it_is_the_inverse_where_m_is_the_circulant(op, monkeypatch):
     monkeypatch.setattr("convspectra.gram.REGULARISATION", 0.0)
     gram = smaller_gram(op.to_dense())
-    product = matrix(GramPreconditioner(op), len(gram)) @ gram
+    product = matrix(CirculantGram(op).inverse_near_zero(), len(gram)) @ gram
     condition = float(torch.linalg.cond(gram))
     identity = torch.eye(len(gram), dtype=torch.float64)
     assert (product - identity).norm() <= 1e-10 * condition
@@ -118,7 +203,9 @@ INTERIOR = {
 @pytest.mark.parametrize("op", INTERIOR.values(), ids=INTERIOR.keys())
 def test_it_is_close_to_the_inverse_where_the_interior_dominates(op):
     gram = smaller_gram(op.to_dense())
-    preconditioned = torch.linalg.eigvals(matrix(GramPreconditioner(op), len(gram)) @ gram).real
+    preconditioned = torch.linalg.eigvals(
+        matrix(CirculantGram(op).inverse_near_zero(), len(gram)) @ gram
+    ).real
     assert preconditioned.min() >= 0.5
     assert preconditioned.max() <= 4.0
     # Most of the spectrum is at 1, where only the interior speaks.
@@ -130,19 +217,109 @@ def test_it_makes_the_condition_better():
     taps = torch.tensor([0.3, 1.0, 0.6, 0.1]).double()
     op = ConvOperator(taps[None, None], 40, padding=3)
     gram = smaller_gram(op.to_dense())
-    b = matrix(GramPreconditioner(op), len(gram))
+    b = matrix(CirculantGram(op).inverse_near_zero(), len(gram))
     values = torch.linalg.eigvals(b @ gram).real
     assert float(values.max() / values.min()) <= 0.1 * float(torch.linalg.cond(gram))
 
 
 def test_a_linear_map_on_rows_of_any_number():
     op = INTERIOR["tall"]
-    preconditioner = GramPreconditioner(op)
+    preconditioner = CirculantGram(op).inverse_near_zero()
     x = random(5, min(op.shape))
-    together = preconditioner.apply(x)
-    alone = torch.cat([preconditioner.apply(row[None]) for row in x])
+    together = preconditioner(x)
+    alone = torch.cat([preconditioner(row[None]) for row in x])
     assert torch.allclose(together, alone, atol=1e-13)
-    assert torch.allclose(preconditioner.apply(3 * x), 3 * together, atol=1e-12)
+    assert torch.allclose(preconditioner(3 * x), 3 * together, atol=1e-12)
+
+
+# --- the preconditioner near the norm -------------------------------------------------------------
+
+
+@given(layers())
+@settings(max_examples=100)
+def test_near_the_norm_it_is_symmetric_and_positive_definite(layer):
+    """For any layer: padding that is not of zeros is taken for zeros."""
+    op, dense = direct(layer)
+    if not dense.any():
+        return
+    order = min(dense.shape)
+    b = matrix(CirculantGram(op).inverse_near_norm()[0], order)
+    assert b.shape == (order, order)
+    assert torch.isfinite(b).all()
+    values = torch.linalg.eigvalsh(0.5 * (b + b.T))
+    assert (b - b.T).norm() <= 1e-5 * float(b.norm())
+    assert values[0] > 0
+    # Between 1/t and 1/(margin t): the condition is limited, and single precision is enough.
+    assert values[-1] <= 1.01 * (1 + 1 / LEAST_MARGIN) * values[0]
+
+
+@given(embedded())
+@settings(max_examples=100)
+def test_near_the_norm_its_bound_is_above_the_largest_value(drawn):
+    op, dense = drawn
+    true = float(torch.linalg.matrix_norm(dense, 2))
+    _, bound = CirculantGram(op).inverse_near_norm()
+    assert isinstance(bound, float)
+    assert bound >= true
+
+
+NEAR_NORM = {
+    "square": ConvOperator(random(3, 3, 3), 9),
+    "square, 2 axes": ConvOperator(random(2, 2, 3, 3), (5, 4)),
+    "tall": ConvOperator(random(5, 2, 3, 3), (5, 4)),
+    "wide": ConvOperator(random(2, 5, 3, 3), (5, 4)),
+    "even kernel": ConvOperator(random(2, 2, 4, 2), (5, 6)),
+    "groups": ConvOperator(random(6, 1, 3, 3), (5, 5), groups=2),
+    "wide groups": ConvOperator(random(2, 3, 3), 9, groups=2),
+    "strided": ConvOperator(random(3, 2, 3, 3), (6, 6), stride=2, padding=1),
+    "strided, tall": ConvOperator(random(10, 2, 3, 3), (6, 6), stride=2, padding=1),
+    "strided, dilated": ConvOperator(random(3, 2, 3), 21, stride=2, dilation=3, padding=3),
+    "linear": ConvOperator(random(4, 6), ()),
+    "3 axes": ConvOperator(random(4, 1, 3, 2, 3), (3, 4, 3)),
+    "long": ConvOperator(random(2, 2, 3), 70),
+    "circular": ConvOperator(random(3, 2, 3, 3), (4, 5), padding_mode="circular"),
+    "circular, strided": ConvOperator(random(3, 2, 3), 8, stride=2, padding=1),
+}
+
+
+@pytest.mark.parametrize("op", NEAR_NORM.values(), ids=NEAR_NORM.keys())
+def test_near_the_norm_it_is_the_dense_inverse_on_the_layer_s_points(op):
+    if op.geometry.ndim == 0:
+        torus, around = op.to_dense(), ConvOperator(op.weight[:, :, None], 1)
+    else:
+        torus, around = torus_matrix(op), op
+    wide = op.shape[0] < op.shape[1]
+    gram = torus @ torus.T if wide else torus.T @ torus
+    margin = max(WINDOW / min(CirculantEmbedding(around).periods) ** 2, LEAST_MARGIN)
+    t = float(torch.linalg.eigvalsh(gram)[-1]) * (1 + margin)
+    inverse = torch.linalg.inv(t * torch.eye(len(gram), dtype=torch.float64) - gram)
+    points = dict(enumerate(op.geometry.output_size if wide else op.geometry.input_size))
+    # An identity's rows at the layer's points pick them out of the torus.
+    sizes = [op.output_shape[0], *CirculantEmbedding(around).periods]
+    if not wide:
+        strides = around.geometry.stride
+        sizes = [op.input_shape[0], *(p * s for p, s in zip(sizes[1:], strides, strict=True))]
+    kept = torch.arange(len(gram)).reshape(sizes)
+    for axis, count in points.items():
+        kept = kept.narrow(1 + axis, 0, count)
+    kept = kept.flatten()
+    apply, bound = CirculantGram(op).inverse_near_norm()
+    b = matrix(apply, len(kept))
+    reference = inverse[kept][:, kept]
+    assert (b - reference).norm() <= 2e-6 / margin * reference.norm()
+    assert bound == pytest.approx(t**0.5, rel=2e-5)
+    assert bound >= t**0.5 * (1 - 1e-7)
+
+
+def test_near_the_norm_rows_keep_their_type():
+    op = NEAR_NORM["tall"]
+    apply, _ = CirculantGram(op).inverse_near_norm()
+    x = random(5, min(op.shape))
+    together = apply(x)
+    assert together.dtype == torch.float64
+    assert apply(x.float()).dtype == torch.float32
+    alone = torch.cat([apply(row[None]) for row in x])
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5 * float(together.abs().max()))
 
 
 # --- the bound from below -------------------------------------------------------------------------
@@ -168,7 +345,7 @@ each_shape = pytest.mark.parametrize("op", SHAPES.values(), ids=SHAPES.keys())
 
 def ask(op: ConvOperator, square: float, maxiter: int = 80, seed: int = 0) -> tuple[bool, int]:
     generator = torch.Generator().manual_seed(seed)
-    return GramPreconditioner(op).is_above(square, maxiter, generator)
+    return CirculantGram(op).is_above(square, maxiter, generator)
 
 
 @each_shape
@@ -231,3 +408,282 @@ def test_the_answer_scales_with_the_weight():
         assert ask(scaled, (0.9 * scale * smallest) ** 2)[0] is True
         assert ask(scaled, (1.1 * scale * smallest) ** 2)[0] is False
     assert math.isfinite(smallest)
+
+
+# --- the bounds from above ------------------------------------------------------------------------
+
+ROUNDING = 1e-13
+
+
+@given(embedded())
+@settings(max_examples=120)
+def test_the_norm_is_below_that_of_the_circulant(drawn):
+    op, dense = drawn
+    true = float(torch.linalg.matrix_norm(dense, 2))
+    assert norm_bound(op) >= (1 - ROUNDING) * true
+
+
+@each_circular
+def test_the_norm_of_a_circulant_is_exact(layer):
+    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+    assert (1 - ROUNDING) * true <= norm_bound(layer.operator()) <= (1 + 1e-10) * true
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_the_bound_scales_with_the_weight(scale):
+    op = ConvOperator(random(3, 2, 3, 3), (5, 4))
+    bound = norm_bound(op)
+    scaled = norm_bound(op.with_weight(scale * op.weight))
+    assert math.isclose(scaled, scale * bound, rel_tol=1e-12)
+
+
+def test_a_twisted_torus_can_bound_better():
+    """The plain torus has the frequency 0, where the symbol is 3; the twisted one has not."""
+    weight = torch.tensor([[[1.0, 1.0, 1.0]]], dtype=torch.float64)
+    bound = norm_bound(ConvOperator(weight, 5))
+    assert 1 + 2 * math.cos(math.pi / 6) <= bound <= 2.99
+    large = norm_bound(ConvOperator(weight, 40))
+    assert math.isclose(large, 3.0, rel_tol=1e-12)
+
+
+def test_nearly_repeated_norms_of_symbols_are_bounded():
+    """An orthogonal layer: every symbol has the same norm, and none may be left out."""
+    weight = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    weight[..., 1, 1] = torch.linalg.qr(random(4, 4)).Q
+    weight[..., 0, 1] = 1e-9 * random(4, 4, seed=1)
+    layer = Layer(weight, (4, 4), {"padding_mode": "circular"})
+    true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+    assert abs(norm_bound(layer.operator()) - true) <= 1e-12
+
+
+def test_a_large_norm_among_many_symbols():
+    """Norms that power steps tell badly: the largest value is at a frequency with a large gap."""
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        weight = torch.from_numpy(generator.standard_normal((6, 6, 5)))
+        layer = Layer(weight, (64,), {"padding_mode": "circular"})
+        true = float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
+        assert math.isclose(norm_bound(layer.operator()), true, rel_tol=1e-12)
+
+
+def test_the_bound_is_the_norm_of_the_better_torus():
+    """The symbols of both phases written out with NumPy."""
+    op = ConvOperator(random(3, 2, 3), 9)
+    weight = op.weight.numpy()
+    values = []
+    for phase in (0.0, 0.5):
+        theta = 2 * np.pi * (np.arange(10) + phase) / 10
+        symbols = sum(weight[..., p] * np.exp(1j * p * theta)[:, None, None] for p in range(3))
+        values.append(np.linalg.svd(symbols, compute_uv=False).max())
+    assert math.isclose(norm_bound(op), min(values), rel_tol=1e-12)
+    assert not math.isclose(*values, rel_tol=1e-3)
+
+
+# --- several bounds from above --------------------------------------------------------------------
+
+
+@each_circular
+def test_bounds_of_a_circulant_are_its_values(layer):
+    true = torch.linalg.svdvals(layer.dense().detach())
+    for count in sorted({1, 2, 3, 7, LIKELY + 1, len(true)}):
+        bounds = CirculantGram(layer.operator()).upper_bounds(count)
+        assert len(bounds) == count
+        check_bounds(bounds, true)
+
+
+MANY = {
+    # As many symbols as make the shortlist of likely ones matter.
+    "1 axis": Layer(random(2, 2, 3), (60,)),
+    "1 axis, odd": Layer(random(3, 2, 4), (41,)),
+    "2 axes": Layer(random(2, 2, 3, 3), (9, 8)),
+    "wide": Layer(random(1, 3, 3, 3), (8, 7)),
+    "strided groups": Layer(random(4, 2, 3), (48,), {"stride": 2, "groups": 2, "padding": 1}),
+    "3 axes": Layer(random(1, 1, 3, 3, 3), (4, 5, 5)),
+    "8 frequencies share a value": Layer(
+        torch.tensor([[0.5, 1, 0.5], [1, 3.0, 1], [0.5, 1, 0.5]]).double()[None, None], (9, 9)
+    ),
+    "all values are one": Layer(torch.eye(2, dtype=torch.float64)[:, :, None], (30,)),
+    "equal groups": Layer(random(1, 2, 3).repeat(3, 1, 1), (21,), {"groups": 3}),
+}
+for many in MANY.values():
+    many.options["padding_mode"] = "circular"
+
+
+@pytest.mark.parametrize("layer", MANY.values(), ids=MANY.keys())
+def test_bounds_of_a_circulant_with_many_symbols(layer):
+    true = torch.linalg.svdvals(layer.dense().detach())
+    for count in (1, 2, 4, 8, 9, 20, 30):
+        check_bounds(CirculantGram(layer.operator()).upper_bounds(count), true)
+
+
+@given(embedded(), st.integers(1, 12))
+@settings(max_examples=120)
+def test_every_bound_is_above_its_value(drawn, count):
+    op, dense = drawn
+    true = torch.linalg.svdvals(dense)
+    bounds = CirculantGram(op).upper_bounds(count)
+    assert bounds.dtype == torch.float64
+    assert bounds.shape == (count,)
+    assert (bounds.diff() <= 0).all()
+    common = min(count, len(true))
+    assert (bounds[:common] >= true[:common] - 1e-14 * float(true[0])).all()
+
+
+@given(embedded(), st.integers(1, 12))
+@settings(max_examples=80)
+def test_bounds_are_the_values_of_the_better_torus(drawn, count):
+    """Of the plain and, where it has at most 16 points on every axis, the twisted one."""
+    op, dense = drawn
+    embedding = CirculantEmbedding(op)
+    assume(math.prod(embedding.periods) * max(op.input_shape[0], op.output_shape[0]) <= 300)
+    torus = torus_matrix(op)
+    if embedding.is_exact:
+        assert (torus - dense).abs().max() <= 1e-13 * (1 + dense.abs().max())
+    else:
+        inside = restricted(
+            op,
+            torus,
+            rows=dict(enumerate(op.geometry.output_size)),
+            columns=dict(enumerate(op.geometry.input_size)),
+        )
+        assert torch.allclose(inside, dense, atol=1e-13)
+    values = torch.linalg.svdvals(torus)
+    if not embedding.is_exact and max(embedding.periods) <= 16:
+        values = torch.minimum(values, torch.linalg.svdvals(torus_matrix(op, twisted=True)))
+    assume(float(values[0]) > 0)
+    check_bounds(CirculantGram(op).upper_bounds(count), values)
+
+
+def test_bounds_of_a_linear_layer_are_its_values():
+    for shape in ((4, 6), (6, 4), (5, 5)):
+        op = ConvOperator(random(*shape), ())
+        check_bounds(CirculantGram(op).upper_bounds(4), torch.linalg.svdvals(op.weight))
+
+
+# --- single precision -----------------------------------------------------------------------------
+
+SINGLE = {name: op.with_weight(op.weight.float()) for name, op in NEAR_NORM.items()} | {
+    name: layer.operator(layer.weight.float()) for name, layer in CIRCULAR.items()
+}
+
+
+@pytest.mark.parametrize("op", SINGLE.values(), ids=SINGLE.keys())
+def test_single_precision_bounds_the_exact_layer(op):
+    exact = op.with_weight(op.weight.double())
+    true = torch.linalg.svdvals(exact.to_dense())
+    count = min(len(true), 10)
+    gram = CirculantGram(op)
+    assert gram.blocks.dtype == torch.complex64
+    bounds = gram.upper_bounds(count)
+    assert bounds.dtype == torch.float64
+    assert (bounds >= true[:count]).all()
+    better = CirculantGram(exact).upper_bounds(count)
+    assert (bounds >= better * (1 - 1e-12)).all()
+    assert (bounds**2 - better**2).max() <= 1e-4 * float(better[0]) ** 2
+    assert gram.inverse_near_norm()[1] >= float(true[0])
+
+
+@given(embedded())
+@settings(max_examples=60)
+def test_single_precision_bounds_any_layer(drawn):
+    op, _ = drawn
+    single = op.with_weight(op.weight.float())
+    true = torch.linalg.svdvals(op.with_weight(single.weight.double()).to_dense())
+    count = min(len(true), 6)
+    gram = CirculantGram(single)
+    assert (gram.upper_bounds(count) >= true[:count]).all()
+    assert gram.inverse_near_norm()[1] >= float(true[0])
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def hermitian(count: int, order: int, seed: int = 0) -> Tensor:
+    parts = random(2, count, order, order + 1, seed=seed)
+    root = torch.complex(parts[0], parts[1])
+    return root @ root.mH
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (5, 3), (4, 4)])
+def test_gram_matrices_of_symbols(rows, columns):
+    parts = random(2, 6, rows, columns)
+    symbols = torch.complex(parts[0], parts[1])
+    for wide, count in ((True, rows), (False, columns)):
+        gram = gram_of_symbols(symbols, wide)
+        assert gram.shape == (6, count, count)
+        squares = torch.linalg.svdvals(symbols) ** 2
+        values = torch.linalg.eigvalsh(gram).flip(-1)[:, : squares.shape[1]]
+        assert torch.allclose(values, squares, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 3, 12])
+def test_norms_are_estimated_from_below(order):
+    gram = hermitian(50, order)
+    norms = torch.linalg.eigvalsh(gram)[:, -1]
+    estimates = norm_estimates(gram)
+    assert estimates.shape == norms.shape
+    assert (estimates <= norms * (1 + 1e-13)).all()
+    assert (estimates >= 0.8 * norms).all()
+    assert torch.equal(norm_estimates(torch.zeros_like(gram)), torch.zeros_like(norms))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40, 200])
+def test_the_largest_eigenvalues_of_many_matrices(count):
+    gram = hermitian(40, 3)
+    before = gram.clone()
+    copies = 1 + (torch.arange(40) % 2).double()
+    true = torch.linalg.eigvalsh(gram).repeat_interleave(copies.long(), dim=0)
+    true = true.flatten().sort(descending=True).values[:count]
+    found, _ = _largest_eigenvalues(gram, copies, count)
+    assert found.shape == (count,)
+    assert found.dtype == torch.float64
+    # Beyond the last eigenvalue there are zeros.
+    assert torch.allclose(found[: len(true)], true, rtol=1e-12)
+    assert not found[len(true) :].any()
+    assert torch.equal(gram, before)
+
+
+def test_the_largest_eigenvalue_is_found_where_the_estimates_are_wrong(monkeypatch):
+    """The last matrix has the largest one, and the estimates say that it has the smallest."""
+    gram = hermitian(40, 3)
+    top = float(torch.linalg.eigvalsh(gram).amax())
+    gram[-1] = torch.diag(torch.tensor([2 * top, 0, 0], dtype=gram.dtype))
+    monkeypatch.setattr("convspectra.gram.norm_estimates", lambda g: -torch.arange(len(g)))
+    for margin in (0.0, 0.1):
+        found, _ = _largest_eigenvalues(gram, torch.ones(40), 1, margin)
+        assert float(found[0]) == pytest.approx(2 * top, rel=1e-12)
+
+
+@pytest.mark.parametrize("margin", [1e-3, 0.1])
+def test_a_margin_gives_the_factors_of_all_matrices(margin):
+    gram = hermitian(40, 3)
+    found, factors = _largest_eigenvalues(gram, torch.ones(40), 1, margin)
+    top = float(torch.linalg.eigvalsh(gram).amax())
+    assert float(found[0]) == pytest.approx(top, rel=1e-12)
+    shifted = (1 + margin) * top * torch.eye(3) - gram
+    assert torch.allclose(factors @ factors.mH, shifted, atol=1e-12 * top)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_rounding_up_is_up_and_small(dtype):
+    op = NEAR_NORM["square, 2 axes"]
+    blocks = CirculantGram(op).blocks.flatten(0, 1).to(dtype)
+    squares = torch.tensor([40.0, 9.0, 1.0, 0.0], dtype=torch.float64)
+    roots = rounded_up(squares, blocks, op.weight)
+    assert (roots > squares.sqrt()).all()
+    assert (roots**2 - squares).max() <= 1000 * torch.finfo(dtype).eps * 40.0
+    larger = rounded_up(squares, 100 * blocks, op.weight)
+    assert (larger > roots).all()
+
+
+@pytest.mark.parametrize("op", NEAR_NORM.values(), ids=NEAR_NORM.keys())
+def test_the_cost_is_that_of_the_arrays(op):
+    """Flops and bytes of the symbols and three arrays of Gram matrices, to a factor of two."""
+    around = ConvOperator(op.weight[:, :, None], 1) if op.geometry.ndim == 0 else op
+    symbols, blocks = CirculantEmbedding(around).symbols(), CirculantGram(op).blocks
+    flops, needed = gram_cost(op)
+    arrays = 16 * symbols.numel() + 3 * 16 * blocks.numel()
+    assert 0.5 * arrays <= needed <= 2 * arrays
+    # A complex multiplication and addition are 8 flops.
+    product = 8 * symbols.numel() * blocks.shape[-1]
+    assert product <= flops <= 8 * product

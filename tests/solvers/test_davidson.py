@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ from checker import random, toeplitz
 from symmetric import LINE, SPECTRA, check_pairs, each_spectrum, rounding, truth, with_spectrum
 from torch import Tensor
 
-from convspectra.solvers.davidson import davidson
+from convspectra.solvers import davidson
 from convspectra.solvers.result import Eigenpairs
 
-MODULE = sys.modules[davidson.__module__]
 CLUSTER = [1.0 - 1e-4 * i for i in range(12)] + [0.9 - 0.004 * i for i in range(180)]
 
 
@@ -42,9 +40,8 @@ def run(matrix: Tensor, k: int = 1, *, seed: int = 0, given=None, **options) -> 
         return x @ matrix
 
     generator = torch.Generator().manual_seed(seed)
-    pairs = davidson(product, len(matrix), k, like=matrix, generator=generator, **options)
+    pairs = davidson.davidson(product, len(matrix), k, like=matrix, generator=generator, **options)
     assert pairs.products == sum(len(rows) for rows in given)
-    assert len(given) <= options["maxiter"]
     return pairs
 
 
@@ -54,7 +51,6 @@ def check(matrix: Tensor, pairs: Eigenpairs, k: int, tol: float = 1e-8) -> None:
     true, slack = truth(matrix), rounding(matrix)
     allowed = tol * np.abs(true[:k]) + slack
     assert pairs.converged
-    assert len(pairs.values) == k
     assert (np.abs(pairs.values.numpy() - true[:k]) <= allowed).all()
     assert (pairs.vectors @ pairs.vectors.T - torch.eye(k)).abs().max() <= 1e-12
     measured = (pairs.vectors @ matrix - pairs.values[:, None] * pairs.vectors).norm(dim=1)
@@ -87,11 +83,11 @@ def test_sizes(size, near):
         given = []
         check(matrix, run(matrix, k, given=given, precondition=near(matrix)), k)
         assert len(given[0]) == (1 if k == 1 else min(size, k + 2)), "the block has two guards"
+        assert sum(map(len, given)) <= size or size > 48, "a basis of everything, no restart"
 
 
-@pytest.mark.parametrize(("k", "block"), [(1, 1), (3, 5)])
-def test_without_a_restart_and_a_preconditioner_it_is_block_lanczos(k, block):
-    """The values are those of the matrix projected on a block Krylov space."""
+@pytest.mark.parametrize("k", [1, 3])
+def test_without_a_restart_and_a_preconditioner_it_is_block_lanczos(k):
     matrix = with_spectrum(list(np.linspace(-2, 1, 80)))
     for steps in (1, 2, 4, 8):
         given = []
@@ -100,7 +96,6 @@ def test_without_a_restart_and_a_preconditioner_it_is_block_lanczos(k, block):
         for _ in range(steps - 1):
             new = torch.linalg.qr((new @ matrix).T).Q.T
             space = torch.linalg.qr(torch.cat([space, new]).T).Q.T
-        assert len(space) == block * steps
         projected = torch.linalg.eigvalsh(space @ matrix @ space.T).flip(0)
         assert torch.allclose(pairs.values, projected[:k], rtol=0, atol=1e-10)
 
@@ -122,8 +117,8 @@ def test_a_preconditioner_saves_products_at_a_clustered_top(k, fraction):
 @each_way
 @pytest.mark.parametrize("k", [1, 3])
 def test_restarts(monkeypatch, k, near):
-    monkeypatch.setattr(MODULE, "BASIS_LEAST", 1)
-    monkeypatch.setattr(MODULE, "BASIS_BLOCKS", 5)
+    monkeypatch.setattr(davidson, "BASIS_LEAST", 1)
+    monkeypatch.setattr(davidson, "BASIS_BLOCKS", 5)
     for values in (LINE, [*LINE, *np.linspace(-2, 0, 40)], [2.0] * 3 + LINE):
         matrix = with_spectrum(values)
         pairs = run(matrix, k, precondition=near(matrix))
@@ -133,9 +128,9 @@ def test_restarts(monkeypatch, k, near):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_last_ritz_vectors_save_products_at_restarts(monkeypatch, k):
-    monkeypatch.setattr(MODULE, "BASIS_LEAST", 1)
+    monkeypatch.setattr(davidson, "BASIS_LEAST", 1)
     with_them = run(with_spectrum(LINE), k)
-    monkeypatch.setattr(MODULE, "KEPT_DIRECTION", math.inf)
+    monkeypatch.setattr(davidson, "KEPT_DIRECTION", math.inf)
     assert with_them.products < 0.8 * run(with_spectrum(LINE), k).products
 
 
@@ -150,12 +145,11 @@ def test_exact_vectors_to_start_from_take_a_product_each():
     assert 5 < near.products < 0.6 * run(matrix, 3).products
 
 
-@pytest.mark.parametrize("places", [[0], [0, 1], [0, 59], [20, 21, 22]])
-def test_unit_vectors_to_start_from_and_a_sparse_matrix(places):
+@pytest.mark.parametrize(("k", "at"), [(1, [0]), (2, [0, 1]), (2, [0, 59]), (2, [20, 21, 22])])
+def test_unit_vectors_to_start_from_and_a_sparse_matrix(k, at):
     """Residuals may be dependent exactly, and what QR puts in their place in the basis already."""
     matrix = toeplitz(60, {-1: 1.0, 0: 2.0, 1: 1.0})
-    k = min(2, len(places))
-    check(matrix, run(matrix, k, start=torch.eye(60, dtype=torch.float64)[places]), k)
+    check(matrix, run(matrix, k, start=torch.eye(60, dtype=torch.float64)[at]), k)
 
 
 @each_way
@@ -177,17 +171,24 @@ def test_values_only(tol, apart, near):
         assert saved > 0
 
 
+def test_values_are_right_where_gaps_are_a_few_tolerances():
+    matrix = with_spectrum(LINE)
+    for seed in range(10):
+        pairs = run(matrix, 3, seed=seed, tol=1e-3, values_only=True)
+        assert np.abs(pairs.values.numpy() - truth(matrix)[:3]).max() <= 1e-3
+
+
 @each_way
-@pytest.mark.parametrize(("units", "tol"), [(16, 1e-5), (16, 1e-12), (0, 1e-12)])
-def test_single_precision(monkeypatch, units, tol, near):
+@pytest.mark.parametrize(("floor", "tol"), [(1, 1e-5), (1, 1e-12), (0, 1e-12)])
+def test_single_precision(monkeypatch, floor, tol, near):
     """It may go on far beyond its precision: nothing grows."""
-    monkeypatch.setattr(MODULE, "ROUNDING_UNITS", units)
+    monkeypatch.setattr(davidson, "ROUNDING_UNITS", floor * davidson.ROUNDING_UNITS)
     for values in (LINE, [2.0] * 3 + LINE, [2.0, 1.0] + [0.0] * 198):
         matrix = with_spectrum(values).float()
         true = truth(matrix.double())
         for k in (1, 3):
             pairs = run(matrix, k, tol=tol, maxiter=80, precondition=near(matrix))
-            assert pairs.converged or not units
+            assert pairs.converged or not floor
             assert pairs.values.dtype == pairs.vectors.dtype == torch.float32
             assert (pairs.vectors @ pairs.vectors.T - torch.eye(k)).abs().max() <= 1e-5
             assert np.abs(pairs.values.numpy() - true[:k]).max() <= 1e-5 * true[0]
@@ -197,8 +198,8 @@ def test_single_precision(monkeypatch, units, tol, near):
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_basis_in_single_precision_stays_orthonormal(monkeypatch, k, near):
     """Without restarts the product is given the basis, row by row."""
-    monkeypatch.setattr(MODULE, "ROUNDING_UNITS", 0)
-    monkeypatch.setattr(MODULE, "BASIS_LEAST", 500)
+    monkeypatch.setattr(davidson, "ROUNDING_UNITS", 0)
+    monkeypatch.setattr(davidson, "BASIS_LEAST", 500)
     matrix = with_spectrum([2.0] * 3 + list(np.linspace(0.1, 1.0, 497))).float()
     given = []
     run(matrix, k, given=given, tol=1e-12, maxiter=80, precondition=near(matrix))
@@ -239,11 +240,10 @@ def test_products_that_are_not_finite_are_refused(k, wrong):
 @pytest.mark.parametrize("scale", [2.0**-333, 2.0**333], ids=["1e-100", "1e100"])
 def test_answers_scale_with_the_operator(scale, near):
     matrix = with_spectrum(LINE)
-    for k in (1, 3):
-        for options in ({}, {"values_only": True}, {"maxiter": 4}):
-            one = run(matrix, k, precondition=near(matrix), **options)
-            other = run(scale * matrix, k, precondition=near(scale * matrix), **options)
-            assert (other.products, other.converged) == (one.products, one.converged)
-            assert torch.allclose(other.values, scale * one.values, rtol=1e-12, atol=0)
-            assert torch.allclose(other.residuals, scale * one.residuals, rtol=1e-3, atol=0)
-            assert ((other.vectors @ one.vectors.T).abs() - torch.eye(k)).abs().max() <= 1e-6
+    for k, options in ((1, {}), (3, {}), (3, {"values_only": True}), (3, {"maxiter": 4})):
+        one = run(matrix, k, precondition=near(matrix), **options)
+        other = run(scale * matrix, k, precondition=near(scale * matrix), **options)
+        assert (other.products, other.converged) == (one.products, one.converged)
+        assert torch.allclose(other.values, scale * one.values, rtol=1e-12, atol=0)
+        assert torch.allclose(other.residuals, scale * one.residuals, rtol=1e-3, atol=0)
+        assert ((other.vectors @ one.vectors.T).abs() - torch.eye(k)).abs().max() <= 1e-6
