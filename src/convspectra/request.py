@@ -95,7 +95,8 @@ def _each(op: ConvOperator, x: Tensor) -> Tensor:
 def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
     """M' as a layer that is not transposed: taps reversed, channels exchanged; None if it is not.
 
-    That of stride 1 with zero padding is, unless it pads farther than the taps reach.
+    That of stride 1 with zero padding is, unless it pads farther than the taps reach or does not
+    read its last inputs.
     """
     g = op.geometry
     if g.ndim == 0 or g.padding_mode != "zeros" or any(s != 1 for s in g.stride):
@@ -108,13 +109,14 @@ def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
         return None
     blocks = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
     weight = blocks.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + g.ndim)))
-    return ConvOperator(
+    adjoint = ConvOperator(
         weight.contiguous(),
         g.output_size,
         padding=padding,
         dilation=g.dilation,
         groups=op.groups,
     )
+    return adjoint if adjoint.geometry.output_size == g.input_size else None
 
 
 def rounding_of(op: ConvOperator) -> float:
