@@ -14,6 +14,7 @@ from convspectra.cut_norm import circulant_norm_bound
 from convspectra.gram import gram_cost
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
+from convspectra.request import group_matrices
 from convspectra.spectra import ldexp, normalised
 
 
@@ -21,9 +22,9 @@ def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float
     """A rigorous upper bound on sigma_max: what a certificate of a Lipschitz constant needs.
 
     The norm of a block circulant that M is part of, cut open along one axis; rounding is allowed
-    for. With zero padding on 32 x 32 points it is typically within 0.1% of sigma_max, and the
-    nearer the more points there are; for circular padding all around it is sigma_max. For padding
-    that reads an input pixel several times the layer is bounded on its padded input.
+    for. With 3 x 3 taps and zero padding on 32 x 32 points it is 0.02 to 0.3% above sigma_max, and
+    the nearer the more points there are; for circular padding all around it is sigma_max. For
+    padding that reads an input pixel several times the layer is bounded on its padded input.
 
     Raises
     ------
@@ -48,14 +49,17 @@ def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float
     if exponent is None:
         return 0.0
     direct = scaled.T if scaled.transposed else scaled
-    bound = max(_of_block(block.op, max_bytes) for block in independent_blocks(direct))
+    blocks = independent_blocks(direct)
+    bound = max((_of_block(block.op, max_bytes) for block in blocks), default=0.0)
     return float(ldexp(torch.tensor(bound, dtype=torch.float64), exponent))
 
 
 def _of_block(op: ConvOperator, max_bytes: int) -> float:
     geometry = op.geometry
-    if geometry.ndim == 0:
-        op = ConvOperator(op.weight[:, :, None], 1)
+    if math.prod(geometry.output_size) == 1:
+        matrices = group_matrices(op, max_bytes)
+        error = (sum(matrices.shape[1:]) + 32) * torch.finfo(matrices.dtype).eps
+        return float(torch.linalg.matrix_norm(matrices, 2).amax()) * (1 + error)
     reads = 1
     if not has_embedding(op):
         # M is the layer without padding on the padded input, after the padding: a matrix with one 1

@@ -36,7 +36,8 @@ def lanczos_triplets(request: Request) -> SingularTriplets:
         size,
         request.k,
         largest=request.largest,
-        tol=request.tol,
+        # Half for the pairs themselves, half for what is not seen to be beyond them.
+        tol=request.tol / 2,
         maxiter=min(steps, request.max_bytes // (8 * size)),
         like=request.op.weight,
         generator=request.generator,
