@@ -121,8 +121,11 @@ def test_spectra_gives_rows_for_ours_and_every_peer(tmp_path: Path) -> None:
     run = spectra.Run(spectra.QUICK, 60.0, 1, 0, tmp_path)
     run.one_layer(layers.SMALL_STRIDED[0])
     ours = [row for row in run.rows if row.who == report.OURS]
-    assert [row.what for row in ours] == ["sigma_min", "sigma_max"]
-    assert all(row.lower <= row.value <= row.upper for row in ours)
+    smallest, largest, bound = ours
+    whats = ["sigma_min", "sigma_max", "upper bound on sigma_max"]
+    assert [row.what for row in ours] == whats
+    assert all(row.lower <= row.value <= row.upper for row in (smallest, largest))
+    assert largest.value <= bound.value
     assert {row.who for row in run.rows} == {report.OURS, *peers.PEERS}
     assert all(row.value is not None or row.note for row in run.rows)
     text, data = report.write_report(tmp_path / "spectra", "Title", {"machine": "m"}, run.rows)
