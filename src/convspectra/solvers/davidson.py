@@ -24,7 +24,7 @@ ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
 PAIRS_COUNT_AS_ONE = 10
 """With `values_only` two values nearer than so many tolerances may be taken for one."""
-KEPT_DIRECTION = 1e-3
+KEPT_DIRECTION = 1e-9
 """Directions of the last step that add less than this to those of this one are dropped."""
 
 
@@ -62,7 +62,7 @@ def davidson(
     generator : torch.Generator, optional
         Of the Gaussian start vectors, on that device.
     start : Tensor, optional
-        Rows to start from instead, k or more.
+        Independent rows to start from instead, k or more.
     values_only : bool
     precondition : callable, optional
         On rows, symmetric positive definite: near (t - A)^{-1} for a t above the spectrum.
