@@ -7,18 +7,25 @@ from torch import Tensor
 
 NEW_DIRECTIONS = 1e-6
 """New directions that are this little beside the others, relatively, are dropped."""
+LITTLE_LOST = 0.5
+"""An orthogonalisation that leaves this much of unit vectors has amplified no rounding."""
 
 
 def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
     """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
 
-    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002).
+    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002);
+    again unless hardly anything was taken out, for what is left amplifies rounding.
     """
-    for smallest in (NEW_DIRECTIONS, 0.5, 0.5):
+    for smallest in (NEW_DIRECTIONS, LITTLE_LOST, LITTLE_LOST):
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
         rows = torch.addmm(rows, rows @ against.T, against, alpha=-1)
-        rows = principal(rows, smallest) @ rows
+        turn = principal(rows, smallest)
+        rows = turn @ rows
+        # A row of the turn is one over the size of its component.
+        if len(turn) and float(torch.linalg.vector_norm(turn, dim=1).amax()) <= 1 / LITTLE_LOST:
+            break
     return rows
 
 
