@@ -438,6 +438,16 @@ def test_circular_padding_is_not_taken_for_zero_padding():
 # --- certificates and statuses --------------------------------------------------------------------
 
 
+def test_the_nearest_of_several_ways_that_stop_early_is_given():
+    op = cs.ConvOperator(random(4, 3, 3, 3), (20, 20), stride=2, padding=1)
+    options = {"maxiter": 4, "max_bytes": 200_000}
+    lanczos, auto = (cs.svds(op, 1, "SM", method=m, **options) for m in ("lanczos", "auto"))
+    assert not lanczos.converged
+    assert not auto.converged
+    assert auto.method == "lobpcg"
+    assert torch.linalg.svdvals(op.to_dense())[-1] <= auto.s[0] < 0.9 * lanczos.s[0]
+
+
 def test_too_few_steps_are_said():
     op = LARGE["random"].operator()
     for which in ("LM", "SM"):

@@ -48,7 +48,7 @@ def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
             triplets = ways[name](request)
         except ArithmeticError:
             continue
-        if best is None or triplets.converged:
+        if best is None or triplets.converged or _nearer(triplets, best[0], request.largest):
             best = triplets, name
         if _certified(request, triplets):
             break
@@ -108,6 +108,15 @@ def _certified(request: Request, triplets: SingularTriplets) -> bool:
         return bool((triplets.upper <= (1 + LOOSE) * triplets.s).all())
     scale = float(torch.linalg.vector_norm(request.op.weight))
     return bool(((triplets.lower > 0) | (triplets.upper <= ZERO * scale)).all())
+
+
+def _nearer(triplets: SingularTriplets, best: SingularTriplets, largest: bool) -> bool:
+    """Whether Rayleigh-Ritz values are nearer to the truth than those of a way that gave up."""
+    if best.converged:
+        return False
+    if largest:
+        return bool(triplets.s.sum() > best.s.sum())
+    return bool(triplets.s.sum() < best.s.sum())
 
 
 def _dense(request: Request) -> SingularTriplets:
