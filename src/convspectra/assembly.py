@@ -18,8 +18,8 @@ from torch import Tensor
 from convspectra.blocks import Block, Place, independent_blocks, scatter
 from convspectra.operator import ConvOperator
 from convspectra.request import ZERO, Product, Request
-from convspectra.solvers.deflation import less
 from convspectra.solvers.lobpcg import lobpcg
+from convspectra.solvers.orthonormal import less
 from convspectra.solvers.result import SingularTriplets
 from convspectra.strategy import admits, answer
 

@@ -201,17 +201,19 @@ class CapacitanceFactorization:
         left = residual / float(torch.linalg.vector_norm(y))
         return error if math.isfinite(error) else math.inf, x, left
 
+    def _forward(self, x: Tensor, adjoint: bool) -> Tensor:
+        """The direct layer, or its adjoint."""
+        return self._op.apply_adjoint(x) if adjoint != self._op.transposed else self._op.apply(x)
+
     def _linear(self, y: Tensor, adjoint: bool) -> Tensor:
         x = self._torus.apply_inverse(y, adjoint)
         if self._refine_always:
-            forward = self._op.apply_adjoint if adjoint != self._op.transposed else self._op.apply
-            x = x + self._torus.apply_inverse(y - forward(x), adjoint)
+            x = x + self._torus.apply_inverse(y - self._forward(x, adjoint), adjoint)
         return x
 
     def _refined(self, y: Tensor, adjoint: bool) -> Tensor:
-        forward = self._op.apply_adjoint if adjoint != self._op.transposed else self._op.apply
         x = self._torus.apply_inverse(y, adjoint)
-        residual = y - forward(x)
+        residual = y - self._forward(x, adjoint)
         size = float(torch.linalg.vector_norm(residual))
         if not math.isfinite(size):
             raise ArithmeticError("a solve with M overflowed: M is singular to working precision")
@@ -221,7 +223,7 @@ class CapacitanceFactorization:
         )
         if size > reached:
             refined = x + self._torus.apply_inverse(residual, adjoint)
-            if float(torch.linalg.vector_norm(y - forward(refined))) < size:
+            if float(torch.linalg.vector_norm(y - self._forward(refined, adjoint))) < size:
                 return refined
         return x
 

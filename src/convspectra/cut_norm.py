@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from convspectra.batched_lu import inverse_and_logabsdet
+from convspectra.cut_torus import block_toeplitz
 from convspectra.gram import CirculantGram, norm_estimates, rounded_up
 from convspectra.operator import ConvOperator
-from convspectra.symbol import angles, half_count, smallest_periods
+from convspectra.symbol import half_count, smallest_periods
 
 LOWEST = 8.0
 """The cut norm is looked for down to so much over the square of the points below the circulant's,
 relatively."""
 BISECTIONS = 6
 ROUNDING_UNITS = 64
-FEW_POINTS = 16
-"""Points of a torus along every axis, up to which the norms of twisted ones are worth a look."""
 
 
 def circulant_norm_bound(op: ConvOperator) -> float:
@@ -60,21 +59,10 @@ def circulant_norm_bound(op: ConvOperator) -> float:
     best = max((float(values[-1]) for values in large.values()), default=low)
     for axis in range(op.geometry.ndim) if op.geometry.padding_mode == "zeros" else ():
         cut = _Cut(op, axis, blocks, large)
-        if not cut.is_possible or low >= best:
-            continue
-        lower = low
-        for turn in range(BISECTIONS + 1):
-            middle = (lower + best) / 2 if turn else lower
-            if cut.is_below(middle):
-                best = middle
-            else:
-                lower = middle
-            if best <= lower:
-                break
+        if cut.is_possible and low < best:
+            best = cut.squared_norm(low, best)
     bound = float(rounded_up(blocks.new_tensor(best).real.double(), blocks, op.weight))
-    if max(smallest_periods(op.geometry)) <= FEW_POINTS:
-        bound = min(bound, float(gram.upper_bounds(1)))
-    return bound
+    return min(bound, float(gram.upper_bounds(1))) if gram.is_small else bound
 
 
 class _Cut:
@@ -107,13 +95,20 @@ class _Cut:
         self._index = index.movedim(axis, -1).reshape(-1, periods[axis])
         self._mirrored = mirrored.movedim(axis, -1).reshape(-1, periods[axis])
         self._frequencies = half * math.prod(periods[:-1])
-        self._theta = angles(periods[axis]).to(blocks.device)
+
+    def squared_norm(self, low: float, high: float) -> float:
+        """An upper bound on the squared norm between these, of which `high` is one."""
+        if self.is_below(low):
+            return low
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.is_below(middle) else (middle, high)
+        return high
 
     def is_below(self, t: float) -> bool:
         """Whether the squared norm of the cut circulant is below t, beyond doubt."""
         eps = float(torch.finfo(self._blocks.dtype).eps)
-        order = self._blocks.shape[-1]
-        uncertain = ROUNDING_UNITS * order * eps * t
+        uncertain = ROUNDING_UNITS * self._blocks.shape[-1] * eps * t
         negative = Counter(
             {i: int((values > t - uncertain).sum()) for i, values in self._large.items()}
         )
@@ -126,29 +121,22 @@ class _Cut:
                 if key in seen:
                     continue
                 seen.add(key)
-                shifted = self._blocks[members].neg()
-                shifted.diagonal(dim1=-2, dim2=-1).add_(t)
-                inverse, _ = inverse_and_logabsdet(shifted)
-                norm = float(torch.linalg.matrix_norm(inverse).amax())
-                if not math.isfinite(norm):
-                    return False
-                mirrored = self._mirrored[column].to(inverse.device)
-                inverse = torch.where(mirrored[:, None, None], inverse.conj(), inverse)
-                error = ROUNDING_UNITS * order * eps * t * norm**2 * self._border
-                eigenvalues = torch.linalg.eigvalsh(self._border_part(inverse))
-                if int((eigenvalues < -error).sum()) < sum(negative[i] for i in members):
+                if self._border_negative(column, members, t) < sum(negative[i] for i in members):
                     return False
         return True
 
-    def _border_part(self, inverse: Tensor) -> Tensor:
-        """Rows and columns of the circulant with these symbols that belong to the border."""
-        width, theta = self._border, self._theta
-        diagonals = {
-            step: (torch.polar(torch.ones_like(theta), step * theta)[:, None, None] * inverse).mean(
-                0
-            )
-            for step in range(1 - width, width)
-        }
-        rows = [torch.cat([diagonals[i - j] for j in range(width)], 1) for i in range(width)]
-        part = torch.cat(rows)
-        return (part + part.mH) / 2
+    def _border_negative(self, column: int, members: list[int], t: float) -> int:
+        """How many eigenvalues of the border part R of (t - circulant)^{-1} are surely negative."""
+        shifted = self._blocks[members].neg()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(t)
+        inverse, _ = inverse_and_logabsdet(shifted)
+        norm = float(torch.linalg.matrix_norm(inverse).amax())
+        if not math.isfinite(norm):
+            return 0
+        mirrored = self._mirrored[column].to(inverse.device)
+        inverse = torch.where(mirrored[:, None, None], inverse.conj(), inverse)
+        border = range(self._border)
+        part = block_toeplitz(torch.fft.ifft(inverse, dim=0), border, border)
+        eps = float(torch.finfo(self._blocks.dtype).eps)
+        error = ROUNDING_UNITS * inverse.shape[-1] * eps * t * norm**2 * self._border
+        return int((torch.linalg.eigvalsh((part + part.mH) / 2) < -error).sum())

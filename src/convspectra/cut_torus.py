@@ -36,28 +36,8 @@ class _Axis:
         return torch.polar(torch.ones_like(angle), angle)
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
-        """Block Toeplitz matrices (..., rows m, columns m) of a kernel (..., period, m, m)."""
-        height, width, m = len(rows), len(columns), kernel.shape[-1]
-        if height == 0 or width == 0:
-            return kernel.new_zeros(*kernel.shape[:-3], height * m, width * m)
-        # All steps from a column to a row: every block row is a window of them.
-        if width == 1:
-            steps = torch.arange(rows.start, rows.stop, device=kernel.device) - columns.start
-            return self._at(kernel, steps, -3).flatten(-3, -2)
-        first, last = rows.stop - 1 - columns.start, rows.start - columns.stop
-        steps = torch.arange(first, last, -1, device=kernel.device)
-        blocks = self._at(kernel.transpose(-3, -2), steps, -2)
-        windows = [blocks.narrow(-2, height - 1 - i, width) for i in range(height)]
-        matrices = torch.stack(windows, dim=-4) if height > 1 else blocks
-        return matrices.reshape(*kernel.shape[:-3], height * m, width * m)
-
-    def _at(self, kernel: Tensor, steps: Tensor, dim: int) -> Tensor:
-        """The kernel at these steps along an axis, in one copy."""
-        blocks = kernel.index_select(dim, steps % self.period)
-        if self.phase:
-            signs = torch.where(steps < 0, -1.0, 1.0)
-            blocks = blocks * signs.reshape(-1, *(1,) * (-1 - dim))
-        return blocks
+        """These rows and columns of the circulant of a kernel on this axis."""
+        return block_toeplitz(kernel, rows, columns, changes_sign=self.phase != 0)
 
     @property
     def interior(self) -> range:
@@ -66,6 +46,36 @@ class _Axis:
     @property
     def border(self) -> range:
         return range(self.n, self.period)
+
+
+def block_toeplitz(
+    kernel: Tensor, rows: range, columns: range, changes_sign: bool = False
+) -> Tensor:
+    """Block Toeplitz matrices (..., rows m, columns m) of a kernel (..., period, m, m).
+
+    On going around the kernel may change its sign.
+    """
+    height, width, m = len(rows), len(columns), kernel.shape[-1]
+    if height == 0 or width == 0:
+        return kernel.new_zeros(*kernel.shape[:-3], height * m, width * m)
+
+    def at(kernel: Tensor, steps: Tensor, dim: int) -> Tensor:
+        blocks = kernel.index_select(dim, steps % kernel.shape[dim])
+        if changes_sign:
+            signs = torch.where(steps < 0, -1.0, 1.0)
+            blocks = blocks * signs.reshape(-1, *(1,) * (-1 - dim))
+        return blocks
+
+    # All steps from a column to a row, in one copy: every block row is a window of them.
+    if width == 1:
+        steps = torch.arange(rows.start, rows.stop, device=kernel.device) - columns.start
+        return at(kernel, steps, -3).flatten(-3, -2)
+    first, last = rows.stop - 1 - columns.start, rows.start - columns.stop
+    steps = torch.arange(first, last, -1, device=kernel.device)
+    blocks = at(kernel.transpose(-3, -2), steps, -2)
+    windows = [blocks.narrow(-2, height - 1 - i, width) for i in range(height)]
+    matrices = torch.stack(windows, dim=-4) if height > 1 else blocks
+    return matrices.reshape(*kernel.shape[:-3], height * m, width * m)
 
 
 class CutTorus:

@@ -67,13 +67,16 @@ class CirculantGram:
     def inverse_near_zero(self) -> Callable[[Tensor], Tensor]:
         """A preconditioner for the smallest eigenvalues: the circulant's inverse Gram matrix.
 
-        Cost: an inversion of every block.
+        Cost: an inversion of every block, once.
         """
+        return lambda x: self._multiply(self._inverse_blocks, x)
+
+    @functools.cached_property
+    def _inverse_blocks(self) -> Tensor:
         identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self._device)
         shifted = self.blocks + REGULARISATION * self._norm * identity
         inverse, _ = inverse_and_logabsdet(shifted)
-        inverse = 0.5 * (inverse + inverse.mH)
-        return lambda x: self._multiply(inverse, x)
+        return 0.5 * (inverse + inverse.mH)
 
     def inverse_near_norm(self) -> tuple[Callable[[Tensor], Tensor], float]:
         """A preconditioner for the largest, (t - the circulant's Gram matrix)^{-1}, and its proof.
@@ -96,8 +99,7 @@ class CirculantGram:
         factorisation of every block, and the eigenvalues of a few.
         """
         squares, _ = _largest_eigenvalues(self.blocks.flatten(0, 1), self._copies(0.0), count)
-        few = not self._embedding.is_exact and max(self._embedding.periods) <= FEW_POINTS
-        if few:
+        if self.is_small:
             blocks = self._gram(0.5).flatten(0, 1)
             twisted, _ = _largest_eigenvalues(blocks, self._copies(0.5), count)
             squares = torch.minimum(squares, twisted)
@@ -124,6 +126,11 @@ class CirculantGram:
             smallest_of_metric=1 / (self._norm * (1 + REGULARISATION)),
         )
         return run.bound <= 0, 2 * run.products
+
+    @property
+    def is_small(self) -> bool:
+        """Whether a twist of the torus makes a difference to `upper_bounds`."""
+        return not self._embedding.is_exact and max(self._embedding.periods) <= FEW_POINTS
 
     @property
     def _device(self) -> torch.device:

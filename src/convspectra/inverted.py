@@ -10,8 +10,9 @@ from torch import Tensor
 
 from convspectra.capacitance import CapacitanceFactorization
 from convspectra.request import Product, Request, rounding_of
-from convspectra.solvers.deflation import extreme_eigenpairs, less
+from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.orthonormal import less
 from convspectra.solvers.result import SingularTriplets
 
 INVERSE_RESOLUTION = 1e-6

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from convspectra.request import Product, Request, refined, rounding_of
-from convspectra.solvers.deflation import extreme_eigenpairs, less
+from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.orthonormal import less
 from convspectra.solvers.result import SingularTriplets
 
 ENCLOSURE = 2e-2

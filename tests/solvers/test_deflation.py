@@ -21,7 +21,8 @@ from symmetric import (
 )
 from torch import Tensor
 
-from convspectra.solvers.deflation import ExtremeEigenpairs, extreme_eigenpairs, less
+from convspectra.solvers.deflation import ExtremeEigenpairs, extreme_eigenpairs
+from convspectra.solvers.orthonormal import less
 
 ENCLOSE = {"as it comes": {}, "enclosed": {"enclosure": 0.02}, "separated": {"separation": 1e-7}}
 

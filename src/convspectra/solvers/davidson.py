@@ -168,5 +168,5 @@ def _restart(now: Tensor, before: Tensor) -> Tensor:
     rest = before - now @ (now.mT @ before)
     left, s, _ = torch.linalg.svd(rest, full_matrices=False)
     both = torch.cat([now, left[:, s > KEPT_DIRECTION]], dim=1)
-    orthonormal: Tensor = torch.linalg.qr(both).Q
-    return orthonormal
+    kept: Tensor = torch.linalg.qr(both).Q
+    return kept

@@ -140,10 +140,8 @@ def extreme_eigenpairs(
                 all_bounds = sign * pairs.bound
             resolved = pairs.values.abs() >= resolution * pairs.values[0].abs()
             take(pairs, int(resolved.sum()) if pairs.converged else len(resolved))
-            if not pairs.converged:
-                converged, rest = False, math.inf
-                break
-            if alone:
+            converged = pairs.converged
+            if alone or not converged:
                 rest = math.inf
                 break
             continue
@@ -185,8 +183,3 @@ def _bounds(values: Tensor, residuals: Tensor, rest: float, one_run: bool) -> li
         else:
             bounds.append(max(value, rest) + 2 * coupling)
     return [*bounds, rest + 2 * coupling]
-
-
-def less(rows: Tensor, found: Tensor) -> Tensor:
-    """Rows less their components along orthonormal ones."""
-    return torch.addmm(rows, rows @ found.mT, found, alpha=-1) if len(found) else rows

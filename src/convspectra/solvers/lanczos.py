@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.gaussian import log_smallest_norm
+from convspectra.solvers.orthonormal import less
 from convspectra.solvers.result import Eigenpairs
 
 FloatArray = npt.NDArray[np.float64]
@@ -190,16 +191,16 @@ class _Recurrence:
         smallest_of_metric: float,
     ) -> None:
         self._product, self._sign, self._metric = product, sign, metric
-        self._excluded = excluded if excluded is not None and len(excluded) else None
+        self._excluded = like.new_zeros(0, size) if excluded is None else excluded
         self._eps = float(torch.finfo(like.dtype).eps)
         self._alphas: list[float] = []
         self._betas: list[float] = []
         self._chunks: list[Tensor] = []
-        self._found: Tensor | None = None
+        self._found = like.new_zeros(0, size)
         self._good = 0
         self._whole = metric is None
         omega = torch.randn(1, size, dtype=like.dtype, device=like.device, generator=generator)
-        omega = self._less(self._less(omega, self._excluded), self._excluded)
+        omega = less(less(omega, self._excluded), self._excluded)
         self._next, self._dual, length = self._normalised(omega)
         self._log_delta = (
             log_smallest_norm(1)
@@ -234,10 +235,10 @@ class _Recurrence:
         if self._betas:
             w = w - self._betas[-1] * self._row(self.steps)
         for _ in range(2 if self._whole else 1):
-            w = self._less(self._less(w, self._excluded), self._found)
+            w = less(less(w, self._excluded), self._found)
             if self._whole:
                 for i, chunk in enumerate(self._chunks):
-                    w = self._less(w, chunk[: self.steps + 1 - i * CHUNK])
+                    w = less(w, chunk[: self.steps + 1 - i * CHUNK])
         self._next, self._dual, beta = self._normalised(w)
         if not math.isfinite(beta) or not math.isfinite(alpha):
             raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
@@ -269,7 +270,7 @@ class _Recurrence:
         if int(good.sum()) > self._good:
             self._good = int(good.sum())
             self._found = self.vectors(ritz.coefficients[:, :k][:, good])
-            self._next = self._dual = self._less(self._next, self._found)
+            self._next = self._dual = less(self._next, self._found)
 
     def vectors(self, coefficients: FloatArray) -> Tensor:
         """Combinations of the basis, orthonormal rows."""
@@ -325,8 +326,3 @@ class _Recurrence:
         length = math.sqrt(max(float((w * dual).sum()), 0.0))
         scale = 1 / max(length, float(torch.finfo(w.dtype).tiny))
         return scale * w, scale * dual, length
-
-    @staticmethod
-    def _less(rows: Tensor, found: Tensor | None) -> Tensor:
-        """Rows less their components along orthonormal ones."""
-        return rows if found is None else torch.addmm(rows, rows @ found.T, found, alpha=-1)

@@ -1,4 +1,4 @@
-"""Orthonormal rows out of rows that may be dependent."""
+"""Rows made orthogonal to others, and orthonormal out of rows that may be dependent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ LITTLE_LOST = 0.5
 """An orthogonalisation that leaves this much of unit vectors has amplified no rounding."""
 
 
+def less(rows: Tensor, found: Tensor) -> Tensor:
+    """Rows less their components along orthonormal ones."""
+    return torch.addmm(rows, rows @ found.mT, found, alpha=-1) if len(found) else rows
+
+
 def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
     """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
 
@@ -20,7 +25,7 @@ def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
     for smallest in (NEW_DIRECTIONS, LITTLE_LOST, LITTLE_LOST):
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
-        rows = torch.addmm(rows, rows @ against.T, against, alpha=-1)
+        rows = less(rows, against)
         turn = principal(rows, smallest)
         rows = turn @ rows
         # A row of the turn is one over the size of its component.
