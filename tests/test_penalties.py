@@ -14,7 +14,8 @@ from torch import Tensor
 
 import convspectra as cs
 from convspectra import ConvOperator, penalties
-from convspectra.penalties import CLUSTER_LIMIT, CLUSTER_TOLERANCE
+from convspectra.penalties import extremes
+from convspectra.penalties.extremes import CLUSTER_LIMIT, CLUSTER_TOLERANCE
 
 NAMES = ("frobenius", "sigma_min", "conditioning", "stein")
 each_penalty = pytest.mark.parametrize("name", NAMES)
@@ -304,9 +305,9 @@ def test_several_values_that_end_inside_a_cluster():
 def test_a_cluster_larger_than_the_limit_costs_no_more_than_the_limit(monkeypatch):
     """The identity of 400 rows: nn.init.dirac_ makes such layers, of any size."""
     asked = []
-    original = penalties.svds
+    original = extremes.svds
     monkeypatch.setattr(
-        penalties,
+        extremes,
         "svds",
         lambda op, k, which, **options: asked.append(k) or original(op, k, which, **options),
     )
@@ -451,12 +452,12 @@ def test_only_operators_are_taken(name, value):
 
 
 def test_a_value_that_did_not_converge_is_not_penalised(monkeypatch):
-    original = penalties.svds
+    original = extremes.svds
 
     def too_few_steps(op: ConvOperator, k: int, which: str, **options) -> cs.SVDResult:
         return original(op, k, which, method="capacitance", maxiter=1, **options)
 
-    monkeypatch.setattr(penalties, "svds", too_few_steps)
+    monkeypatch.setattr(extremes, "svds", too_few_steps)
     op = ConvOperator(random(4, 4, 3, 3), 9)
     for name in ("sigma_min", "conditioning"):
         with pytest.raises(cs.ConvergenceError, match="the 1 smallest singular values of") as error:

@@ -91,6 +91,25 @@ class ConvGeometry:
         gram: IntArray = same.sum(axis=2, dtype=np.int64)
         return gram
 
+    def tap_product_gram(self, axis: int) -> IntArray:
+        """Gram matrix of the products ``S_p' S_q`` in the Frobenius inner product, (k^2, k^2).
+
+        S_p is the 0/1 matrix, outputs by inputs, of tap p along this axis; pairs are ordered
+        (p, q). The product over axes is the form of ``||M'M||_F^2`` in the products of taps.
+        """
+        source, n = self.tap_sources(axis), self.input_size[axis]
+        pair, output = np.divmod(
+            np.arange(len(source) ** 2 * source.shape[1]), max(source.shape[1], 1)
+        )
+        p, q = np.divmod(pair, len(source))
+        row, column = source[p, output], source[q, output]
+        inside = (row >= 0) & (column >= 0)
+        entries, place = np.unique((row * n + column)[inside], return_inverse=True)
+        products = np.zeros((len(source) ** 2, len(entries)), dtype=np.int64)
+        np.add.at(products, (pair[inside], place), 1)
+        gram: IntArray = products @ products.T
+        return gram
+
     def tap_counts(self) -> IntArray:
         """``|Omega|``: the number of entries of M in which each tap stands, shape kernel_size.
 

@@ -1,0 +1,20 @@
+"""Penalties on the weight of a convolution, as 0-dim float64 tensors with gradient.
+
+Each takes a `ConvOperator` and is exact at every call; `SpectralRegularizer` tracks those of single
+singular values instead. The first three are the paper's.
+"""
+
+from convspectra.penalties.extremes import band, cond, conditioning, sigma_max, sigma_min
+from convspectra.penalties.spectrum import circular_stein, frobenius, orthogonality, stein
+
+__all__ = [
+    "band",
+    "circular_stein",
+    "cond",
+    "conditioning",
+    "frobenius",
+    "orthogonality",
+    "sigma_max",
+    "sigma_min",
+    "stein",
+]
