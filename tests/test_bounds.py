@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from closed_forms import Separable, dense_values, kernel, orthogonal
@@ -15,6 +16,7 @@ from torch import nn
 
 import convspectra as cs
 from convspectra import ConvOperator
+from convspectra.bounds import tap_norm_bound
 from convspectra.gram import CirculantGram, gram_cost
 
 ROUNDING = 1e-13
@@ -242,3 +244,97 @@ def test_too_few_bytes_are_refused_for_all_layers(name):
 def test_only_operators_are_accepted(value):
     with pytest.raises(ValueError, match="expected op to be a ConvOperator"):
         cs.norm_bound(value)
+
+
+# --- the bound from the taps alone ----------------------------------------------------------------
+
+
+def check_taps(layer: Layer) -> tuple[float, np.ndarray]:
+    """Between the norm and the Frobenius norm of the naive matrix; it and the singular values."""
+    bound, values = tap_norm_bound(layer.operator()), dense_values(layer)
+    assert isinstance(bound, float)
+    assert bound >= values[0] * (1 - ROUNDING)
+    assert bound <= np.sqrt(np.sum(values**2)) * (1 + 1e-12) + 1e-300
+    return bound, values
+
+
+@given(layers())
+@settings(max_examples=200)
+def test_taps_bound_any_layer(layer):
+    bound, values = check_taps(layer)
+    taps = math.prod(layer.weight.shape[2:])
+    mode = layer.options.get("padding_mode", "zeros")
+    if mode == "zeros":
+        # The matrix of a tap that is read anywhere is a block of M.
+        assert bound <= taps * values[0] * (1 + 1e-12)
+
+
+@given(layers(), st.sampled_from([1.0, -1.0]))
+@settings(max_examples=100)
+def test_taps_bound_layers_of_one_sign(layer, sign):
+    """Nothing cancels: the norm is as large as taps of these sizes allow."""
+    check_taps(Layer(sign * torch.ones_like(layer.weight), layer.input_size, layer.options))
+
+
+@pytest.mark.parametrize("layer", OPTIONS.values(), ids=OPTIONS.keys())
+def test_taps_bound_all_options(layer):
+    check_taps(layer)
+
+
+@pytest.mark.parametrize("n", [9, 24])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_for_one_tap_it_is_the_norm(n, size):
+    weight = torch.zeros(3, 4, 5, dtype=torch.float64)
+    weight[:, :, 2] = size * random(3, 4)
+    bound, values = check_taps(Layer(weight, (n,)))
+    assert bound == pytest.approx(values[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_it_is_near_for_positive_taps_and_the_number_of_taps_too_large_at_most(mode):
+    bound, values = check_taps(Layer(kernel(1.0, 1.0, 1.0), (40,), {"padding_mode": mode}))
+    assert bound <= 1.01 * values[0]
+    orthogonal_taps = np.zeros((3, 3, 3))
+    for p in range(3):
+        orthogonal_taps[p, p, p] = 1.0
+    layer = Layer(torch.from_numpy(orthogonal_taps), (40,), {"padding_mode": mode})
+    bound, values = check_taps(layer)
+    assert bound == pytest.approx(3 * values[0], rel=1e-12)
+
+
+def test_it_is_never_above_the_frobenius_norm():
+    """One output pixel: all taps are one row, whose norm is its Frobenius norm."""
+    layer = Layer(random(1, 2, 4), (4,), {"padding": 0})
+    bound, values = check_taps(layer)
+    assert bound == pytest.approx(values[0], rel=1e-12)
+
+
+def test_inputs_that_are_read_several_times_by_one_tap():
+    """Replicate padding: a border pixel 7 times by the only tap."""
+    layer = Layer(kernel(2.0), (1,), {"padding": 3, "padding_mode": "replicate"})
+    bound, values = check_taps(layer)
+    assert values[0] == pytest.approx(2 * 7**0.5)
+    assert bound == pytest.approx(2 * 7**0.5, rel=1e-12)
+
+
+def test_the_largest_group_counts():
+    weight = random(4, 2, 1)
+    weight[2:] *= 10
+    bound, values = check_taps(Layer(weight, (5,), {"groups": 2}))
+    assert bound == pytest.approx(values[0], rel=1e-12)
+    assert bound == pytest.approx(np.linalg.norm(weight[2:, :, 0].numpy(), 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_taps_of_any_type_are_bounded_in_double_precision(dtype):
+    layer = OPTIONS["groups"]
+    weight = layer.weight.to(dtype).requires_grad_()
+    bound = tap_norm_bound(layer.operator(weight))
+    assert bound == tap_norm_bound(layer.operator(weight.detach().double()))
+
+
+def test_zero_taps():
+    layer = OPTIONS["stride"]
+    assert tap_norm_bound(layer.operator(torch.zeros_like(layer.weight))) == 0.0
+    unread = Layer(random(1, 1, 2), (1,), {"padding": 2, "dilation": 3})
+    assert tap_norm_bound(unread.operator()) == 0.0

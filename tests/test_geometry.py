@@ -95,6 +95,53 @@ def test_tap_gram_counts_common_reads(axis):
     assert one_axis(axis).tap_gram(0).tolist() == expected
 
 
+def tap_matrices(axis: tuple) -> np.ndarray:
+    """The 0/1 matrices S_p of one axis, (k, outputs, n), from PyTorch's padding."""
+    n, sources = axis[0], naive_sources(axis)
+    matrices = np.zeros((len(sources), len(sources[0]), n), dtype=np.int64)
+    for p, row in enumerate(sources):
+        for r, source in enumerate(row):
+            if source >= 0:
+                matrices[p, r, source] = 1
+    return matrices
+
+
+@given(axes())
+def test_tap_product_gram_is_that_of_explicit_matrices(axis):
+    taps = tap_matrices(axis)
+    products = np.einsum("pra,qrb->pqab", taps, taps).reshape(len(taps) ** 2, -1)
+    gram = one_axis(axis).tap_product_gram(0)
+    assert gram.dtype == np.int64
+    assert gram.tolist() == (products @ products.T).tolist()
+
+
+@given(layers())
+def test_tap_product_gram_gives_the_norm_of_the_naive_gram_matrix(layer: Layer):
+    """||M'M||_F^2, or ||M M'||_F^2 for a transposed layer, as a form in the products of taps."""
+    geometry = layer.operator().geometry
+    k = geometry.kernel_size
+    gram = np.ones((1, 1))
+    for axis in range(geometry.ndim):
+        gram = np.kron(gram, geometry.tap_product_gram(axis))
+    # (p_1, q_1, p_2, q_2, ...) from (p_1, p_2, ..., q_1, q_2, ...).
+    order = [i + part * len(k) for i in range(len(k)) for part in (0, 1)]
+    taps = layer.weight.reshape(*layer.weight.shape[:2], -1).numpy()
+    expected = 0.0
+    dense = layer.dense().detach()
+    dense = dense.T if layer.options.get("transposed") else dense
+    for group in np.split(taps, layer.options.get("groups", 1)):
+        products = np.einsum("oap,obq->abpq", group, group)
+        products = products.reshape(*products.shape[:2], *k, *k)
+        products = products.transpose(0, 1, *(2 + i for i in order)).reshape(-1, len(gram))
+        expected += np.einsum("xp,pq,xq->", products, gram, products)
+    assert float((dense.T @ dense).square().sum()) == pytest.approx(expected, rel=1e-11)
+
+
+def test_tap_product_gram_where_nothing_is_read():
+    geometry = conv_geometry((1,), (2,), padding=2, dilation=3)
+    assert geometry.tap_product_gram(0).tolist() == np.zeros((4, 4)).tolist()
+
+
 @given(axes())
 def test_index_set_of_one_axis(axis):
     geometry = one_axis(axis)

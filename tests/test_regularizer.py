@@ -11,9 +11,12 @@ from strategies import one_thread as one_thread
 from torch import Tensor, nn
 
 import convspectra as cs
-from convspectra import ConvOperator, SpectralRegularizer, penalties, regularizer
+from convspectra import ConvOperator, SpectralRegularizer, penalties, terms
+from convspectra.penalties import extremes, spectrum
 
-NAMES = ("frobenius", "sigma_min", "conditioning", "stein")
+FOLLOWED = ("frobenius", "sigma_min", "sigma_max", "conditioning", "cond", "band")
+EXACT = ("stein", "circular_stein", "orthogonality")
+NAMES = (*FOLLOWED, *EXACT)
 each_penalty = pytest.mark.parametrize("name", NAMES)
 
 
@@ -26,13 +29,13 @@ def seeded(build, seed: int = 0) -> nn.Module:
 class Net(nn.Module):
     """Layers of one kind and of others, a shared one at two sizes, BatchNorm, a linear head."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding_mode: str = "zeros") -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 3, 3, stride=2, padding=1)
         self.a = nn.Conv2d(3, 3, 3, padding=1)
         self.b = nn.Conv2d(3, 3, 3, padding=1)
-        self.c = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
-        self.d = nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular")
+        self.c = nn.Conv2d(3, 3, 3, padding=1, padding_mode=padding_mode)
+        self.d = nn.Conv2d(3, 3, 3, padding=1, padding_mode=padding_mode)
         self.norm = nn.BatchNorm2d(3)
         self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
         self.head = nn.Linear(3, 2)
@@ -61,7 +64,7 @@ def by_hand(model: nn.Module, name: str) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for layer, size in LAYERS:
         op = ConvOperator.from_module(getattr(model, layer), size)
-        count = 1 if name == "sigma_min" else min(op.shape)
+        count = 1 if name in ("sigma_min", "sigma_max", "cond", "band") else min(op.shape)
         total = total + getattr(penalties, name)(op) / count
     return total
 
@@ -72,7 +75,7 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def assert_close(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-9) -> None:
+def assert_close(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-3) -> None:
     for one, other in zip(got, expected, strict=True):
         assert torch.allclose(one, other, rtol=rtol, atol=rtol * float(other.abs().max() + 1e-30))
 
@@ -89,8 +92,30 @@ def test_value_and_gradient_are_those_of_the_penalties_summed_by_hand(name):
     value = reg()
     assert value.shape == ()
     assert value.dtype == torch.float64
-    assert torch.isclose(value, expected, rtol=1e-12)
-    assert_close(gradients(model, reg()), gradients(model, expected))
+    # Vectors that are good to 1e-3 give values to its square.
+    assert torch.isclose(value, expected, rtol=1e-12 if name in EXACT else 1e-5)
+    exact = name in (*EXACT, "frobenius")
+    assert_close(gradients(model, reg()), gradients(model, expected), 1e-9 if exact else 1e-3)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_circular_layers_too(name):
+    """Their singular values are repeated, which penalties of single ones do not like."""
+    model = seeded(lambda: Net("circular")).double()
+    reg = SpectralRegularizer(model, X.double(), penalty=name, weight=1)
+    assert_close(gradients(model, reg()), gradients(model, by_hand(model, name)), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["sigma_min", "sigma_max", "cond", "band", "frobenius"])
+def test_a_function_of_that_name_is_exact_at_every_call(name):
+    model = seeded(Net).double()
+    reg = SpectralRegularizer(model, X.double(), penalty=getattr(penalties, name), weight=1)
+    for _ in range(2):
+        expected = by_hand(model, name)
+        assert torch.isclose(reg(), expected, rtol=1e-12)
+        assert_close(gradients(model, reg()), gradients(model, expected), 1e-9)
+        with torch.no_grad():
+            model.a.weight[0, 0, 0, 0] += 0.5
 
 
 @each_penalty
@@ -138,7 +163,7 @@ def test_a_penalty_can_be_a_function():
         return op.weight.sum()
 
     reg = SpectralRegularizer(model, X.double(), penalty=trace, weight=1)
-    seen.clear()
+    assert seen == []
     value = reg()
     assert [shape[1:] for shape in seen] == [size for _, size in LAYERS]
     counts = [
@@ -147,9 +172,11 @@ def test_a_penalty_can_be_a_function():
     weights = [getattr(model, layer).weight.sum() for layer, _ in LAYERS]
     expected = sum(weight / count for weight, count in zip(weights, counts, strict=True))
     assert torch.isclose(value, expected)
-    assert SpectralRegularizer(model, X.double(), penalty=penalties.stein)._penalty is (
-        SpectralRegularizer(model, X.double())._penalty
-    ), "stein is the default"
+    named, default = (
+        SpectralRegularizer(model, X.double(), **options)()
+        for options in ({"penalty": penalties.stein}, {})
+    )
+    assert torch.equal(named, default), "stein is the default"
 
 
 def test_include_chooses_the_layers():
@@ -187,6 +214,9 @@ def stack(count: int, channels: int = 3, **options) -> nn.Module:
     ).double()
 
 
+ADDITIVE = ("frobenius", "orthogonality", "circular_stein")
+
+
 def recorded(monkeypatch, name: str) -> list[int]:
     """The groups of every operator that the penalty is asked for."""
     groups = []
@@ -197,11 +227,12 @@ def recorded(monkeypatch, name: str) -> list[int]:
         return original(op)
 
     monkeypatch.setattr(penalties, name, record)
-    monkeypatch.setitem(regularizer.PENALTIES, name, record)
+    monkeypatch.setitem(terms.EXACT_PENALTIES, name, record)
+    monkeypatch.setattr(terms, "ADDITIVE", (record,) if name in ADDITIVE else ())
     return groups
 
 
-@pytest.mark.parametrize("name", ["frobenius", "stein"])
+@pytest.mark.parametrize("name", [*ADDITIVE, "stein"])
 @pytest.mark.parametrize("size", [(4, 4), (10, 10)], ids=["dense", "capacitance"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_layers_of_one_kind_are_computed_together_with_the_same_result(
@@ -210,8 +241,7 @@ def test_layers_of_one_kind_are_computed_together_with_the_same_result(
     model = stack(4, groups=groups)
     x = torch.zeros(1, 3, *size, dtype=torch.float64)
     asked = recorded(monkeypatch, name)
-    reg = SpectralRegularizer(model, x, penalty=name, weight=1)
-    asked.clear()
+    reg = SpectralRegularizer(model, x, penalty=getattr(penalties, name), weight=1)
     value = reg()
     assert asked == [4 * groups]
     got = gradients(model, value)
@@ -224,7 +254,8 @@ def test_layers_of_one_kind_are_computed_together_with_the_same_result(
 @pytest.mark.parametrize("name", ["sigma_min", "conditioning"])
 def test_penalties_that_do_not_add_up_are_computed_one_by_one(monkeypatch, name):
     asked = recorded(monkeypatch, name)
-    SpectralRegularizer(stack(3), torch.zeros(1, 3, 4, 4).double(), penalty=name)
+    x = torch.zeros(1, 3, 4, 4).double()
+    SpectralRegularizer(stack(3), x, penalty=getattr(penalties, name))()
     assert asked == [1, 1, 1]
 
 
@@ -232,7 +263,7 @@ def test_layers_that_need_a_dense_matrix_are_computed_one_by_one(monkeypatch):
     """One block diagonal matrix of four would take sixteen times the memory of one."""
     asked = recorded(monkeypatch, "stein")
     x = torch.zeros(1, 3, 4, 4).double()
-    SpectralRegularizer(stack(4, padding_mode="circular"), x, penalty="stein")
+    SpectralRegularizer(stack(4, padding_mode="circular"), x, penalty="stein")()
     assert asked == [1] * 4
 
 
@@ -240,8 +271,8 @@ def test_layers_too_large_together_are_computed_one_by_one(monkeypatch):
     model = stack(4)
     x = torch.zeros(1, 3, 10, 10).double()
     expected = SpectralRegularizer(model, x, penalty="stein", weight=1)()
-    original = penalties.logabsdet
-    monkeypatch.setattr(penalties, "logabsdet", lambda op: original(op, max_bytes=10**5))
+    original = spectrum.logabsdet
+    monkeypatch.setattr(spectrum, "logabsdet", lambda op: original(op, max_bytes=10**5))
     assert torch.isclose(SpectralRegularizer(model, x, penalty="stein", weight=1)(), expected)
 
 
@@ -250,7 +281,7 @@ def test_a_singular_layer_among_others_is_the_one_named():
     with torch.no_grad():
         model[1].weight[0] = model[1].weight[2]
     with pytest.raises(ArithmeticError, match=r"^layer '1': Stein's loss is infinite"):
-        SpectralRegularizer(model, torch.zeros(1, 3, 4, 4).double(), penalty="stein")
+        SpectralRegularizer(model, torch.zeros(1, 3, 4, 4).double(), penalty="stein")()
 
 
 # --- dtypes and autocast --------------------------------------------------------------------------
@@ -265,7 +296,7 @@ def test_narrow_weights(name, dtype):
     assert value.dtype == torch.float32
     wide = copy.deepcopy(model).double()
     assert math.isclose(
-        float(value.detach()), 0.5 * float(by_hand(wide, name).detach()), rel_tol=1e-6
+        float(value.detach()), 0.5 * float(by_hand(wide, name).detach()), rel_tol=1e-5
     )
     assert all(gradient.isfinite().all() for gradient in gradients(model, value))
 
@@ -319,12 +350,23 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_construction_computes_it_once_and_keeps_no_graph():
-    with torch.enable_grad():
-        model = seeded(Net)
-        SpectralRegularizer(model, X)
+def test_construction_computes_nothing(monkeypatch):
+    asked = recorded(monkeypatch, "stein")
+    SpectralRegularizer(seeded(Net), X, penalty="stein")
+    assert asked == []
+
+
+@each_penalty
+def test_without_gradients_nothing_moves_on(name):
+    model = seeded(Net)
+    reg = SpectralRegularizer(model, X, penalty=name)
     with torch.no_grad():
-        assert not SpectralRegularizer(model, X)().requires_grad
+        value = reg()
+        assert not value.requires_grad
+        model.a.weight[0, 0, 0, 0] += 0.01
+        moved = reg()
+    assert moved != value
+    assert reg.step_count == 0
 
 
 def test_a_training_loop_lowers_it():
@@ -342,7 +384,10 @@ def test_a_training_loop_lowers_it():
 # --- errors ---------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
-    ({"penalty": "spectral"}, r"one of \('frobenius', 'sigma_min', .*'stein'\) or a function"),
+    (
+        {"penalty": "spectral"},
+        r"one of \('frobenius', 'sigma_min', .*'orthogonality'\) or a function",
+    ),
     ({"penalty": None}, "penalty to be a name or a function, got NoneType"),
     ({"penalty": 3}, "penalty to be a name or a function, got int"),
     ({"weight": -1.0}, r"finite and at least 0, got -1\.0"),
@@ -351,6 +396,21 @@ BAD_OPTIONS = [
     ({"weight": "1"}, "weight to be a number, got '1'"),
     ({"weight": True}, "weight to be a number, got True"),
     ({"include": lambda *_: False}, "expected layers to include in Net, got none"),
+    ({"include": 3}, "expected a selection of layers to be a name pattern.*got 3"),
+    ({"include": [3]}, "expected a selection of layers to be a name pattern"),
+    ({"exclude": "*"}, "expected layers to include in Net, got none"),
+    ({"penalty_options": {"k": 2}}, "no penalty_options for 'stein', got {'k': 2}"),
+    ({"penalty": "band", "penalty_options": {"n": 2}}, "penalty_options of 'band': .*'n'"),
+    ({"penalty": "band", "penalty_options": {"lower": 9}}, "0 <= lower <= upper, got lower=9"),
+    ({"penalty": "sigma_min", "penalty_options": {"k": 0}}, "k to be a positive integer, got 0"),
+    ({"penalty": "sigma_min", "penalty_options": {"k": 37}}, "'stem': expected k in 1 to 36"),
+    ({"refresh_interval": 0}, "refresh_interval to be a positive integer, got 0"),
+    ({"improve_interval": 1.5}, r"improve_interval to be a positive integer, got 1\.5"),
+    ({"nonfinite": "ignore"}, "nonfinite to be 'raise' or 'skip', got 'ignore'"),
+    ({"schedule": 3}, "schedule to be a function of the step, got 3"),
+    ({"layer_weights": {"stem": 1.0, "nose": 2.0}}, r"got some for \['nose'\]"),
+    ({"layer_weights": {"b": -1.0}}, r"weight of layer 'b' to be finite and at least 0, got -1\.0"),
+    ({"process_group": "mine"}, "process_group to be 'default', None or a process group"),
 ]
 
 
@@ -365,7 +425,7 @@ def test_a_weight_that_turned_nan_is_named():
     reg = SpectralRegularizer(model, X)
     with torch.no_grad():
         model.b.weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^layer 'b': expected a finite weight"):
+    with pytest.raises(ValueError, match=r"^layer 'b': expected a finite weight.*at step 0"):
         reg()
 
 
@@ -385,19 +445,21 @@ def test_errors_of_a_penalty_reach_the_user_as_themselves_with_the_layer(raised,
         raise raised
 
     with pytest.raises(type(raised), match=message) as caught:
-        SpectralRegularizer(seeded(Net), X, penalty=fail)
+        SpectralRegularizer(seeded(Net), X, penalty=fail)()
     assert caught.value is raised
 
 
 def test_a_singular_value_that_did_not_converge_is_named(monkeypatch):
-    original = penalties.svds
+    original = extremes.svds
     monkeypatch.setattr(
-        penalties,
+        extremes,
         "svds",
         lambda op, k, which, **options: original(
             op, k, which, method="lobpcg", maxiter=1, **options
         ),
     )
     with pytest.raises(cs.ConvergenceError, match=r"^layer '0': the 1 smallest") as caught:
-        SpectralRegularizer(stack(2), torch.zeros(1, 3, 6, 6).double(), penalty="sigma_min")
+        SpectralRegularizer(
+            stack(2), torch.zeros(1, 3, 6, 6).double(), penalty=penalties.sigma_min
+        )()
     assert not caught.value.result.converged

@@ -8,7 +8,10 @@ from convspectra.convolution import kernel_to_weight, weight_to_kernel
 from convspectra.descent import DescentResult, descend
 from convspectra.inverse import logabsdet, solve
 from convspectra.operator import ConvOperator
+from convspectra.precondition import PreconditionedLayer, precondition
 from convspectra.regularizer import SpectralRegularizer
+from convspectra.regularizer_report import LayerReport, RegularizerReport
+from convspectra.schedule import Schedule
 from convspectra.spectra import (
     ConvergenceError,
     SVDResult,
@@ -26,7 +29,11 @@ __all__ = [
     "ConvOperator",
     "ConvergenceError",
     "DescentResult",
+    "LayerReport",
+    "PreconditionedLayer",
+    "RegularizerReport",
     "SVDResult",
+    "Schedule",
     "SpectralRegularizer",
     "cond",
     "descend",
@@ -36,6 +43,7 @@ __all__ = [
     "matlab",
     "norm_bound",
     "penalties",
+    "precondition",
     "sigma_max",
     "sigma_min",
     "solve",

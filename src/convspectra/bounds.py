@@ -12,7 +12,7 @@ from convspectra.checks import check_type
 from convspectra.circulant import has_embedding
 from convspectra.cut_norm import circulant_norm_bound
 from convspectra.gram import gram_cost
-from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
+from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes, squared_frobenius_norm
 from convspectra.operator import ConvOperator
 from convspectra.request import group_matrices
 from convspectra.spectra import ldexp, normalised
@@ -52,6 +52,30 @@ def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float
     blocks = independent_blocks(direct)
     bound = max((_of_block(block.op, max_bytes) for block in blocks), default=0.0)
     return float(ldexp(torch.tensor(bound, dtype=torch.float64), exponent))
+
+
+def tap_norm_bound(op: ConvOperator) -> float:
+    """A rough upper bound on sigma_max from the taps alone: ``sum_p ||S_p|| ||weight[..., p]||``.
+
+    At most the number of taps times too large, and never above ||M||_F. For the perturbation that
+    separates two weights of a layer, whose size is all that is asked for. Cost: the singular values
+    of one channels by channels matrix per tap.
+    """
+    weight, geometry = op.weight.detach().double(), op.geometry
+    reads = np.ones((), dtype=np.int64)
+    for axis in range(geometry.ndim):
+        # S_p has one 1 in a row; its squared norm is the most times that one input is read.
+        most = [
+            int(np.bincount(source[source >= 0], minlength=1).max())
+            for source in geometry.tap_sources(axis)
+        ]
+        reads = np.multiply.outer(reads, np.array(most, dtype=np.int64))
+    taps = weight.reshape(*weight.shape[:2], -1).movedim(2, 0).unflatten(1, (op.groups, -1))
+    norms = torch.linalg.matrix_norm(taps, 2).amax(1)
+    by_taps = float(norms @ torch.from_numpy(reads.ravel() ** 0.5).to(norms))
+    frobenius = float(squared_frobenius_norm(weight, geometry).clamp_min(0).sqrt())
+    rounding = 1 + (sum(weight.shape[:2]) + 32) * torch.finfo(weight.dtype).eps
+    return min(by_taps, frobenius) * rounding
 
 
 def _of_block(op: ConvOperator, max_bytes: int) -> float:

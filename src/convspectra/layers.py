@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from convspectra.modules import CONVOLUTION_TYPES, LAYER_TYPES
 from convspectra.operator import ConvOperator
 
 Predicate = Callable[[str, nn.Module], bool]
+Selection: TypeAlias = str | Iterable[str] | Predicate
+"""Layers by a shell-style pattern of their names, by several, or by a function (name, module)."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,69 @@ def is_convolution(name: str, module: nn.Module) -> bool:
     return isinstance(module, CONVOLUTION_TYPES)
 
 
+def selected(name: str, module: nn.Module, selection: Selection) -> bool:
+    """Whether a selection includes a module; a pattern chooses among convolutions only.
+
+    Raises
+    ------
+    ValueError
+        For anything that is not a selection.
+    """
+    if callable(selection):
+        return bool(selection(name, module))
+    patterns: list[Any] = [selection]
+    if isinstance(selection, Iterable) and not isinstance(selection, str):
+        patterns = list(selection)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            "expected a selection of layers to be a name pattern, several of them, or a function "
+            f"of (name, module), got {selection!r}"
+        )
+    named = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return named and isinstance(module, LAYER_TYPES)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and (Distributed)DataParallel, whose names are shorter.
+
+    Examples
+    --------
+    >>> unwrapped(nn.DataParallel(nn.ReLU()))
+    ReLU()
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def named(layer: Layer) -> Iterator[None]:
+    """Put the name of the layer in front of what goes wrong inside."""
+    label = f"layer {layer.name!r}"
+    try:
+        yield
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        if not str(error).startswith(f"{label}: "):
+            error.args = (": ".join([label, *map(str, error.args[:1])]), *error.args[1:])
+        raise
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules and their names as they are without ``torch.compile`` of some of them."""
+    for name, module in model.named_modules():
+        if "_orig_mod" not in module._modules:
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
 def find_layers(
-    model: nn.Module, example_input: Any, include: Predicate = is_convolution
+    model: nn.Module,
+    example_input: Any,
+    include: Selection = is_convolution,
+    exclude: Selection = (),
 ) -> list[Layer]:
     """The layers that one forward pass uses, in the order in which it reaches them.
 
@@ -62,8 +127,9 @@ def find_layers(
         Run once, in evaluation mode and without gradients; its modes and buffers are left as they
         were.
     example_input : Tensor, or tuple of positional arguments
-    include : callable (name, module) -> bool
-        Which modules to list.
+    include, exclude : str, iterable of str, or callable (name, module) -> bool
+        Which modules to list: patterns like "layer1.*" match names of convolutions and linear
+        layers.
 
     Raises
     ------
@@ -84,13 +150,24 @@ def find_layers(
         raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     for value in inputs:
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+        if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
+            continue
+        if not value.isfinite().all():
             raise ValueError("expected a finite example_input, got NaN or Inf in it")
-    chosen = {name: module for name, module in model.named_modules() if include(name, module)}
+    # A generator would be used up by the first name.
+    include, exclude = (
+        tuple(selection) if isinstance(selection, Iterator) else selection
+        for selection in (include, exclude)
+    )
+    chosen = {
+        name: module
+        for name, module in _modules(model)
+        if selected(name, module, include) and not selected(name, module, exclude)
+    }
     if not chosen:
         raise ValueError(
             f"expected layers to include in {type(model).__name__}, got none; its convolutions are "
-            f"{[name for name, module in model.named_modules() if is_convolution(name, module)]}"
+            f"{[name for name, module in _modules(model) if is_convolution(name, module)]}"
         )
     for name, module in chosen.items():
         if not isinstance(module, LAYER_TYPES):

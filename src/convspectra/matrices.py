@@ -145,13 +145,19 @@ def _matrix_shape(weight: Tensor, geometry: ConvGeometry, groups: int) -> tuple[
     return rows, weight.shape[1] * groups * math.prod(geometry.input_size)
 
 
-def squared_frobenius_norm(weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    """||M||_F^2 as a quadratic form in the weight: a 0-dim tensor, differentiable twice.
+def frobenius_form(weight: Tensor, geometry: ConvGeometry, divisor: int = 1) -> Tensor:
+    """The symmetric form of ||M||_F^2 / divisor applied to the weight: half of its gradient.
 
-    Per axis the form is the Gram matrix of the taps, diag(|Omega|) for zero padding.
+    Per axis it is the Gram matrix of the taps; for zero padding, |Omega| times the weight.
     """
-    weighted = weight
+    if geometry.padding_mode == "zeros":
+        return weight * torch.as_tensor(geometry.tap_counts() / divisor).to(weight)
     for axis in range(geometry.ndim):
         gram = torch.from_numpy(geometry.tap_gram(axis)).to(weight)
-        weighted = torch.tensordot(weighted, gram, dims=([2], [0]))
-    return (weight * weighted).sum()
+        weight = torch.tensordot(weight, gram, dims=([2], [0]))
+    return weight / divisor
+
+
+def squared_frobenius_norm(weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    """||M||_F^2 as a quadratic form in the weight: a 0-dim tensor, differentiable twice."""
+    return (weight * frobenius_form(weight, geometry)).sum()

@@ -214,9 +214,13 @@ class ConvOperator:
         """The operator of M', sharing the weight."""
         return self._replace(self._weight, not self._transposed)
 
-    def with_weight(self, weight: Tensor) -> ConvOperator:
-        """The same layer with another weight of the same shape (any dtype and device)."""
-        check_weight(weight)
+    def with_weight(self, weight: Tensor, *, check: bool = True) -> ConvOperator:
+        """The same layer with another weight of the same shape (any dtype and device).
+
+        Without `check` its entries may be anything: for inner loops that look at their results.
+        """
+        if check:
+            check_weight(weight)
         if weight.shape != self._weight.shape:
             raise ValueError(
                 f"expected a weight of shape {tuple(self._weight.shape)}, got {tuple(weight.shape)}"

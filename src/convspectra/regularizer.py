@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from convspectra import penalties
-from convspectra.capacitance import is_square_toeplitz
-from convspectra.layers import Layer, Predicate, find_layers, is_convolution
-from convspectra.operator import ConvOperator, block_diagonal
+from convspectra.division import DEFAULT_GROUP, divide, refuse_sharded
+from convspectra.gradients import Gradient, give_gradient
+from convspectra.layers import Layer, Selection, find_layers, is_convolution, selected, unwrapped
+from convspectra.modules import convolution_options
+from convspectra.objectives import OBJECTIVES, objective
+from convspectra.operator import ConvOperator
+from convspectra.regularizer_options import (
+    LayerWeights,
+    check_penalty,
+    checked_factor,
+    layer_factors,
+)
+from convspectra.regularizer_report import RegularizerReport
+from convspectra.terms import (
+    EXACT_PENALTIES,
+    ExactTerms,
+    Penalty,
+    Terms,
+    TrackedTerms,
+)
 
-Penalty: TypeAlias = Callable[[ConvOperator], Tensor]
-
-PENALTIES: dict[str, Penalty] = {
-    "frobenius": penalties.frobenius,
-    "sigma_min": penalties.sigma_min,
-    "conditioning": penalties.conditioning,
-    "stein": penalties.stein,
-}
+Found: TypeAlias = list[tuple[Tensor, Gradient | None]]
 
 
 class SpectralRegularizer:
@@ -30,30 +39,54 @@ class SpectralRegularizer:
     Parameters
     ----------
     model : nn.Module
-        Left as it is: no parametrization, no hook, nothing in its state dict.
+        Left as it is: no parametrization, no hook, nothing in its state dict. It may be compiled,
+        or wrapped by DistributedDataParallel.
     example_input : Tensor, or tuple of positional arguments
         One forward pass of it finds the input size of each layer; its values do not matter.
     penalty : str or callable
-        "frobenius", "sigma_min", "conditioning", "stein", or a function that takes a
-        `ConvOperator` and returns a 0-dim tensor.
+        "frobenius", "sigma_min", "sigma_max", "conditioning", "cond" or "band": singular vectors
+        are followed from step to step (Note [Tracking] in `convspectra.tracked`). "stein",
+        "circular_stein" or "orthogonality", or a function that takes a `ConvOperator` and returns
+        a 0-dim tensor: computed anew at every call, which the functions of `convspectra.penalties`
+        do for the first ones too.
     weight : float
-        Of the whole sum. Each layer's penalty is divided by the number min(rows, columns) of its
-        singular values ("sigma_min", one value, is not), so that layers of different sizes count
-        alike.
-    include : callable (name, module) -> bool
-        Which layers; by default every convolution. A layer used at several input sizes counts once
-        for each.
+        Of the whole sum. Each layer's penalty is per singular value, so that layers of different
+        sizes count alike.
+    include, exclude : str, iterable of str, or callable (name, module) -> bool
+        Which layers, by patterns like "layer1.*" or by a function; by default every convolution. A
+        layer used at several input sizes counts once for each.
+    layer_weights : mapping of names to float, or callable (name, module) -> float, optional
+        Factors of single layers; 1 where a mapping says nothing.
+    schedule : callable (step) -> float, optional
+        Factor of the weight at a step, such as `Schedule`; where it is 0 nothing is computed.
+    penalty_options : mapping, optional
+        Keyword arguments of the penalty: ``lower``, ``upper`` and ``k`` of "band", ``k`` of
+        "sigma_min" and "sigma_max".
+    improve_interval, refresh_interval : int
+        Steps after which the vectors of a layer are improved by one step of LOBPCG, and in which
+        every layer is computed exactly once; the layers take turns at both.
+    nonfinite : {"raise", "skip"}
+        What to do with a layer whose weight is no longer finite: name it in an error, or leave it
+        out of that step and count it in the report.
+    process_group : "default", None, or a torch.distributed process group
+        The layers are divided among its ranks; "default" takes the group that is initialised, if
+        any. Every rank must then make the same calls.
 
     Raises
     ------
     ValueError
         If a layer cannot be handled: it is named, with the reason. Also for an unknown penalty, a
-        weight that is negative or not finite, and a model without layers to include.
+        weight that is negative or not finite, a model without layers to include, and one that is
+        sharded.
 
     Notes
     -----
-    Cost of a call: that of the penalty for every layer, in float64 and outside autocast. The paper
-    (arXiv 2102.04294) adds such terms to the loss of training.
+    The first call computes every layer exactly, as `svds` does. After it a step costs, per layer
+    that is followed, one product with M and one weight gradient for each singular value that the
+    penalty reads, some fifteen products divided by improve_interval, all in the dtype of the
+    weights (at least float32), and 1 / refresh_interval of an exact computation. Memory: a copy of
+    the weights and six arrays of the input size of each layer. The paper (arXiv 2102.04294) adds
+    such terms to the loss of training.
 
     Examples
     --------
@@ -71,84 +104,270 @@ class SpectralRegularizer:
         *,
         penalty: str | Penalty = "stein",
         weight: float = 1e-2,
-        include: Predicate = is_convolution,
+        include: Selection = is_convolution,
+        exclude: Selection = (),
+        layer_weights: LayerWeights | None = None,
+        schedule: Callable[[int], float] | None = None,
+        penalty_options: Mapping[str, Any] | None = None,
+        improve_interval: int = 4,
+        refresh_interval: int = 1000,
+        nonfinite: str = "raise",
+        process_group: Any = DEFAULT_GROUP,
     ) -> None:
-        if isinstance(penalty, str):
-            if penalty not in PENALTIES:
-                raise ValueError(
-                    f"expected penalty to be one of {tuple(PENALTIES)} or a function of a "
-                    f"ConvOperator, got {penalty!r}"
-                )
-            self._penalty = PENALTIES[penalty]
-        elif callable(penalty):
-            self._penalty = penalty
-        else:
-            raise ValueError(
-                f"expected penalty to be a name or a function, got {type(penalty).__name__}"
+        check_penalty(penalty, penalty_options)
+        self.weight = checked_factor("weight", weight)
+        intervals = {"improve_interval": improve_interval, "refresh_interval": refresh_interval}
+        for name, interval in intervals.items():
+            if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+                raise ValueError(f"expected {name} to be a positive integer, got {interval!r}")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"expected nonfinite to be 'raise' or 'skip', got {nonfinite!r}")
+        if schedule is not None and not callable(schedule):
+            raise ValueError(f"expected schedule to be a function of the step, got {schedule!r}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
+        refuse_sharded(model, lambda n, m: selected(n, m, include) and not selected(n, m, exclude))
+        self._layers = find_layers(model, example_input, include, exclude)
+        self._factors = layer_factors(self._layers, layer_weights)
+        self._schedule = schedule
+        self._nonfinite = nonfinite
+        self._division = divide([_cost(layer.operator()) for layer in self._layers], process_group)
+        own = self._division.own
+        self._terms: Terms
+        if isinstance(penalty, str) and penalty in OBJECTIVES:
+            followed = objective(penalty, penalty_options or {})
+            self._terms = TrackedTerms(
+                self._layers, own, followed, improve_interval, refresh_interval
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise ValueError(f"expected weight to be a number, got {weight!r}")
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"expected weight to be finite and at least 0, got {weight!r}")
-        self.weight = float(weight)
-        self._layers = find_layers(model, example_input, include)
-        with torch.no_grad():
-            self()
+        else:
+            function = EXACT_PENALTIES[penalty] if isinstance(penalty, str) else penalty
+            self._terms = ExactTerms(self._layers, function)
+        self._step = 0
+        self._seen: tuple[list[tuple[int, int]], list[float]] | None = None
+        self._skipped = dict.fromkeys(range(len(self._layers)), 0)
+        self._last: Tensor | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers that are penalised, with their input sizes."""
         return tuple(self._layers)
 
+    @property
+    def step_count(self) -> int:
+        """How many times the weights had changed when the penalty was asked for."""
+        return self._step
+
     def __call__(self) -> Tensor:
         """The weighted sum over the layers as they stand now, a 0-dim tensor with gradient.
 
-        Its dtype is that of the weights, but at least float32.
+        Its dtype is that of the weights, but at least float32. Call it once for every optimizer
+        step, or in every part of an accumulated batch: the singular vectors move on only when the
+        weights have changed. Without gradients nothing moves on. Under a process group the
+        gradient of the whole sum is the mean over the ranks, as DistributedDataParallel takes it.
 
         Raises
         ------
         ValueError, ArithmeticError, ConvergenceError
-            What the penalty raises, with the name of the layer in front.
+            What the penalty raises, with the name of the layer in front; ArithmeticError where the
+            sum is not finite, as `cond` of a rank-deficient layer.
         """
-        terms = [term for layers in self._kinds() for term in self._terms(layers)]
-        total = torch.stack(terms).sum()
-        dtype = torch.promote_types(torch.float32, self._layers[0].operator().dtype)
-        return (self.weight * total).to(dtype)
+        value, found = self._evaluate(torch.is_grad_enabled())
+        return give_gradient(
+            value,
+            [weight for weight, _ in found],
+            [gradient and gradient.scaled(self._division.size) for _, gradient in found],
+        )
 
-    def _kinds(self) -> Iterable[list[Layer]]:
-        """The layers, those that can be the groups of one operator together.
+    def add_gradient(self, scale: float = 1.0) -> float:
+        """Add ``scale`` times the gradient to each ``.grad``; the weighted sum.
 
-        That takes a penalty that adds up over the blocks of a block diagonal matrix, and a way to
-        compute it that costs no more for the blocks together than one by one.
+        For frameworks whose callbacks cannot change the loss. Under a process group every rank gets
+        the gradient of the whole sum: call it after the gradients of the loss were reduced.
         """
-        kinds: dict[Hashable, list[Layer]] = {}
-        for position, layer in enumerate(self._layers):
-            stackable = is_convolution(layer.name, layer.module) and (
-                self._penalty is penalties.frobenius
-                or (self._penalty is penalties.stein and is_square_toeplitz(layer.operator()))
+        value, found = self._evaluate(True)
+        for weight, gradient in self._everywhere(found):
+            torch.autograd.backward([weight], [gradient.scaled(scale).product(weight.dtype)])
+        return float(value)
+
+    def step(self, learning_rate: float) -> float:
+        """Move the weights against the gradient, apart from the optimizer; the weighted sum.
+
+        ``weight -= learning_rate * gradient``, after ``optimizer.step()``: as decoupled weight
+        decay does (Loshchilov and Hutter, ICLR 2019), the penalty then stays clear of Adam's
+        moments.
+
+        Raises
+        ------
+        ValueError
+            For a layer whose weight is computed, by a parametrization, from others.
+        """
+        checked_factor("learning_rate", learning_rate)
+        value, found = self._evaluate(True)
+        if not all(weight.is_leaf for weight, _ in found):
+            raise ValueError(
+                "expected weights that are parameters, got one that a parametrization computes; "
+                "use the additive form, loss + reg()"
             )
-            kinds.setdefault(layer.kind() if stackable else position, []).append(layer)
-        return kinds.values()
+        for weight, gradient in self._everywhere(found):
+            with torch.no_grad():
+                weight.sub_(gradient.scaled(learning_rate).product(weight.dtype))
+        return float(value)
 
-    def _terms(self, layers: list[Layer]) -> list[Tensor]:
-        """The penalty of layers of one kind: their sum, or one by one where that fails."""
-        ops = [layer.operator() for layer in layers]
-        if len(ops) > 1:
-            try:
-                return [self._value(block_diagonal(ops), min(ops[0].shape))]
-            except (ValueError, ArithmeticError):
-                pass  # Too large together, or one of them singular: below it is named.
-        return [self._term(layer.name, op) for layer, op in zip(layers, ops, strict=True)]
+    def refresh(self) -> None:
+        """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
+        for i in self._division.own:
+            self._terms.refresh(i, self._step)
 
-    def _term(self, name: str, op: ConvOperator) -> Tensor:
+    def report(self) -> RegularizerReport:
+        """What is known of each layer, with its age and its enclosure; collective.
+
+        A layer that is followed is not computed anew. With a penalty that follows nothing
+        ("frobenius" is one) the values are None: `refresh` does not change that.
+        """
+        own = {i: self._terms.report(i, self._step, self._skipped[i]) for i in self._division.own}
+        layers = self._division.gathered(own)
+        return RegularizerReport(
+            step=self._step,
+            penalty=None if self._last is None else float(self._last),
+            layers=tuple(layers[i] for i in range(len(self._layers))),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, vectors and last exact computations, as tensors and plain numbers; collective."""
+        own = {i: self._terms.state(i) for i in self._division.own}
+        skipped = {i: self._skipped[i] for i in self._division.own}
+        layers, skips = self._division.gathered(own), self._division.gathered(skipped)
+        return {
+            "step": self._step,
+            "started": self._seen is not None,
+            "penalty": None if self._last is None else float(self._last),
+            "layers": {_key(layer): layers[i] for i, layer in enumerate(self._layers)},
+            "skipped": {_key(layer): skips[i] for i, layer in enumerate(self._layers)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the state is that of other layers.
+        """
+        keys = [_key(layer) for layer in self._layers]
+        if sorted(state["layers"]) != sorted(keys):
+            raise ValueError(
+                f"expected the state of the layers {keys}, got that of {list(state['layers'])}"
+            )
+        for i in self._division.own:
+            self._terms.load(i, state["layers"][keys[i]])
+            self._skipped[i] = state["skipped"][keys[i]]
+        self._step = state["step"]
+        self._terms.resume(self._step)
+        # Like no weights at all: the next call counts as a step, unless it is the first.
+        self._seen = ([], []) if state["started"] else None
+        last = state["penalty"]
+        self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> SpectralRegularizer:
+        """Move the state to where the model is moved; a call does so by itself."""
+        self._terms.to(torch.device(device))
+        return self
+
+    # --- one evaluation --------------------------------------------------------------------------
+
+    def _evaluate(self, moving: bool) -> tuple[Tensor, Found]:
+        """The sum over all ranks, and the gradients by the weights of this one.
+
+        Weights with a gradient of 0 come with None, so that the sum depends on them all the same.
+        """
+        with torch.enable_grad():  # else weights from a parametrization look frozen
+            weights = [convolution_options(layer.module)[0] for layer in self._layers]
+        failure: Exception | None = None
+        value = weights[0].new_full((), math.nan, dtype=torch.float64)
+        by_layer: dict[int, Gradient] = {}
         try:
-            return self._value(op, min(op.shape))
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            reason = [f"layer {name!r}", *map(str, error.args[:1])]
-            error.args = (": ".join(reason), *error.args[1:])
-            raise
+            with torch.autocast(weights[0].device.type, enabled=False):
+                value, by_layer = self._evaluate_own(weights, moving)
+        except Exception as error:
+            if self._division.group is None:
+                raise
+            failure = error  # The other ranks wait for a value: NaN tells them.
+        value = self._division.total(value)
+        if failure is not None:
+            raise failure
+        if not math.isfinite(value):
+            raise ArithmeticError(
+                f"the penalty is not finite at step {self._step}: {float(value)}; a layer is rank "
+                "deficient, or another rank raised an error"
+            )
+        self._last = value.detach()
+        found = [
+            (weight, by_layer.get(i))
+            for i, weight in enumerate(weights)
+            if moving and weight.requires_grad
+        ]
+        return value.to(torch.promote_types(torch.float32, weights[0].dtype)), found
 
-    def _value(self, op: ConvOperator, count: int) -> Tensor:
-        """The penalty, divided by the number of singular values of one layer."""
-        with torch.autocast(op.device.type, enabled=False):
-            return self._penalty(op) / (1 if self._penalty is penalties.sigma_min else count)
+    def _evaluate_own(
+        self, weights: list[Tensor], moving: bool
+    ) -> tuple[Tensor, dict[int, Gradient]]:
+        """The sum over the layers of this rank, and their gradients."""
+        active = [i for i in self._division.own if weights[i].requires_grad]
+        sizes = self._terms.sizes(weights, active) if active else []
+        if moving:
+            self._count_step(weights, sizes)
+        scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+        factors = {i: scale * self._factors[i] for i in active if scale * self._factors[i]}
+        for i, size in zip(active, sizes, strict=True):
+            if i in factors and not math.isfinite(size):
+                self._leave_out(i, moving)
+                del factors[i]
+        value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
+        return value, dict(zip(factors, gradients, strict=False))
+
+    def _leave_out(self, index: int, moving: bool) -> None:
+        if self._nonfinite == "raise":
+            raise ValueError(
+                f"layer {self._layers[index].name!r}: expected a finite weight, got NaN or Inf in "
+                f"it, or a norm that overflows, at step {self._step}"
+            )
+        self._skipped[index] += moving
+
+    def _count_step(self, weights: list[Tensor], sizes: list[float]) -> None:
+        """One step more if the weights have changed since the last call.
+
+        Fused optimizers do not change the version of a tensor, but its norm; weights that a
+        parametrization computes are new tensors every time, unlike their parameters.
+        """
+        parameters = [p for layer in self._layers for p in layer.module.parameters()]
+        if not sizes:  # a rank without layers counts as the others do
+            norms = [torch.linalg.vector_norm(weight.detach()) for weight in weights]
+            sizes = torch.stack(norms).tolist()
+        sizes = [size if math.isfinite(size) else math.inf for size in sizes]  # NaN != NaN
+        seen = [(parameter.data_ptr(), parameter._version) for parameter in parameters], sizes
+        if self._seen is not None and seen != self._seen:
+            self._step += 1
+        self._seen = seen
+
+    def _everywhere(self, found: Found) -> list[tuple[Tensor, Gradient]]:
+        """Weights and gradients of all ranks on each of them; collective."""
+        if self._division.group is None:
+            return [(weight, gradient) for weight, gradient in found if gradient is not None]
+        everywhere = []
+        for weight, gradient in found:
+            dtype = torch.promote_types(torch.float32, weight.dtype)
+            own = torch.zeros_like(weight, dtype=dtype)
+            if gradient is not None:
+                own = gradient.product(dtype)
+            everywhere.append((weight, Gradient(self._division.total(own))))
+        return everywhere
+
+
+def _cost(op: ConvOperator) -> float:
+    """Multiplications of one product with M."""
+    return float(op.weight.numel() * math.prod(op.geometry.output_size))
+
+
+def _key(layer: Layer) -> str:
+    return f"{layer.name}@{'x'.join(map(str, layer.input_size))}"

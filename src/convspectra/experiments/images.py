@@ -15,7 +15,7 @@ from torch import Tensor
 POOLED_SIZE = 14
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images (count, 1, height, width), float32 of mean 0 and deviation 1, and their labels."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from convspectra import penalties
 from convspectra.experiments.images import ImageSet
 from convspectra.experiments.threads import one_thread
 from convspectra.layers import find_layers
@@ -139,8 +140,9 @@ def _train(
     progress(name, done, total)
     regularizer = None
     if penalty is not None:
+        exact = getattr(penalties, penalty)  # anew at every call: nothing is followed here
         regularizer = SpectralRegularizer(
-            network, images.train_images[:1], penalty=penalty, weight=1.0
+            network, images.train_images[:1], penalty=exact, weight=1.0
         )
         kernels = [module.weight for module in network if isinstance(module, nn.Conv2d)]
         optimizer = torch.optim.Adam(kernels, lr=settings.penalty_learning_rate)
