@@ -1,0 +1,1 @@
+"""With our penalties the gradients of deep plain CNNs stay stable: the evidence, beside peers."""

@@ -1,0 +1,108 @@
+"""The arms of the comparison: how each run differs from the plain one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from experiments.stable_gradients import peers
+
+PeerPenalty = Callable[[nn.Conv2d, torch.Generator], Tensor]
+
+OUR_PENALTIES: dict[str, Mapping[str, float]] = {
+    "frobenius": {},
+    "sigma_min": {},
+    "conditioning": {},
+    "sigma_max": {},
+    "band": {"lower": 0.5, "upper": 2.0},
+    "cond": {},
+    "stein": {},
+    "orthogonality": {},
+}
+"""Names of `cs.SpectralRegularizer`'s penalties, with their options."""
+
+PRECONDITION = "precondition"
+GAINS = {"relu": math.sqrt(2), "tanh": 1.0}
+"""Of delta-orthogonal kernels: what keeps the size of a signal through each activation."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a run differs from the plain one.
+
+    Attributes
+    ----------
+    start : "default", "delta-orthogonal" or "precondition"
+        What is done to the kernels before training.
+    normalise : bool
+        Batch normalisation.
+    weight_decay : bool
+    spectral_norm : bool
+        torch's parametrization on every convolution.
+    project : bool
+        Sedghi, Gupta and Long's projection every few steps.
+    peer_penalty : callable, optional
+        Added to the loss, summed over the convolutions.
+    penalty : str, optional
+        Of `cs.SpectralRegularizer`.
+    penalty_options : mapping
+    """
+
+    start: str = "default"
+    normalise: bool = False
+    weight_decay: bool = False
+    spectral_norm: bool = False
+    project: bool = False
+    peer_penalty: PeerPenalty | None = None
+    penalty: str | None = None
+    penalty_options: Mapping[str, float] = field(default_factory=dict)
+
+
+def _on_weight(
+    penalty: Callable[[Tensor], Tensor], conv: nn.Conv2d, generator: torch.Generator
+) -> Tensor:
+    return penalty(conv.weight)
+
+
+def _srip(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:
+    return peers.srip(conv.weight, generator=generator)
+
+
+def _ocnn(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:
+    return peers.convolutional_orthogonality(conv.weight, conv.stride[0])
+
+
+PLAIN = "plain"
+BATCH_NORMALISATION = "batch normalisation"
+PEERS: dict[str, Arm] = {
+    PLAIN: Arm(),
+    "weight decay": Arm(weight_decay=True),
+    "delta-orthogonal": Arm(start="delta-orthogonal"),
+    BATCH_NORMALISATION: Arm(normalise=True),
+    "soft orthogonality": Arm(peer_penalty=partial(_on_weight, peers.soft_orthogonality)),
+    "SRIP": Arm(peer_penalty=_srip),
+    "OCNN": Arm(peer_penalty=_ocnn),
+    "spectral_norm": Arm(spectral_norm=True),
+    "circular projection": Arm(project=True),
+}
+OURS: dict[str, Arm] = {
+    PRECONDITION: Arm(start=PRECONDITION),
+    **{name: Arm(penalty=name, penalty_options=options) for name, options in OUR_PENALTIES.items()},
+    **{
+        f"{name} + {PRECONDITION}": Arm(start=PRECONDITION, penalty=name, penalty_options=options)
+        for name, options in OUR_PENALTIES.items()
+    },
+}
+ARMS: dict[str, Arm] = {**PEERS, **OURS}
+
+
+def arms_for(network: str) -> tuple[str, ...]:
+    """Names of the arms that differ on this network: the residual one is normalised as it is."""
+    if network == "plain":
+        return tuple(ARMS)
+    return tuple(name for name, arm in ARMS.items() if not arm.normalise)
