@@ -1,0 +1,326 @@
+"""What a penalty costs in a training step, and what it does: ours, and what people use instead.
+
+``python -m benchmarks.training --data FOLDER`` trains a ResNet-18 on 32 x 32 images, batch 128, all
+its 3 x 3 layers preconditioned first (once, kept in --cache), by every arm from that same start.
+The arms take turns, a few steps each, so that all see the same machine. Then it compares the
+singular values that are followed with exact ones along the run of ``conditioning``, and the warm
+penalty of one layer with that layer's own forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+import convspectra as cs
+from benchmarks.measure import machine, timed
+from benchmarks.resnet18 import is_three_by_three, resnet18
+from convspectra.layers import find_layers
+from experiments.stable_gradients import peers
+from experiments.stable_gradients.data import load
+
+SIZE = 32
+ROUND = 5
+"""Steps that an arm takes in its turn."""
+WEIGHT = 1e-2
+PEER_WEIGHT = 1e-2
+PROJECTION_INTERVAL = 100
+
+Penalty = Callable[[], Tensor]
+
+
+@dataclass
+class Arm:
+    """A network in training."""
+
+    name: str
+    network: nn.Sequential
+    penalty: Penalty | None = None
+    weight_decay: float = 0.0
+    after: Callable[[int], None] = lambda step: None
+    seconds: list[float] = field(default_factory=list)
+    setup: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=self.weight_decay
+        )
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of SGD on the loss and the penalty."""
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self.network(images), labels)
+        if self.penalty is not None:
+            loss = loss + self.penalty()
+        loss.backward()
+        self.optimizer.step()
+        self.after(len(self.seconds))
+
+
+def three_by_threes(network: nn.Module) -> list[nn.Conv2d]:
+    return [m for name, m in network.named_modules() if is_three_by_three(name, m)]  # type: ignore[misc]
+
+
+def ours(start: nn.Sequential, example: Tensor, name: str, regularizers: list[Any]) -> Arm:
+    network = copy.deepcopy(start)
+    reg = cs.SpectralRegularizer(
+        network, example, penalty=name, weight=WEIGHT, include=is_three_by_three
+    )
+    regularizers.append(reg)
+    arm = Arm(name, network, reg)
+    arm.setup = timed(reg)[0]
+    return arm
+
+
+def others(start: nn.Sequential, example: Tensor) -> list[Arm]:
+    def with_penalty(name: str, penalty: Callable[[nn.Conv2d], Tensor]) -> Arm:
+        network = copy.deepcopy(start)
+        layers = three_by_threes(network)
+        return Arm(
+            name,
+            network,
+            lambda: PEER_WEIGHT * torch.stack([penalty(layer) for layer in layers]).sum(),
+        )
+
+    normalised = copy.deepcopy(start)
+    for layer in three_by_threes(normalised):
+        nn.utils.parametrizations.spectral_norm(layer)
+    projected = copy.deepcopy(start)
+    sizes = find_layers(projected, example, is_three_by_three)
+
+    def project(step: int) -> None:
+        if step % PROJECTION_INTERVAL == 0:
+            for layer in sizes:
+                if layer.module.stride == (1, 1):
+                    with torch.no_grad():
+                        layer.module.weight.copy_(
+                            peers.project_circular(layer.module.weight, layer.input_size)
+                        )
+
+    return [
+        Arm("weight decay", copy.deepcopy(start), weight_decay=5e-4),
+        with_penalty("soft orthogonality", lambda m: peers.soft_orthogonality(m.weight)),
+        with_penalty("SRIP", lambda m: peers.srip(m.weight)),
+        with_penalty("OCNN", lambda m: peers.convolutional_orthogonality(m.weight, m.stride[0])),
+        Arm("spectral_norm", normalised),
+        Arm("circular projection", projected, after=project),
+    ]
+
+
+def exact(network: nn.Module, example: Tensor) -> list[tuple[float, float]]:
+    """sigma_max and sigma_min of every layer, as `svds` has them."""
+    plain = copy.deepcopy(network)
+    for module in plain.modules():
+        if nn.utils.parametrize.is_parametrized(module):
+            nn.utils.parametrize.remove_parametrizations(module, "weight")
+    found = []
+    for layer in find_layers(plain, example, is_three_by_three):
+        op = layer.operator()
+        largest, smallest = (
+            cs.svds(op, 1, which, return_singular_vectors=False, tol=1e-4) for which in ("LM", "SM")
+        )
+        found.append((float(largest.s[0]), float(smallest.s[0])))
+    return found
+
+
+def errors(reg: cs.SpectralRegularizer, network: nn.Module, example: Tensor) -> dict[str, float]:
+    """Worst relative errors of the values that are followed, over the layers."""
+    pairs = list(zip(reg.report().layers, exact(network, example), strict=True))
+    return {
+        "sigma_max": max(abs(one.sigma_max / s - 1) for one, (s, _) in pairs),
+        "sigma_min": max(abs(one.sigma_min / s - 1) for one, (_, s) in pairs),
+        "outside": sum(
+            not (
+                one.sigma_max_lower * (1 - 1e-4) <= largest <= one.sigma_max_upper * (1 + 1e-4)
+                and one.sigma_min_lower * (1 - 1e-4) <= smallest <= one.sigma_min_upper * (1 + 1e-4)
+            )
+            for one, (largest, smallest) in pairs
+        ),
+        "least sigma_min": min(smallest for _, (_, smallest) in pairs),
+        "largest sigma_max": max(largest for _, (largest, _) in pairs),
+    }
+
+
+def one_layer(repeats: int = 20) -> dict[str, float]:
+    """Milliseconds: a 64 -> 64 layer at 32 x 32, and its warm penalty of both ends."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    images = torch.randn(32, 64, SIZE, SIZE, requires_grad=True)
+    reg = cs.SpectralRegularizer(conv, images[:1].detach(), penalty="cond", improve_interval=1)
+    reg()
+
+    def layer() -> None:
+        conv(images).square().sum().backward()
+
+    def penalty() -> None:
+        with torch.no_grad():
+            conv.weight.mul_(1.0001)
+        reg().backward()
+
+    layer(), penalty()
+    times = {"layer": [], "penalty": []}
+    for _ in range(repeats):
+        for name, function in (("layer", layer), ("penalty", penalty)):
+            times[name].append(1e3 * timed(function)[0])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def preconditioned(example: Tensor, cache: Path) -> nn.Sequential:
+    network = resnet18()
+    if cache.is_file():
+        network.load_state_dict(torch.load(cache))
+        return network
+    seconds, _ = timed(partial(cs.precondition, network, example, include=is_three_by_three))
+    Console(stderr=True).print(f"preconditioned in {seconds:.0f} s")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), cache)
+    return network
+
+
+def run(
+    arms: list[Arm],
+    steps: int,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    look: Callable[[int], None] = lambda step: None,
+) -> None:
+    """All arms to `steps`, in turns; `look` is called between the turns, outside the time."""
+    for first in range(0, steps, ROUND):
+        for arm in arms:
+            for step in range(first, min(first + ROUND, steps)):
+                images, labels = batch(step)
+                arm.seconds.append(timed(partial(arm.step, images, labels))[0])
+        look(first + ROUND)
+
+
+def page(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    columns = ("steps", "seconds a step", "ratio", "median ratio", "first call", "sigma_max")
+    lines = [
+        "# What a penalty costs in training",
+        "",
+        f"ResNet-18, images of {SIZE} x {SIZE} ({result['images']}), batch 128, SGD at 0.01 with "
+        f"momentum, all 3 x 3 layers; start: {result['start']}. {result['machine']}.",
+        f"Made by `{result['command']}`.",
+        "",
+        "Ratios are to `plain` of the same group, which takes turns with it; `ratio` is of the "
+        "means, refreshes included, `first call` in seconds is not in it. Singular values are the "
+        "worst over the layers at the end, exact ones.",
+        "",
+        f"| arm | {' | '.join(columns)} | sigma_min |",
+        "|" + "---|" * (len(columns) + 2),
+    ]
+    for row in result["rows"]:
+        cells = (f"{row[c]:.4g}" for c in (*columns, "sigma_min"))
+        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Followed values against exact ones along the run of `conditioning`: worst relative errors "
+        "over the layers, and enclosures that missed the exact value.",
+        "",
+        "| after step | sigma_max | sigma_min | missed | least sigma_min | largest sigma_max |",
+        "|---|---|---|---|---|---|",
+    ]
+    for check in result["checks"]:
+        values = (f"{value:.2g}" for key, value in check.items() if key != "step")
+        lines.append(f"| {check['step']} | {' | '.join(values)} |")
+    one = result["one layer"]
+    lines += [
+        "",
+        f"One 64 -> 64 layer at {SIZE} x {SIZE}: forward and backward pass at batch 32 "
+        f"{one['layer']:.3g} ms; its warm penalty `cond`, value and gradient of both ends with a "
+        f"step of tracking, {one['penalty']:.3g} ms.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=200, help="of plain and of conditioning")
+    parser.add_argument("--other-steps", type=int, default=20, help="of every other arm")
+    parser.add_argument("--check", type=int, default=20, help="steps between exact computations")
+    parser.add_argument("--from-scratch", action="store_true", help="do not precondition")
+    parser.add_argument("--cache", type=Path, default=Path("out/resnet18.pt"))
+    parser.add_argument("--out", type=Path, help="folder of training.json and .md")
+    options = parser.parse_args()
+    images = load(options.data, train_images=10_000, test_images=10)
+    example = torch.zeros(1, 3, SIZE, SIZE)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(
+            len(images.train_images), (128,), generator=torch.Generator().manual_seed(step)
+        )
+        x = interpolate(images.train_images[chosen], size=SIZE)
+        return x.expand(-1, 3, -1, -1), images.train_labels[chosen]
+
+    start = resnet18() if options.from_scratch else preconditioned(example, options.cache)
+    regularizers: list[cs.SpectralRegularizer] = []
+    plain = Arm("plain", copy.deepcopy(start))
+    arms = [plain, ours(start, example, "conditioning", regularizers)]
+    checks: list[dict[str, float]] = []
+    console = Console()
+
+    def look(step: int) -> None:
+        if step % options.check == 0:
+            checks.append({"step": step, **errors(regularizers[0], arms[1].network, example)})
+            console.print(checks[-1])
+
+    run(arms, options.steps, batch, look)
+    rivals = [
+        Arm("plain", copy.deepcopy(start)),
+        ours(start, example, "frobenius", regularizers),
+        *others(start, example),
+    ]
+    run(rivals, options.other_steps, batch)
+    rows = []
+    for group in (arms, rivals):
+        reference = sum(group[0].seconds)
+        for arm in group:
+            values = exact(arm.network, example)
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "steps": len(arm.seconds),
+                    "seconds a step": sum(arm.seconds) / len(arm.seconds),
+                    "ratio": sum(arm.seconds) / reference,
+                    "median ratio": statistics.median(arm.seconds)
+                    / statistics.median(group[0].seconds),
+                    "first call": arm.setup,
+                    "sigma_max": max(largest for largest, _ in values),
+                    "sigma_min": min(smallest for _, smallest in values),
+                }
+            )
+            console.print(rows[-1])
+    result = {
+        "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
+        "machine": machine(),
+        "images": images.name,
+        "start": "default initialisation" if options.from_scratch else "preconditioned",
+        "rows": rows,
+        "checks": checks,
+        "one layer": one_layer(),
+    }
+    console.print(result["one layer"])
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / ("training_from_scratch" if options.from_scratch else "training")
+        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(page(result))
+
+
+if __name__ == "__main__":
+    main()
