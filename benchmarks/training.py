@@ -31,6 +31,7 @@ from benchmarks.resnet18 import is_three_by_three, resnet18
 from convspectra.layers import find_layers
 from experiments.stable_gradients import peers
 from experiments.stable_gradients.data import load
+from experiments.stable_gradients.networks import as_applied
 
 SIZE = 32
 ROUND = 5
@@ -122,12 +123,8 @@ def others(start: nn.Sequential, example: Tensor) -> list[Arm]:
 
 def exact(network: nn.Module, example: Tensor) -> list[tuple[float, float]]:
     """sigma_max and sigma_min of every layer, as `svds` has them."""
-    plain = copy.deepcopy(network)
-    for module in plain.modules():
-        if nn.utils.parametrize.is_parametrized(module):
-            nn.utils.parametrize.remove_parametrizations(module, "weight")
     found = []
-    for layer in find_layers(plain, example, is_three_by_three):
+    for layer in find_layers(as_applied(network), example.double(), is_three_by_three):
         op = layer.operator()
         largest, smallest = (
             cs.svds(op, 1, which, return_singular_vectors=False, tol=1e-4) for which in ("LM", "SM")

@@ -64,6 +64,12 @@ def check_array(name: str, x: Tensor, shape: tuple[int, ...], *, like: Tensor) -
         raise ValueError(f"expected finite {name}, got NaN or Inf in it")
 
 
+def check_positive_integer(name: str, value: object) -> None:
+    """Raise a ValueError unless the value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be a positive integer, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless the value is one of the choices."""
     if value not in choices:

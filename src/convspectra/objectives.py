@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from convspectra.checks import check_positive_integer
 from convspectra.penalties.extremes import check_band
 
 Function: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,12 +40,12 @@ def _frobenius() -> Objective:
 
 
 def _sigma_min(k: int = 1) -> Objective:
-    _check_k(k)
+    check_positive_integer("k", k)
     return Objective(k, 0, lambda low, high, mean_square: -low[:, :k].mean(1))
 
 
 def _sigma_max(k: int = 1) -> Objective:
-    _check_k(k)
+    check_positive_integer("k", k)
     return Objective(0, k, lambda low, high, mean_square: high[:, :k].mean(1))
 
 
@@ -58,7 +59,7 @@ def _cond() -> Objective:
 
 def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> Objective:
     check_band(lower, upper)
-    _check_k(k)
+    check_positive_integer("k", k)
 
     def hinge(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
         below = (lower - low[:, :k]).clamp_min(0)
@@ -90,8 +91,3 @@ def objective(name: str, options: Mapping[str, Any]) -> Objective:
         return OBJECTIVES[name](**options)
     except TypeError as error:
         raise ValueError(f"penalty_options of {name!r}: {error}") from error
-
-
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"expected k to be a positive integer, got {k!r}")

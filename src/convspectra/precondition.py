@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from convspectra import penalties
 from convspectra.capacitance import is_square_toeplitz
-from convspectra.checks import check_choice
+from convspectra.checks import check_choice, check_positive_integer
 from convspectra.convolution import kernel_to_weight, weight_to_kernel
 from convspectra.descent import descend
 from convspectra.layers import Layer, Selection, find_layers, is_convolution, named, unwrapped
@@ -173,8 +173,7 @@ def precondition(
             raise ValueError(f"expected {name} to be a number, got {value!r}")
         if not above < value < math.inf:
             raise ValueError(f"expected {name} to be finite and above {above:g}, got {value!r}")
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 1:
-        raise ValueError(f"expected max_iter to be a positive integer, got {max_iter!r}")
+    check_positive_integer("max_iter", max_iter)
     first_use: dict[Tensor, Layer] = {}
     for layer in find_layers(unwrapped(model), example_input, include, exclude):
         first_use.setdefault(convolution_options(layer.module)[0], layer)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from convspectra.checks import check_positive_integer
 from convspectra.division import DEFAULT_GROUP, divide, refuse_sharded
 from convspectra.gradients import Gradient, give_gradient
 from convspectra.layers import Layer, Selection, find_layers, is_convolution, selected, unwrapped
@@ -116,10 +117,8 @@ class SpectralRegularizer:
     ) -> None:
         check_penalty(penalty, penalty_options)
         self.weight = checked_factor("weight", weight)
-        intervals = {"improve_interval": improve_interval, "refresh_interval": refresh_interval}
-        for name, interval in intervals.items():
-            if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-                raise ValueError(f"expected {name} to be a positive integer, got {interval!r}")
+        check_positive_integer("improve_interval", improve_interval)
+        check_positive_integer("refresh_interval", refresh_interval)
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"expected nonfinite to be 'raise' or 'skip', got {nonfinite!r}")
         if schedule is not None and not callable(schedule):

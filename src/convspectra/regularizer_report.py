@@ -56,38 +56,23 @@ class LayerReport:
 
     name: str
     input_size: tuple[int, ...]
-    sigma_min: float | None
-    sigma_min_lower: float | None
-    sigma_min_upper: float | None
-    sigma_max: float | None
-    sigma_max_lower: float | None
-    sigma_max_upper: float | None
-    condition: float | None
-    age: int | None
-    lost: bool
-    failures: int
-    skipped: int
-    frozen: bool
+    sigma_min: float | None = None
+    sigma_min_lower: float | None = None
+    sigma_min_upper: float | None = None
+    sigma_max: float | None = None
+    sigma_max_lower: float | None = None
+    sigma_max_upper: float | None = None
+    condition: float | None = None
+    age: int | None = None
+    lost: bool = False
+    failures: int = 0
+    skipped: int = 0
+    frozen: bool = False
 
 
 def unknown(layer: Layer, skipped: int) -> LayerReport:
     """The report of a layer of which nothing is followed."""
-    return LayerReport(
-        name=layer.name,
-        input_size=layer.input_size,
-        sigma_min=None,
-        sigma_min_lower=None,
-        sigma_min_upper=None,
-        sigma_max=None,
-        sigma_max_lower=None,
-        sigma_max_upper=None,
-        condition=None,
-        age=None,
-        lost=False,
-        failures=0,
-        skipped=skipped,
-        frozen=is_frozen(layer),
-    )
+    return LayerReport(layer.name, layer.input_size, skipped=skipped, frozen=is_frozen(layer))
 
 
 def is_frozen(layer: Layer) -> bool:

@@ -70,7 +70,7 @@ class Evaluation:
     ----------
     value : Tensor
         0-dim, float64.
-    gradients : list of Tensor
+    gradients : list of Gradient
         One a layer; none if they were not asked for.
     """
 
@@ -165,13 +165,6 @@ class Stack:
         self.ends.directions[index] = 0
         self.ends.residuals[index] = 0
 
-    def is_lost(self) -> list[bool]:
-        """Whether a vector of each layer no longer belongs to a singular value."""
-        if self.ends is None:
-            return [False] * len(self.layers)
-        columns = [*range(self.asked), *range(self.smallest, self.ends.residuals.shape[1])]
-        return (self.ends.residuals[:, columns].amax(1) > LOST).tolist()
-
     # --- at every step ---------------------------------------------------------------------------
 
     def mean_square(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +206,7 @@ class Stack:
         if self.ends.vectors.device != weights[0].device:
             self.to(weights[0].device)
         op = self._stacked([weights[i] for i in active])
-        tall = op if op.shape[0] >= op.shape[1] else op.T
+        tall = _tall(op)
         if improving:
             self._improve(tall, active)
         # The vectors that the penalty reads, without guards and without those for the report.
@@ -251,11 +244,12 @@ class Stack:
             return replace(unknown(layer, skipped), failures=reference.failures)
         op = layer.operator()
         op = op.with_weight(op.weight.detach().double())
-        tall = op if op.shape[0] >= op.shape[1] else op.T
+        tall = _tall(op)
         vectors = ends.vectors[index].double()
         images = tall.apply(vectors.reshape(-1, *tall.input_shape)).flatten(1)
         sigma = torch.linalg.vector_norm(images, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
         smallest, largest = (float(sigma[column]) for column in (0, self.smallest))
+        asked = [*range(self.asked), *range(self.smallest, len(sigma))]
         change = op.weight - reference.weight.double()
         drift = tap_norm_bound(op.with_weight(change)) if bool(change.any()) else 0.0
         rounding = 64 * torch.finfo(torch.float64).eps * largest
@@ -272,7 +266,7 @@ class Stack:
             sigma_max_upper=upper[1],
             condition=largest / smallest if smallest > 0 else math.inf,
             age=step - reference.step,
-            lost=self.is_lost()[index],
+            lost=bool(ends.residuals[index, asked].amax() > LOST),
             failures=reference.failures,
             skipped=skipped,
             frozen=is_frozen(layer),
@@ -329,8 +323,8 @@ class Stack:
                 f"{rows}; it is that of another penalty"
             )
         self.references[index] = Reference(**state | {"weight": state["weight"].to(weight.device)})
-        if tensors["vectors"] is not None:
-            self._store(index, tensors["vectors"].to(weight.device))
+        if vectors is not None:
+            self._store(index, vectors.to(weight.device))
             assert self.ends is not None
             for name, value in tensors.items():
                 getattr(self.ends, name)[index] = value.to(weight.device)
@@ -343,6 +337,11 @@ class Stack:
         for reference in self.references:
             if reference is not None:
                 reference.weight = reference.weight.to(device)
+
+
+def _tall(op: ConvOperator) -> ConvOperator:
+    """M or M', whichever has at least as many rows as columns."""
+    return op if op.shape[0] >= op.shape[1] else op.T
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
