@@ -75,10 +75,10 @@ class Settings:
     penalty_interval: int = 1
     projection_interval: int = 10
     projection_limit: float = 1.0
-    observations: int = 6
-    gradient_images: int = 128
+    observations: int = 5
+    gradient_images: int = 64
     train_images: int = 10_000
-    test_images: int = 2_000
+    test_images: int = 1_000
 
     def __post_init__(self) -> None:
         for name in _COUNTS:

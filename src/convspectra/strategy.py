@@ -21,8 +21,8 @@ METHODS = {
 }
 SMALL_WORK = 2e7
 """Flops, m n min(m, n), under which a dense SVD is taken at once."""
-GRAM_AT_ONCE = 2e9
-"""Flops, min(m, n)^3, under which a Gram matrix is taken before LOBPCG."""
+GRAM_AT_ONCE = {"LM": 1e8, "SM": 2e9}
+"""Flops, min(m, n)^3, under which a Gram matrix is taken before the iterative ways."""
 GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
@@ -74,7 +74,8 @@ def _candidates(request: Request) -> list[str]:
     work = groups * small * small * large
     fits = 8 * groups * small * large <= request.max_bytes and work <= DENSE_WORK_LIMIT
     gram = fits and small <= GRAM_LIMIT
-    at_once = gram and groups * small**3 <= GRAM_AT_ONCE
+    limit = GRAM_AT_ONCE["LM" if request.largest else "SM"]
+    at_once = gram and groups * small**3 <= limit
     if is_circulant(op):
         return ["circulant"]
     if work <= SMALL_WORK and fits:
