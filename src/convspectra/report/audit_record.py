@@ -247,7 +247,7 @@ def decode(kind: type[T], value: Any, where: str = "") -> T:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -265,8 +265,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         pairs = enumerate(zip(kinds, value, strict=True))
         return tuple(_decode(part, entry, f"{where}[{i}]") for i, (part, entry) in pairs)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        record = typing.cast(type, kind)
-        hints = _hints(record)
+        hints = _hints(kind)
         if set(value) != set(hints):
             odd = sorted(set(value) ^ set(hints))
             raise ValueError(f"{where}: expected the fields {sorted(hints)}, these differ: {odd}")
