@@ -265,13 +265,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         pairs = enumerate(zip(kinds, value, strict=True))
         return tuple(_decode(part, entry, f"{where}[{i}]") for i, (part, entry) in pairs)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = _hints(kind)
-        if set(value) != set(hints):
-            odd = sorted(set(value) ^ set(hints))
-            raise ValueError(f"{where}: expected the fields {sorted(hints)}, these differ: {odd}")
-        return kind(
-            **{name: _decode(hints[name], value[name], f"{where}.{name}") for name in hints}
-        )
+        return _decode_record(kind, value, where)
     if kind is float and isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -279,3 +273,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def _decode_record(kind: Any, value: dict[str, Any], where: str) -> Any:
+    hints = _hints(kind)
+    if set(value) != set(hints):
+        odd = sorted(set(value) ^ set(hints))
+        raise ValueError(f"{where}: expected the fields {sorted(hints)}, these differ: {odd}")
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in hints})
