@@ -1,53 +1,18 @@
-"""The numerical linear algebra of convolutional layers."""
+"""The numerical linear algebra of convolutional layers.
 
-from importlib.metadata import version
+Note [Lazy names]. ``__init__.pyi`` is the list of public names; each is imported when it is first
+used, so that the command's help does not wait for torch. A module may not have the name of a public
+function that it holds: importing it would put it in the function's place.
+"""
 
-from convspectra import matlab, penalties
-from convspectra.bounds import norm_bound
-from convspectra.convolution import kernel_to_weight, weight_to_kernel
-from convspectra.descent import DescentResult, descend
-from convspectra.inverse import logabsdet, solve
-from convspectra.operator import ConvOperator
-from convspectra.precondition import PreconditionedLayer, precondition
-from convspectra.regularizer import SpectralRegularizer
-from convspectra.regularizer_report import LayerReport, RegularizerReport
-from convspectra.schedule import Schedule
-from convspectra.spectra import (
-    ConvergenceError,
-    SVDResult,
-    cond,
-    frobenius_norm,
-    sigma_max,
-    sigma_min,
-    svds,
-    svdvals,
-)
+from importlib.metadata import version as _version
 
-__version__ = version("convspectra")
+import lazy_loader as _lazy
 
-__all__ = [
-    "ConvOperator",
-    "ConvergenceError",
-    "DescentResult",
-    "LayerReport",
-    "PreconditionedLayer",
-    "RegularizerReport",
-    "SVDResult",
-    "Schedule",
-    "SpectralRegularizer",
-    "cond",
-    "descend",
-    "frobenius_norm",
-    "kernel_to_weight",
-    "logabsdet",
-    "matlab",
-    "norm_bound",
-    "penalties",
-    "precondition",
-    "sigma_max",
-    "sigma_min",
-    "solve",
-    "svds",
-    "svdvals",
-    "weight_to_kernel",
-]
+_names, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return _version("convspectra")
+    return _names(name)

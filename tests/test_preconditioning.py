@@ -19,7 +19,7 @@ import convspectra as cs
 from convspectra.testing import naive_dense
 
 # The function of the same name hides the module.
-module = importlib.import_module("convspectra.precondition")
+module = importlib.import_module("convspectra.preconditioning")
 
 
 def seeded(make, seed: int = 0) -> nn.Module:

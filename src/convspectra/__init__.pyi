@@ -1,0 +1,49 @@
+from . import matlab, penalties
+from .bounds import norm_bound
+from .convolution import kernel_to_weight, weight_to_kernel
+from .descent import DescentResult, descend
+from .inverse import logabsdet, solve
+from .operator import ConvOperator
+from .preconditioning import PreconditionedLayer, precondition
+from .regularizer import SpectralRegularizer
+from .regularizer_report import LayerReport, RegularizerReport
+from .schedule import Schedule
+from .spectra import (
+    ConvergenceError,
+    SVDResult,
+    cond,
+    frobenius_norm,
+    sigma_max,
+    sigma_min,
+    svds,
+    svdvals,
+)
+
+__version__: str
+
+__all__ = [
+    "ConvOperator",
+    "ConvergenceError",
+    "DescentResult",
+    "LayerReport",
+    "PreconditionedLayer",
+    "RegularizerReport",
+    "SVDResult",
+    "Schedule",
+    "SpectralRegularizer",
+    "cond",
+    "descend",
+    "frobenius_norm",
+    "kernel_to_weight",
+    "logabsdet",
+    "matlab",
+    "norm_bound",
+    "penalties",
+    "precondition",
+    "sigma_max",
+    "sigma_min",
+    "solve",
+    "svds",
+    "svdvals",
+    "weight_to_kernel",
+]
