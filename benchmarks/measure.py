@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from convspectra.machine import processor, versions
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,17 +89,7 @@ def peak_bytes() -> int:
 
 def machine() -> str:
     """The processor and the versions that the figures belong to."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return (
-        f"{name}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}"
-    )
+    return f"{processor()}, {versions('torch')}"
 
 
 def _function(name: str) -> Callable[..., dict[str, Any]]:

@@ -37,7 +37,7 @@ def test_demo_writes_and_prints_where(tmp_path, capsys):
 
 
 def test_demo_refuses_a_folder_without_images(tmp_path, capsys):
-    assert main(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--data", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "expected train-images-idx3-ubyte" in capsys.readouterr().err
 
 
@@ -57,5 +57,5 @@ def test_reproduce_refuses_sizes_that_are_none(capsys):
 
 
 def test_reproduce_refuses_an_input_that_is_too_small(tmp_path, capsys):
-    assert main(["reproduce", "--input-size", "1", "--out", str(tmp_path)]) == 1
+    assert main(["reproduce", "--input-size", "1", "--out", str(tmp_path)]) == 2
     assert "expected an input_size of at least 2" in capsys.readouterr().err

@@ -134,6 +134,13 @@ def layer_triplets(
         for x in (s, s.new_tensor(lowers), s.new_tensor(uppers))
     ]
     certificates = [t.certificate for t in results]
+    logarithms = [
+        None if t.logabsdet is None else len(block.places) * t.logabsdet
+        for block, t in zip(blocks, results, strict=False)
+    ]
+    logabsdet = -math.inf if zeros else None
+    if not zeros and None not in logarithms:
+        logabsdet = sum(filter(None, logarithms))
     if missing:
         certificates.append(
             "zeros by the structure: inputs that no tap reads, or blocks of unlike shapes"
@@ -149,6 +156,7 @@ def layer_triplets(
             converged=converged,
             matvecs=matvecs,
             certificate="; ".join(dict.fromkeys(certificates)),
+            logabsdet=logabsdet,
         ),
         name,
     )

@@ -68,6 +68,15 @@ def full_weight(weight: Tensor, groups: int) -> Tensor:
     return full.flatten(2, 3).flatten(0, 1)
 
 
+def scaled_outputs(weight: Tensor, scale: Tensor, groups: int, transposed: bool) -> Tensor:
+    """The weight of the layer whose output channels are multiplied by `scale`, (h,)."""
+    if not transposed:
+        return weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    ones = (1,) * (weight.ndim - 2)
+    return (blocks * scale.reshape(groups, 1, -1, *ones)).reshape(weight.shape)
+
+
 def kernel_to_weight(kernel: Tensor) -> Tensor:
     """The paper's kernel (*taps, g, h) as a PyTorch weight (h, g, *taps); a view.
 

@@ -98,6 +98,7 @@ def capacitance(request: Request) -> SingularTriplets:
             f"bound on the error of its solves, {wrong:.0e}, each of which fails with "
             f"probability {FAILURE_PROBABILITY:.0e}"
         ),
+        logabsdet=float(factorization.logabsdet()),
     )
 
 

@@ -70,6 +70,9 @@ class SVDResult:
         Applications of M and M', or of their inverses, taken together.
     certificate : str
         What the enclosure rests on.
+    logabsdet : float or None
+        Sum of the logarithms of all min(rows, columns) singular values where the way taken gives it
+        along; see the function of this name for the others.
 
     Examples
     --------
@@ -90,6 +93,7 @@ class SVDResult:
     method: str
     matvecs: int
     certificate: str
+    logabsdet: float | None
 
 
 def svds(
@@ -357,6 +361,7 @@ def _zero_result(op: ConvOperator, k: int, vectors: bool) -> SVDResult:
         method="zero",
         matvecs=0,
         certificate="exact: the weight is zero",
+        logabsdet=-math.inf,
     )
 
 
@@ -380,4 +385,7 @@ def _finish(
         method=method,
         matvecs=triplets.matvecs,
         certificate=triplets.certificate,
+        logabsdet=None
+        if triplets.logabsdet is None
+        else triplets.logabsdet + min(op.shape) * exponent * math.log(2),
     )

@@ -62,3 +62,13 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Mapping[str, object]])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows in columns of equal width, with a header."""
+    widths = [max(len(c), *(len(row[c]) for row in rows), 0) for c in columns]
+    lines = [columns, *([row[c] for c in columns] for row in rows)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -5,6 +5,8 @@ The matrix is block diagonal, given by its blocks (b, m, n); one block is any ma
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from convspectra.solvers.result import SingularTriplets
 
 GRAM_RESOLUTION = 1e-8
 """Relative width of the enclosure of a value up to which a Gram matrix counts as having it."""
+GRAM_LOGARITHM = 1e-7
+"""Error of the smallest squared value up to which the logarithms of all of them are taken."""
 
 
 def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
@@ -36,6 +40,7 @@ def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
         converged=True,
         matvecs=0,
         certificate="backward error of a dense SVD, (max(m, n) + 32) eps sigma_max",
+        logabsdet=float(s.log().sum()) if bool((s > error).all()) else -math.inf,
     )
 
 
@@ -53,6 +58,7 @@ def gram_eigh(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     squares, vectors = squares.flip(1), vectors.flip(2)
     units = (max(blocks.shape[1:]) + 32) * torch.finfo(squares.dtype).eps
     error = (units * squares[:, :1]).expand_as(squares)
+    resolved = bool((error <= GRAM_LOGARITHM * squares).all())
     block, place, others = _ends(squares, error, k, largest)
     chosen, errors = squares[block, place], error[block, place]
     u = vectors[block, :, place]
@@ -73,6 +79,7 @@ def gram_eigh(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
         converged=bool(((upper - lower <= GRAM_RESOLUTION * s) & (s > 0)).all()),
         matvecs=0,
         certificate="backward error of the Gram matrix, (max(m, n) + 32) eps sigma_max^2",
+        logabsdet=0.5 * float(squares.log().sum()) if resolved else None,
     )
 
 

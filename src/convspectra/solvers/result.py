@@ -30,6 +30,9 @@ class SingularTriplets:
         Applications of A and of A' taken together.
     certificate : str
         What the enclosure rests on.
+    logabsdet : float, optional
+        Sum of the logarithms of all min(m, n) singular values, where the way taken gives it along;
+        -inf where one of them is 0 to working precision.
     """
 
     u: Tensor
@@ -41,6 +44,7 @@ class SingularTriplets:
     converged: bool
     matvecs: int
     certificate: str
+    logabsdet: float | None = None
 
     def transposed(self) -> SingularTriplets:
         """The triplets of A' from those of A."""

@@ -1,0 +1,232 @@
+"""All the numbers of one layer."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convspectra.convolution import scaled_outputs
+from convspectra.density import (
+    circular_extremes,
+    circular_operator,
+    spectral_density,
+)
+from convspectra.inverse import logabsdet
+from convspectra.matrices import DEFAULT_MAX_BYTES
+from convspectra.operator import ConvOperator
+from convspectra.report.audit_record import (
+    Certified,
+    Circular,
+    Conditioning,
+    LayerAudit,
+    Spectrum,
+)
+from convspectra.spectra import SVDResult, frobenius_norm, svds, svdvals
+from convspectra.targets import Target
+
+TOLERANCE = 1e-6
+"""Relative, of sigma_max and sigma_min."""
+EXACT_WORK = 2e10
+"""Flops up to which a dense factorisation is taken for what no faster way gives: about a second."""
+GROWTH_PROBES, GROWTH_STEPS = 4, 24
+"""Of the stochastic Lanczos quadrature for the mean logarithm of large rectangular layers."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is computed of each layer.
+
+    Attributes
+    ----------
+    spectrum : bool
+        The whole distribution of singular values too.
+    fold : bool
+        The layer with the batch normalisation that follows it too.
+    max_bytes : int
+        Limit on any matrix that is formed.
+    """
+
+    spectrum: bool = False
+    fold: bool = True
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+def audit_layer(
+    target: Target, device: str | torch.device | None, options: AuditOptions
+) -> LayerAudit:
+    """The numbers of one layer, computed on a device or where its weight is.
+
+    One that cannot be computed is skipped with the reason.
+    """
+    start = time.perf_counter()
+    found = described(target)
+    op = target.operator
+    if op is not None and device is not None:
+        op = op.with_weight(op.weight.to(device))
+    if op is not None:
+        try:
+            found = _computed(found, op, target, options)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            found = replace(found, skipped=str(error).splitlines()[0])
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def described(target: Target) -> LayerAudit:
+    """What is known of a layer before anything is computed."""
+    blank = LayerAudit(target.name, target.type, skipped=target.skipped, notes=target.notes)
+    op = target.operator
+    if op is None:
+        return blank
+    g = op.geometry
+    return replace(
+        blank,
+        kernel=g.kernel_size,
+        stride=g.stride,
+        dilation=g.dilation,
+        padding=g.padding,
+        padding_mode=g.padding_mode,
+        groups=op.groups,
+        transposed=op.transposed,
+        input_shape=op.input_shape,
+        output_shape=op.output_shape,
+        shape=op.shape,
+        dtype=str(op.dtype).removeprefix("torch."),
+        batch_norm=target.batch_norm,
+    )
+
+
+def cost(target: Target) -> float:
+    """Flops, very roughly: to hand out layers and to tell the time left."""
+    op = target.operator
+    if op is None:
+        return 0.0
+    g = op.geometry
+    products = 100.0 * op.weight.numel() * math.prod(g.output_size)
+    across = math.prod(g.input_size) / max(g.input_size, default=1)
+    border = op.groups * (op.weight.shape[1] * across) ** 3
+    points = math.prod(g.output_size) * (2 if math.prod(g.kernel_size) > 1 else 0)
+    symbols = points * op.weight.shape[0] * op.weight.shape[1] * min(op.weight.shape[:2])
+    return (products + symbols + (border if g.ndim else 0.0)) * (1 + (target.scale is not None))
+
+
+def _computed(
+    found: LayerAudit, op: ConvOperator, target: Target, options: AuditOptions
+) -> LayerAudit:
+    op = op.with_weight(op.weight.detach().double())
+    found = replace(found, applied=conditioning(op, options), circular=_circular(op))
+    if options.fold and target.scale is not None:
+        scale = target.scale.to(op.weight)
+        folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
+        found = replace(found, folded=conditioning(folded, options))
+    if options.spectrum:
+        found = replace(found, spectrum=_spectrum(op, options))
+    return found
+
+
+def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:
+    """The numbers of one matrix."""
+    largest, smallest = (
+        svds(
+            op,
+            1,
+            which,
+            return_singular_vectors=False,
+            tol=TOLERANCE,
+            max_bytes=options.max_bytes,
+        )
+        for which in ("LM", "SM")
+    )
+    sigma_max, sigma_min = _certified(largest), _certified(smallest)
+    tolerance = max(op.shape) * torch.finfo(torch.float64).eps * sigma_max.value
+    singular = sigma_min.upper <= tolerance
+    growth, error, method = _log_growth(op, (smallest, largest), singular, options)
+    return Conditioning(
+        frobenius_norm=frobenius_norm(op),
+        sigma_max=sigma_max,
+        sigma_min=sigma_min,
+        condition=_ratio(sigma_max.value, 0.0 if singular else sigma_min.value),
+        condition_lower=_ratio(sigma_max.lower, sigma_min.upper),
+        condition_upper=_ratio(sigma_max.upper, sigma_min.lower),
+        rank=_rank(op, sigma_min, tolerance, options),
+        rank_tolerance=tolerance,
+        log_growth=growth,
+        log_growth_error=error,
+        log_growth_method=method,
+    )
+
+
+def _certified(result: SVDResult) -> Certified:
+    return Certified(
+        value=float(result.s[0]),
+        lower=float(result.lower[0]),
+        upper=float(result.upper[0]),
+        method=result.method,
+        certificate=result.certificate,
+        converged=result.converged,
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator == 0.0:
+        return math.nan if numerator == 0.0 else math.inf
+    return numerator / denominator
+
+
+def _dense_is_affordable(op: ConvOperator, options: AuditOptions) -> bool:
+    work = math.prod(op.shape) * min(op.shape)
+    return work <= EXACT_WORK and 8 * math.prod(op.shape) <= options.max_bytes
+
+
+def _rank(
+    op: ConvOperator, sigma_min: Certified, tolerance: float, options: AuditOptions
+) -> int | None:
+    if sigma_min.lower > tolerance:
+        return min(op.shape)
+    if sigma_min.upper == 0.0 and not bool(op.weight.any()):
+        return 0
+    if _dense_is_affordable(op, options):
+        return int((svdvals(op, max_bytes=options.max_bytes) > tolerance).sum())
+    return None
+
+
+def _log_growth(
+    op: ConvOperator, results: tuple[SVDResult, ...], singular: bool, options: AuditOptions
+) -> tuple[float | None, float, str]:
+    """The mean of log s, its error, and how it was computed."""
+    count = min(op.shape)
+    for result in results:
+        if result.logabsdet is not None:
+            return result.logabsdet / count, 0.0, result.method
+    if singular:
+        return -math.inf, 0.0, "sigma_min is 0"
+    if _dense_is_affordable(op, options):
+        total = float(logabsdet(op, max_bytes=options.max_bytes))
+        return total / count, 0.0, "QR"
+    density = spectral_density(op, method="quadrature", probes=GROWTH_PROBES, steps=GROWTH_STEPS)
+    return density.mean_log, density.mean_log_error, density.method
+
+
+def _circular(op: ConvOperator) -> Circular:
+    found = circular_operator(op)
+    if isinstance(found, str):
+        return Circular(None, None, None, found)
+    largest, smallest, growth = circular_extremes(found)
+    return Circular(largest, smallest, growth, "")
+
+
+def _spectrum(op: ConvOperator, options: AuditOptions) -> Spectrum:
+    density = spectral_density(op, max_bytes=options.max_bytes)
+    circular: Tensor | tuple[()] = ()
+    if not isinstance(circular_operator(op), str):
+        circular = spectral_density(op, edges=density.edges, method="circular").fractions
+    return Spectrum(
+        edges=tuple(map(float, density.edges)),
+        fractions=tuple(map(float, density.fractions)),
+        errors=tuple(map(float, density.errors)),
+        circular=tuple(map(float, circular)),
+        method=density.method,
+    )

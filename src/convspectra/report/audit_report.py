@@ -1,0 +1,149 @@
+"""An audit as a value: read and written as JSON, shown as a table, a data frame or a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convspectra.report import audit_html, audit_table, findings
+from convspectra.report.audit_record import (
+    Circumstances,
+    Finding,
+    LayerAudit,
+    Network,
+    decode,
+    encode,
+)
+from convspectra.report.output import comma_separated, text_table
+
+SCHEMA = "convspectra.audit"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What `audit` found.
+
+    Attributes
+    ----------
+    circumstances : Circumstances
+    layers : tuple of LayerAudit
+        In order of execution, skipped ones too.
+    network : Network
+    findings : tuple of Finding
+        What to look at first, in words.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> report = cs.audit(torch.nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 8, 8))
+    >>> report.layers[0].shape
+    (64, 64)
+    >>> cs.AuditReport.from_dict(report.to_dict()) == report
+    True
+    """
+
+    circumstances: Circumstances
+    layers: tuple[LayerAudit, ...]
+    network: Network
+    findings: tuple[Finding, ...]
+
+    def records(self) -> list[dict[str, object]]:
+        """One flat record a layer, such as for a table of numbers."""
+        return audit_table.records(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as what JSON can hold."""
+        return {"schema": SCHEMA, "version": SCHEMA_VERSION, **encode(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> AuditReport:
+        """The inverse of `to_dict`.
+
+        Raises
+        ------
+        ValueError
+            For anything else than a report of this version; the field is named.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"expected an audit report with schema {SCHEMA!r}")
+        if data.get("version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"expected version {SCHEMA_VERSION} of {SCHEMA}, got {data.get('version')!r}"
+            )
+        fields = {name: data[name] for name in data if name not in ("schema", "version")}
+        return decode(cls, fields, "report")
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report; `from_json` reads it again without loss."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> AuditReport:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is no such report.
+        OSError
+            If it cannot be read.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line a layer, every number in full."""
+        records = self.records()
+        columns = list(records[0]) if records else []
+        Path(path).write_text(comma_separated(columns, records), encoding="utf-8")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page that needs nothing else."""
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame, one row a layer.
+
+        Raises
+        ------
+        ImportError
+            Without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("a data frame takes pandas: pip install pandas") from error
+        return pandas.DataFrame(self.records())
+
+    def _page(self) -> str:
+        facts = findings.facts(self.network)
+        return audit_html.page(self.layers, facts, self.findings, self.circumstances)
+
+    def _repr_html_(self) -> str:
+        return audit_html.fragment(
+            self.layers, findings.facts(self.network), self.findings, self.circumstances
+        )
+
+    def __str__(self) -> str:
+        lines = text_table(audit_table.columns(), [audit_table.row(layer) for layer in self.layers])
+        facts = [f"{label}: {text}" for label, text in findings.facts(self.network)]
+        found = [f"{f.layer}: {f.text}" for f in self.findings]
+        return "\n".join([lines, "", *facts, "", *found])
+
+
+def report_of(
+    circumstances: Circumstances,
+    layers: Sequence[LayerAudit],
+    band: tuple[float, float] = findings.BAND,
+) -> AuditReport:
+    """The report of these layers."""
+    return AuditReport(
+        circumstances, tuple(layers), findings.summary(layers, band), findings.findings(layers)
+    )

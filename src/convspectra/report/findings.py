@@ -1,0 +1,151 @@
+"""What an audit's numbers say in words, and what they give together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from convspectra.report.audit_record import Conditioning, Finding, LayerAudit, Network
+
+KINDS = ("singular", "exploding", "vanishing", "ill-conditioned", "uncertain", "skipped")
+"""Kinds of findings, the most urgent ones first."""
+LARGEST_NORM = 10.0
+"""A layer that amplifies by more is said to explode."""
+LEAST_GROWTH = 0.5
+"""A layer whose geometric mean singular value is below is said to vanish."""
+LARGEST_CONDITION = 1e4
+BAND = (0.1, 10.0)
+
+
+def effective(layer: LayerAudit) -> Conditioning | None:
+    """The numbers of the layer as the network uses it: with its batch normalisation."""
+    return layer.folded or layer.applied
+
+
+def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> Network:
+    """The network as a whole.
+
+    Raises
+    ------
+    ValueError
+        For a band that holds nothing.
+    """
+    if not 0 < band[0] < band[1]:
+        raise ValueError(f"expected a band of two positive numbers in order, got {band}")
+    audited = [layer for layer in layers if layer.applied is not None]
+    growth, total, leaves = [], 0.0, ""
+    for layer in audited:
+        numbers = effective(layer)
+        known = None if numbers is None else numbers.log_growth
+        total += math.nan if known is None else known
+        growth.append(total)
+        # Not a number is in no band and out of none.
+        if not leaves and (total < math.log(band[0]) or total > math.log(band[1])):
+            leaves = layer.name
+    return Network(
+        audited=len(audited),
+        skipped=len(layers) - len(audited),
+        log10_product=_log10_product([layer.applied for layer in audited]),
+        log10_product_folded=_log10_product([effective(layer) for layer in audited]),
+        growth=tuple(growth),
+        band=band,
+        leaves_band=leaves,
+        seconds=math.fsum(layer.seconds for layer in layers),
+    )
+
+
+def findings(layers: Sequence[LayerAudit]) -> tuple[Finding, ...]:
+    """One sentence for everything that a reader should look at, the most urgent first."""
+    found = [pair for layer in layers for pair in _of_layer(layer)]
+    found.sort(key=lambda pair: (KINDS.index(pair[1].kind), -pair[0]))
+    return tuple(finding for _, finding in found)
+
+
+def facts(network: Network) -> list[tuple[str, str]]:
+    """The network as labels and texts."""
+    low, high = network.band
+    if network.leaves_band:
+        growth = f"leaves {low:g} to {high:g} after {network.leaves_band}"
+    elif any(map(math.isnan, network.growth)):
+        growth = "not known for all layers"
+    else:
+        growth = f"stays within {low:g} to {high:g}"
+    return [
+        ("layers", f"{network.audited} audited, {network.skipped} skipped"),
+        ("product of all sigma_max", _power(network.log10_product)),
+        ("the same with batch normalisation folded in", _power(network.log10_product_folded)),
+        ("mean growth along the layers", growth),
+        ("time", f"{network.seconds:.1f} s"),
+    ]
+
+
+def _log10_product(conditionings: Sequence[Conditioning | None]) -> float:
+    values = [c.sigma_max.value for c in conditionings if c is not None]
+    return math.fsum(math.log10(v) if v > 0 else -math.inf for v in values)
+
+
+def _power(log10: float) -> str:
+    if not math.isfinite(log10):
+        return "0" if log10 < 0 else str(log10)
+    exponent = math.floor(log10)
+    return f"{10 ** (log10 - exponent):.2f}e{exponent:+03d}"
+
+
+def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
+    def finding(urgency: float, kind: str, text: str) -> tuple[float, Finding]:
+        return urgency, Finding(layer.name, kind, text)
+
+    if layer.skipped:
+        yield finding(0.0, "skipped", layer.skipped)
+    numbers = effective(layer)
+    if numbers is None:
+        return
+    folded = " with its batch normalisation" if layer.folded else ""
+    largest, smallest = numbers.sigma_max, numbers.sigma_min
+    if smallest.upper <= numbers.rank_tolerance:
+        if numbers.rank is None:
+            lost = "at least one direction"
+        else:
+            lost = _counted(min(layer.shape) - numbers.rank)
+        yield finding(
+            1.0,
+            "singular",
+            f"sigma_min is 0 to working precision{folded}: {lost} of {min(layer.shape)} is lost, "
+            "and no gradient comes back along it",
+        )
+    elif numbers.condition > LARGEST_CONDITION:
+        circular = ""
+        if not layer.folded and layer.circular and layer.circular.sigma_min:
+            ratio = layer.circular.sigma_min / smallest.value
+            if ratio > 10:
+                circular = f"; circular padding would show a sigma_min {ratio:,.0f} times as large"
+        yield finding(
+            numbers.condition,
+            "ill-conditioned",
+            f"condition number {numbers.condition:.2e}{folded}: gradients along some directions "
+            f"shrink by {smallest.value:.2e} while others grow by {largest.value:.3g}{circular}",
+        )
+    if largest.value > LARGEST_NORM:
+        yield finding(
+            largest.value,
+            "exploding",
+            f"sigma_max is {largest.value:.4g}{folded}: some gradients grow by that in this layer",
+        )
+    growth = numbers.log_growth
+    if growth is not None and -math.inf < growth < math.log(LEAST_GROWTH):
+        yield finding(
+            -growth,
+            "vanishing",
+            f"the geometric mean of the singular values is {math.exp(growth):.3g}{folded}: typical "
+            "gradients shrink by that",
+        )
+    for name, value in (("sigma_max", largest), ("sigma_min", smallest)):
+        if not value.enclosed and value.upper > numbers.rank_tolerance:
+            reason = "did not converge" if not value.converged else "has no lower bound"
+            yield finding(
+                0.0, "uncertain", f"{name}{folded} {reason}: {value.value:.4g} by {value.method}"
+            )
+
+
+def _counted(directions: int) -> str:
+    return "1 direction" if directions == 1 else f"{directions} directions"
