@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test docs bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -18,12 +18,17 @@ demo: $(STAMP) ## Train a deep plain CNN with and without the penalty: pictures 
 # The matrices of the tests are small: the cores serve tests side by side, not threads of one.
 test: export OMP_NUM_THREADS := 1
 test: export OPENBLAS_NUM_THREADS := 1
-test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests and examples
+test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests, examples and documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(MAKE) docs
+
+# Read anew each time (-E): what was read before would not be warned of again.
+docs: $(STAMP) ## Build the documentation into .cache/docs; warnings are errors
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs .cache/docs
 
 # primme is built from source and wants a C compiler and a BLAS; without it its rows say so. The packages with trained
 # weights ask for runtimes that nothing here runs.
@@ -38,7 +43,7 @@ bench: $(STAMP) ## Measure: random layers, peers, trained networks; half an hour
 
 clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	rm -rf .venv .cache .hypothesis .ruff_cache dist out
-	find src tests examples benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks experiments docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed beside torch, not isolated: constraints do not reach an isolated build.
 $(STAMP): pyproject.toml constraints.txt

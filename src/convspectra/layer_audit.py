@@ -7,14 +7,10 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from convspectra.circular import circular_extremes, circular_operator
 from convspectra.convolution import scaled_outputs
-from convspectra.density import (
-    circular_extremes,
-    circular_operator,
-    spectral_density,
-)
+from convspectra.density import spectral_density
 from convspectra.inverse import logabsdet
 from convspectra.matrices import DEFAULT_MAX_BYTES
 from convspectra.operator import ConvOperator
@@ -117,7 +113,7 @@ def _computed(
     found: LayerAudit, op: ConvOperator, target: Target, options: AuditOptions
 ) -> LayerAudit:
     op = op.with_weight(op.weight.detach().double())
-    found = replace(found, applied=conditioning(op, options), circular=_circular(op))
+    found = replace(found, applied=conditioning(op, options), circular=_circular(op, options))
     if options.fold and target.scale is not None:
         scale = target.scale.to(op.weight)
         folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
@@ -142,7 +138,7 @@ def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:
     )
     sigma_max, sigma_min = _certified(largest), _certified(smallest)
     tolerance = max(op.shape) * torch.finfo(torch.float64).eps * sigma_max.value
-    singular = sigma_min.upper <= tolerance
+    singular = sigma_min.value <= tolerance
     growth, error, method = _log_growth(op, (smallest, largest), singular, options)
     return Conditioning(
         frobenius_norm=frobenius_norm(op),
@@ -207,26 +203,26 @@ def _log_growth(
         total = float(logabsdet(op, max_bytes=options.max_bytes))
         return total / count, 0.0, "QR"
     density = spectral_density(op, method="quadrature", probes=GROWTH_PROBES, steps=GROWTH_STEPS)
-    return density.mean_log, density.mean_log_error, density.method
+    method = f"stochastic Lanczos quadrature, {density.probes} probes, {GROWTH_STEPS} steps"
+    return density.mean_log, density.mean_log_error, method
 
 
-def _circular(op: ConvOperator) -> Circular:
+def _circular(op: ConvOperator, options: AuditOptions) -> Circular:
     found = circular_operator(op)
     if isinstance(found, str):
         return Circular(None, None, None, found)
-    largest, smallest, growth = circular_extremes(found)
-    return Circular(largest, smallest, growth, "")
+    return Circular(*circular_extremes(op, max_bytes=options.max_bytes), "")
 
 
 def _spectrum(op: ConvOperator, options: AuditOptions) -> Spectrum:
     density = spectral_density(op, max_bytes=options.max_bytes)
-    circular: Tensor | tuple[()] = ()
+    circular: tuple[float, ...] = ()
     if not isinstance(circular_operator(op), str):
         circular = spectral_density(op, edges=density.edges, method="circular").fractions
     return Spectrum(
-        edges=tuple(map(float, density.edges)),
-        fractions=tuple(map(float, density.fractions)),
-        errors=tuple(map(float, density.errors)),
-        circular=tuple(map(float, circular)),
+        edges=density.edges,
+        fractions=density.fractions,
+        errors=density.errors,
+        circular=circular,
         method=density.method,
     )

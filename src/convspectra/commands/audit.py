@@ -177,9 +177,7 @@ class _Bar:
         if numbers is None:
             text = f"skipped: {layer.skipped}"
         else:
-            text = (
-                f"sigma_max {largest(numbers.sigma_max)}, sigma_min {smallest(numbers.sigma_min)}"
-            )
+            text = f"sigma_max {largest(numbers)}, sigma_min {smallest(numbers)}"
         if not self._progress.disable:
             line = f"{layer.name}: {text}  ({layer.seconds:.1f} s)"
             self._progress.console.print(line, markup=False, highlight=False)

@@ -79,6 +79,11 @@ class Conditioning:
     log_growth_error: float
     log_growth_method: str
 
+    @property
+    def singular(self) -> bool:
+        """Whether sigma_min is 0 to working precision."""
+        return self.sigma_min.value <= self.rank_tolerance
+
 
 @dataclass(frozen=True)
 class Circular:
@@ -196,6 +201,39 @@ class Finding:
     layer: str
     kind: str
     text: str
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the layers give together, as if in series and without what stands between them.
+
+    Attributes
+    ----------
+    audited, skipped : int
+        Numbers of layers.
+    log10_product : float
+        log10 of the product of all sigma_max: what the layers alone can amplify a gradient by.
+    log10_product_folded : float
+        The same with every batch normalisation folded in.
+    growth : tuple of float
+        Sum of the mean log growths up to and including each layer, folded where there is a batch
+        normalisation; nan from the first layer on whose growth is not known.
+    band : (float, float)
+        What exp of that is meant to stay between.
+    leaves_band : str
+        The first layer after which it does not; "" if there is none.
+    seconds : float
+        Sum over the layers.
+    """
+
+    audited: int
+    skipped: int
+    log10_product: float
+    log10_product_folded: float
+    growth: tuple[float, ...]
+    band: tuple[float, float]
+    leaves_band: str
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
         return
     folded = " with its batch normalisation" if layer.folded else ""
     largest, smallest = numbers.sigma_max, numbers.sigma_min
-    if smallest.upper <= numbers.rank_tolerance:
+    if numbers.singular:
         if numbers.rank is None:
             lost = "at least one direction"
         else:
@@ -140,7 +140,7 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
             "gradients shrink by that",
         )
     for name, value in (("sigma_max", largest), ("sigma_min", smallest)):
-        if not value.enclosed and value.upper > numbers.rank_tolerance:
+        if not value.enclosed and value.value > numbers.rank_tolerance:
             reason = "did not converge" if not value.converged else "has no lower bound"
             yield finding(
                 0.0, "uncertain", f"{name}{folded} {reason}: {value.value:.4g} by {value.method}"

@@ -13,7 +13,7 @@ estimated from the few vectors drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -69,13 +69,21 @@ class GaussRule:
         Ascending.
     weights : array
         Their sum is 1.
+    residuals : array
+        So near to each node is an eigenvalue.
     settled : array of bool
         Nodes that are values of the distribution themselves, with all of their weight.
     """
 
     nodes: FloatArray
     weights: FloatArray
+    residuals: FloatArray
     settled: npt.NDArray[np.bool_]
+
+    @property
+    def roots(self) -> GaussRule:
+        """The rule for the square roots of what this one is for."""
+        return replace(self, nodes=np.sqrt(np.maximum(self.nodes, 0.0)))
 
     def mean(self, function: Callable[[FloatArray], FloatArray]) -> float:
         """The integral of a function."""
@@ -97,6 +105,16 @@ class GaussRule:
         y = np.where(single, np.repeat(0.5 * (before + after), copies), ends)
         x = np.repeat(self.nodes, copies)
         return _monotone(np.append(0.0, x), np.append(0.0, y), points)
+
+    def unresolved(self, points: FloatArray) -> FloatArray:
+        """How far off `fraction_below` may be by what the nodes do not tell.
+
+        Between nodes of about the same weight a distribution is smooth and the interpolant good;
+        below the first one, and between a heavy and a light one, the heavier's weight may lie
+        anywhere in its interval. A settled node has no weight to spread.
+        """
+        spread = np.concatenate([[0.0], np.where(self.settled, 0.0, self.weights), [0.0]])
+        return np.abs(np.diff(spread))[np.searchsorted(self.nodes, points)]
 
 
 def random_directions(
@@ -191,12 +209,13 @@ def _rule(alphas: FloatArray, betas: FloatArray) -> GaussRule:
     nodes, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(beside, 1) + np.diag(beside, -1))
     residuals = betas[-1] * np.abs(vectors[-1])
     rounding = ROUNDING_UNITS * np.finfo(float).eps * np.abs(nodes).max()
-    return GaussRule(nodes, vectors[0] ** 2, residuals <= SETTLED * np.abs(nodes) + rounding)
+    settled = residuals <= SETTLED * np.abs(nodes) + rounding
+    return GaussRule(nodes, vectors[0] ** 2, residuals, settled)
 
 
 def _monotone(x: FloatArray, y: FloatArray, points: FloatArray) -> FloatArray:
     """Monotone cubic interpolation of y between ascending x, set apart a little; 1 beyond them."""
-    apart = np.maximum.accumulate(x) + APART * x[-1] * np.arange(len(x))
+    apart = np.maximum.accumulate(x) + APART * (x[-1] or 1.0) * np.arange(len(x))
     inside = scipy.interpolate.PchipInterpolator(apart, y)(np.clip(points, 0.0, apart[-1]))
     result: FloatArray = np.where(points > apart[-1], 1.0, inside)
     return result
@@ -209,3 +228,73 @@ def _last_pivot(alphas: FloatArray, betas: FloatArray, node: float) -> float:
     for alpha, beta in zip(alphas[1:], betas, strict=True):
         pivot = max(float(alpha) - node - float(beta) ** 2 / pivot, least)
     return pivot
+
+
+def bin_fractions(
+    runs: Tridiagonals, size: int, edges: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """The part of the square roots of the eigenvalues in each bin, and its error.
+
+    Parameters
+    ----------
+    runs : Tridiagonals
+        Of a positive semidefinite operator, from vectors uniform on the sphere.
+    size : int
+        n, how many eigenvalues there are.
+    edges : array
+        Ascending; what lies beyond the first or the last counts for the bin there.
+
+    Returns
+    -------
+    fractions, errors : array
+        The errors join the sampling's (Note [Variance]; at least that of one eigenvalue), the
+        change from fewer steps to all of them, and a third of `GaussRule.unresolved`.
+    """
+    fractions = _mean_fractions(runs, runs.steps, edges)
+    fewer = {max(1, order) for order in (runs.steps - 1, runs.steps - 2, 3 * runs.steps // 4)}
+    changes = [np.abs(_mean_fractions(runs, order, edges) - fractions) for order in fewer]
+    likely = np.clip(fractions, min(1 / size, 0.5), 1 - min(1 / size, 0.5))
+    sampling = 2 * likely * (1 - likely) / ((size + 2) * len(runs.last))
+    rules = [rule.roots for rule in gauss_rules(runs, runs.steps)]
+    hidden = np.mean([rule.unresolved(edges) for rule in rules], axis=0)
+    hidden[[0, -1]] = 0.0
+    hidden = np.maximum(hidden[1:], hidden[:-1]) / 3
+    errors = np.sqrt(sampling + np.max(changes, axis=0) ** 2 + hidden**2)
+    return fractions, np.minimum(errors, 1.0) if len(fractions) > 1 else 0.0 * errors
+
+
+def mean_log(runs: Tridiagonals, size: int) -> tuple[float, float]:
+    """The mean of the logarithms of the eigenvalues, and its error.
+
+    The Gauss rule is above the integral for every start vector, the Gauss-Radau rule with a node at
+    eps^2 of the norm below it, unless there are smaller eigenvalues. The value is the Gauss rule's;
+    three errors reach the other. The error is inf where a node is rounding error.
+    """
+    rules = gauss_rules(runs, runs.steps)
+    eps = float(np.finfo(float).eps)
+    norm = max(float(rule.nodes[-1]) for rule in rules)
+    if norm <= 0.0:
+        return -np.inf, np.inf
+    rounding, least = ROUNDING_UNITS * eps * norm, eps**2 * norm
+
+    def above(x: FloatArray) -> FloatArray:
+        return np.log(np.maximum(x, rounding))
+
+    def below(x: FloatArray) -> FloatArray:
+        return np.log(np.maximum(x, least))
+
+    value = float(np.mean([rule.mean(above) for rule in rules]))
+    if any(float(rule.weights[rule.nodes <= rounding].sum()) > eps for rule in rules):
+        return value, float(np.inf)
+    variance = float(np.mean([rule.mean(lambda x: (above(x) - value) ** 2) for rule in rules]))
+    gap = value - float(np.mean([rule.mean(below) for rule in radau_rules(runs, least)]))
+    sampling = 2 * variance / ((size + 2) * len(rules))
+    return value, float(np.hypot(sampling**0.5, max(gap, 0.0) / 3))
+
+
+def _mean_fractions(runs: Tridiagonals, steps: int, edges: FloatArray) -> FloatArray:
+    rules = [rule.roots for rule in gauss_rules(runs, steps)]
+    below = np.mean([rule.fraction_below(edges) for rule in rules], axis=0)
+    below[0], below[-1] = 0.0, 1.0
+    fractions: FloatArray = np.diff(below)
+    return fractions

@@ -1,0 +1,28 @@
+"""How Sphinx builds the pages: ``make docs``, offline, warnings are errors."""
+
+import sys
+from pathlib import Path
+
+import convspectra
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "convspectra"
+copyright = "the convspectra authors"
+version = release = convspectra.__version__
+
+extensions = ["myst_parser", "public_api", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+html_theme = "furo"
+html_title = f"convspectra {version}"
+html_copy_source = False
+
+# A name in single backticks is a link where there is such a name.
+default_role = "py:obj"
+smartquotes = False  # M' is a transpose
+autodoc_typehints = "none"  # the docstrings give types, shapes and units
+autodoc_member_order = "bysource"
+napoleon_google_docstring = False
+napoleon_use_ivar = True  # else an attribute is described once by its class and once by itself
+napoleon_use_rtype = False
+myst_heading_anchors = 3

@@ -1,0 +1,1 @@
+"""What is sold as orthogonal or spectrally normalised, audited as zero-padded layers."""

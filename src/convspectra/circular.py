@@ -1,0 +1,214 @@
+"""The same weight on a torus: the circular layer that others take for the zero-padded one.
+
+Its symbols are all there is to it, which makes it cheap. It says nothing of the smallest singular
+values of the layer itself: docs/mathematics.md, "Circulant embedding".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convspectra.batched_lu import lu_factor
+from convspectra.checks import check_type
+from convspectra.diagonal import parts
+from convspectra.matrices import DEFAULT_MAX_BYTES
+from convspectra.operator import ConvOperator
+from convspectra.solvers.quadrature import GaussRule, gauss_rules, random_directions, tridiagonals
+from convspectra.spectra import normalised
+
+DIRECT_FLOPS = 1.5e9
+DIRECT_ORDER = 128
+"""Singular values of matrices up to this order, or this work, are computed at once."""
+FIRST_STEPS = 12
+ACCURACY = 1e-5
+"""Relative, of squares of singular values."""
+DEFINITE = 1e-10
+"""A Gram matrix with a smallest eigenvalue below this part of its norm does not tell it."""
+
+
+class CircularExtremes(NamedTuple):
+    """What `circular_extremes` gives."""
+
+    sigma_max: float
+    sigma_min: float
+    mean_log: float
+
+
+def circular_operator(op: ConvOperator) -> ConvOperator | str:
+    """The layer of the same weight on the torus of its input: circular padding, no border.
+
+    A linear layer becomes a convolution on one point. A transposed layer stays one: its torus is
+    that of its output.
+
+    Returns
+    -------
+    ConvOperator or str
+        The reason where there is no such layer: a stride that does not divide the input, or a
+        kernel that reaches around more than twice.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> circular_operator(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 3.0]]]), 4)).to_dense()
+    tensor([[2., 3., 0., 1.],
+            [1., 2., 3., 0.],
+            [0., 1., 2., 3.],
+            [3., 0., 1., 2.]])
+    """
+    g = op.geometry
+    for n, stride, reach in zip(g.input_size, g.stride, g.reach, strict=True):
+        if n % stride:
+            return f"the stride {stride} does not divide the input size {n}"
+        if max(_ends(reach, stride)) > n:
+            return f"the kernel reaches over {reach} points, more than twice around {n}"
+    if g.ndim == 0:
+        return ConvOperator(op.weight[:, :, None], 1)
+    padding = [_ends(reach, stride) for reach, stride in zip(g.reach, g.stride, strict=True)]
+    torus = ConvOperator(
+        op.weight,
+        g.input_size,
+        stride=g.stride,
+        padding=padding,
+        dilation=g.dilation,
+        groups=op.groups,
+        padding_mode="circular",
+    )
+    return torus.T if op.transposed else torus
+
+
+def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> CircularExtremes:
+    """Largest and smallest singular value and mean log of the circular layer.
+
+    Returns
+    -------
+    CircularExtremes
+        ``(sigma_max, sigma_min, mean_log)``: the values to about 1e-5, relatively; mean_log, the
+        mean of log s over the min(rows, columns) singular values, to rounding, and -inf if one
+        is 0.
+
+    Raises
+    ------
+    ValueError
+        If there is no circular layer, or its symbols take more than `max_bytes`.
+
+    Notes
+    -----
+    Cost: one LU factorisation of every second symbol, or a Cholesky factorisation of its smaller
+    Gram matrix, and Lanczos on all of them at once, on those that may be extreme to the end. Of
+    small symbols all singular values.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> extremes = circular_extremes(cs.ConvOperator(torch.tensor([[[1.0, 4.0, 1.0]]]), 50))
+    >>> [round(x, 6) for x in extremes]
+    [6.0, 2.0, 1.316958]
+    """
+    check_type("op", op, ConvOperator)
+    torus = circular_operator(op)
+    if isinstance(torus, str):
+        raise ValueError(f"expected a layer that fits on a torus, got {op!r}: {torus}")
+    scaled, exponent = normalised(torus)
+    if exponent is None:
+        return CircularExtremes(0.0, 0.0, -math.inf)
+    found, zeros = parts(scaled)
+    largest, smallest, logs = 0.0, 0.0 if zeros else math.inf, 0.0
+    for part in found:
+        matrices, copies = part.matrices(max_bytes)
+        if matrices.shape[1] < matrices.shape[2]:
+            matrices = matrices.mH
+        direct = part.flops <= DIRECT_FLOPS or matrices.shape[2] <= DIRECT_ORDER
+        ends = _directly(matrices, copies) if direct else _by_factors(matrices, copies)
+        largest, smallest = max(largest, ends.sigma_max), min(smallest, ends.sigma_min)
+        logs += ends.mean_log
+    mean = -math.inf if zeros else logs / min(op.shape) + exponent * math.log(2)
+    return CircularExtremes(math.ldexp(largest, exponent), math.ldexp(smallest, exponent), mean)
+
+
+def _ends(reach: int, stride: int) -> tuple[int, int]:
+    """Padding before and after that leaves one output per stride."""
+    total = max(reach - stride, 0)
+    return total // 2, total - total // 2
+
+
+def _directly(matrices: Tensor, copies: Tensor) -> CircularExtremes:
+    """The extremes of tall matrices, with the sum of all logarithms for their mean."""
+    values = torch.linalg.svdvals(matrices)
+    rounding = matrices.shape[1] * torch.finfo(values.dtype).eps * float(values.amax())
+    smallest = float(values.amin())
+    logs = float(copies @ values.log().sum(1)) if smallest > rounding else -math.inf
+    return CircularExtremes(float(values.amax()), smallest, logs)
+
+
+def _by_factors(matrices: Tensor, copies: Tensor) -> CircularExtremes:
+    count, rows, order = matrices.shape
+    square = rows == order
+    symmetric = matrices if square else matrices.mH @ matrices
+    single = symmetric.to(torch.complex64 if matrices.is_complex() else torch.float32)
+
+    def gram(chosen: Tensor, x: Tensor) -> Tensor:
+        some = single if len(chosen) == count else single[chosen]
+        images = some @ x[:, :, None]
+        return (images.mH @ some).conj()[:, 0] if square else images[:, :, 0]
+
+    largest = _largest_eigenvalue(gram, count, order, single) ** 0.5
+    if square:
+        factors, pivots = lu_factor(matrices)
+    else:
+        factors, failed = torch.linalg.cholesky_ex(symmetric)
+        if bool(failed.any()):
+            return _directly(matrices, copies)
+    diagonal = factors.diagonal(dim1=1, dim2=2).abs()
+    if float(diagonal.amin()) ** 2 <= DEFINITE * largest**2 * (DEFINITE if square else 1):
+        return _directly(matrices, copies)
+
+    def inverse(chosen: Tensor, x: Tensor) -> Tensor:
+        every = len(chosen) == count
+        some = factors if every else factors[chosen]
+        if not square:
+            return torch.cholesky_solve(x[:, :, None], some)[:, :, 0]
+        some_pivots = pivots if every else pivots[chosen]
+        y = torch.linalg.lu_solve(some, some_pivots, x[:, :, None], adjoint=True)
+        return torch.linalg.lu_solve(some, some_pivots, y)[:, :, 0]
+
+    smallest = _largest_eigenvalue(inverse, count, order, matrices) ** -0.5
+    if smallest <= (1e-14 if square else DEFINITE**0.5) * largest:
+        return _directly(matrices, copies)
+    return CircularExtremes(largest, smallest, float(copies @ diagonal.log().sum(1)))
+
+
+def _largest_eigenvalue(
+    product: Callable[[Tensor, Tensor], Tensor], count: int, order: int, like: Tensor
+) -> float:
+    """The largest eigenvalue of all of `count` positive definite matrices.
+
+    ``product(chosen, x)`` are those of the chosen matrices with one row each. Matrices whose Ritz
+    value with its residual stays below the best one are left out of the next, longer, run.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    chosen, best, steps = torch.arange(count, device=like.device), 0.0, FIRST_STEPS
+    while True:
+        start = random_directions(len(chosen), order, like, generator)
+        runs = tridiagonals(functools.partial(product, chosen), start, steps)
+        rules = gauss_rules(runs, steps)
+        values = torch.tensor([rule.nodes[-1] for rule in rules], device=like.device)
+        residuals = torch.tensor([rule.residuals[-1] for rule in rules], device=like.device)
+        errors = torch.tensor([_error_of_largest(rule) for rule in rules], device=like.device)
+        best = max(best, float(values.amax()))
+        open_ = (values + residuals > best) & (errors > ACCURACY * best)
+        if steps >= order or not bool(open_.any()):
+            return best
+        chosen, steps = chosen[open_], 2 * steps
+
+
+def _error_of_largest(rule: GaussRule) -> float:
+    """Estimated: residual^2 over the gap to the next node, or the residual if that is less."""
+    gap = float(rule.nodes[-1] - rule.nodes[-2]) if len(rule.nodes) > 1 else 0.0
+    residual = float(rule.residuals[-1])
+    return min(residual, residual**2 / max(gap, 1e-300))

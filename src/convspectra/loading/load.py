@@ -1,0 +1,88 @@
+"""The entry point: a file, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from convspectra.loading.errors import LoadError
+from convspectra.loading.files import MAX_BYTES, model_kind
+from convspectra.loading.torch_files import (
+    checkpoint_targets,
+    exported_targets,
+    factory_targets,
+    safetensors_targets,
+    script_targets,
+)
+from convspectra.targets import Target
+
+
+def load_targets(
+    path: str | PathLike[str] | None,
+    input_shapes: Sequence[tuple[int, ...]],
+    *,
+    factory: str | None = None,
+    allow_pickle: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> tuple[str, list[Target]]:
+    """The name of a model in a file and its layers, ready to audit.
+
+    Parameters
+    ----------
+    path : path, or None for the factory's model alone
+        ONNX, TorchScript, ``torch.export.save``, safetensors or ``torch.save``; told apart by
+        content.
+    input_shapes : sequence of tuple of int
+        One for each input, without the batch, such as ``[(3, 224, 224)]``. A batch of 1 is put in
+        front. ONNX inputs that are not given keep the sizes that the file declares.
+    factory : str, optional
+        "package.module:function", called without arguments, returns the ``nn.Module`` that a
+        checkpoint or safetensors file fills.
+    allow_pickle : bool
+        Whether a pickle of more than tensors may be loaded. It runs code of the file.
+    max_bytes : int
+        Largest file to read, and largest tensor in it.
+
+    Raises
+    ------
+    LoadError
+        A ValueError of one line, for every problem with the file, factory or input shapes.
+    ImportError
+        If an optional package (``convspectra[onnx]``, ``convspectra[safetensors]``) is missing.
+
+    Notes
+    -----
+    TorchScript archives execute their own code when they are loaded and run; so does the factory.
+    ONNX files are only read. Weights of ONNX external data must lie in the folder of the model.
+    """
+    shapes = [_checked_shape(shape) for shape in input_shapes]
+    if path is None:
+        if factory is None:
+            raise LoadError("expected a path, a factory or both, got neither")
+        return factory.rpartition(":")[2], factory_targets(factory, shapes)
+    path = Path(path)
+    kind = model_kind(path, max_bytes)
+    if kind == "onnx":
+        return path.stem, _onnx_targets(path, shapes, max_bytes)
+    if kind == "torchscript":
+        return path.stem, script_targets(path, shapes)
+    if kind == "export":
+        return path.stem, exported_targets(path, shapes)
+    if kind == "safetensors":
+        return path.stem, safetensors_targets(path, shapes, factory)
+    return path.stem, checkpoint_targets(path, shapes, factory, allow_pickle)
+
+
+def _onnx_targets(path: Path, shapes: list[tuple[int, ...]], max_bytes: int) -> list[Target]:
+    try:
+        from convspectra.loading.onnx_targets import onnx_targets  # optional
+    except ModuleNotFoundError as error:
+        raise ImportError("pip install 'convspectra[onnx]' to read ONNX models") from error
+    return onnx_targets(path, shapes, max_bytes)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise LoadError(f"expected an input shape of positive integers, got {tuple(shape)}")
+    return tuple(shape)

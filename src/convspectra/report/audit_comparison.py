@@ -1,0 +1,89 @@
+"""Two audits side by side: before and after training, pruning or quantization."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from convspectra.report import audit_numbers as words
+from convspectra.report.audit_record import Certified, Conditioning, LayerAudit
+
+Key: TypeAlias = tuple[str, tuple[int, ...], int]
+
+SAME = "none"
+BEYOND = "beyond the enclosures"
+WITHIN = "within the enclosures"
+UNKNOWN = "not known: no enclosure"
+
+
+def compare(a: Sequence[LayerAudit], b: Sequence[LayerAudit]) -> list[dict[str, str]]:
+    """Rows by name and input size: those of A in its order, then those only in B.
+
+    A change is beyond the enclosures where the two intervals have no number in common, and within
+    them where both hold the true value but share numbers: it may then be no change at all. Layers
+    that share name and input size are matched in order of appearance.
+    """
+    before, after = _keyed(a), _keyed(b)
+    return [_row(key, before.get(key), after.get(key)) for key in {**before, **after}]
+
+
+def _keyed(layers: Sequence[LayerAudit]) -> dict[Key, LayerAudit]:
+    seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    keyed: dict[Key, LayerAudit] = {}
+    for layer in layers:
+        key = (layer.name, layer.input_shape)
+        keyed[(*key, seen[key])] = layer
+        seen[key] += 1
+    return keyed
+
+
+def _row(key: Key, a: LayerAudit | None, b: LayerAudit | None) -> dict[str, str]:
+    one = None if a is None else a.applied
+    two = None if b is None else b.applied
+    return {
+        "name": key[0],
+        "input size": words.sizes(key[1]),
+        **_values("sigma_max", one, two, words.largest),
+        **_values("sigma_min", one, two, words.smallest),
+        "condition A": words.ABSENT if one is None else words.condition(one),
+        "condition B": words.ABSENT if two is None else words.condition(two),
+        "note": "; ".join(filter(None, (_missing(a, b), _skipped("A", a), _skipped("B", b)))),
+    }
+
+
+def _values(
+    name: str,
+    one: Conditioning | None,
+    two: Conditioning | None,
+    text: Callable[[Conditioning], str],
+) -> dict[str, str]:
+    a: Certified | None = getattr(one, name, None)
+    b: Certified | None = getattr(two, name, None)
+    return {
+        f"{name} A": words.ABSENT if one is None else text(one),
+        f"{name} B": words.ABSENT if two is None else text(two),
+        f"{name} B/A": words.ratio(b.value, a.value) if a and b else words.ABSENT,
+        f"{name} change": change(a, b) if a and b else words.ABSENT,
+    }
+
+
+def change(a: Certified, b: Certified) -> str:
+    """Whether two numbers differ by more than what is known of them."""
+    if (a.value, a.lower, a.upper) == (b.value, b.lower, b.upper):
+        return SAME
+    if not (a.converged and b.converged):
+        return UNKNOWN
+    if a.upper < b.lower or b.upper < a.lower:
+        return BEYOND
+    return WITHIN if a.enclosed and b.enclosed else UNKNOWN
+
+
+def _missing(a: LayerAudit | None, b: LayerAudit | None) -> str:
+    if a is None:
+        return "only in B"
+    return "only in A" if b is None else ""
+
+
+def _skipped(side: str, layer: LayerAudit | None) -> str:
+    return f"skipped in {side}: {layer.skipped}" if layer is not None and layer.skipped else ""
