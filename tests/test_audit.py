@@ -93,10 +93,10 @@ def test_any_layer_agrees_with_its_dense_matrix(layer) -> None:
     scale = torch.linspace(0.5, 2.0, op.output_shape[0], dtype=torch.float64)
     found = audit_layer(Target("layer", "Conv", op, scale, "bn"), None, AuditOptions())
     assert found.skipped == ""
-    matrix = layer.dense()
+    matrix = layer.dense().detach()
     by_row = scale.repeat_interleave(math.prod(op.output_shape[1:]))
     for numbers, m in ((found.applied, matrix), (found.folded, by_row[:, None] * matrix)):
-        s = torch.linalg.svdvals(m.double())
+        s = torch.linalg.svdvals(m.detach().double())
         largest = float(s[0])
         assert numbers.sigma_max.value == pytest.approx(largest, rel=1e-5, abs=1e-12)
         assert numbers.sigma_min.value == pytest.approx(float(s[-1]), rel=1e-4, abs=1e-9 * largest)

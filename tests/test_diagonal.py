@@ -58,7 +58,7 @@ def test_half_of_the_symbols_stand_for_all(layer):
     every = torch.linalg.svdvals(CirculantEmbedding(op).symbols(half=False)).flatten()
     assert torch.allclose(values.flatten().sort().values, every.sort().values, rtol=1e-10)
     some = symbols_at(op, frequencies[1:3], 2**30)
-    assert torch.equal(some[:2], symbols[1:3])
+    assert torch.allclose(some[:2], symbols[1:3], rtol=1e-12)
 
 
 def test_work_is_counted_for_every_group_and_symbol():

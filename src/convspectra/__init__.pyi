@@ -9,7 +9,6 @@ from .operator import ConvOperator
 from .preconditioning import PreconditionedLayer, precondition
 from .regularizer import SpectralRegularizer
 from .regularizer_report import LayerReport, RegularizerReport
-from .report.audit_record import LayerAudit
 from .report.audit_report import AuditReport
 from .schedule import Schedule
 from .spectra import (
@@ -30,7 +29,6 @@ __all__ = [
     "ConvOperator",
     "ConvergenceError",
     "DescentResult",
-    "LayerAudit",
     "LayerReport",
     "PreconditionedLayer",
     "RegularizerReport",

@@ -28,7 +28,7 @@ DIRECT_ORDER = 128
 FIRST_STEPS = 12
 ACCURACY = 1e-5
 """Relative, of squares of singular values."""
-DEFINITE = 1e-10
+DEFINITE = 1e-8
 """A Gram matrix with a smallest eigenvalue below this part of its norm does not tell it."""
 
 
@@ -127,7 +127,7 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
         ends = _directly(matrices, copies) if direct else _by_factors(matrices, copies)
         largest, smallest = max(largest, ends.sigma_max), min(smallest, ends.sigma_min)
         logs += ends.mean_log
-    mean = -math.inf if zeros else logs / min(op.shape) + exponent * math.log(2)
+    mean = -math.inf if zeros else logs / min(torus.shape) + exponent * math.log(2)
     return CircularExtremes(math.ldexp(largest, exponent), math.ldexp(smallest, exponent), mean)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convspectra.checks import check_choice, check_positive_integer, check_type
 from convspectra.circulant import is_circulant
-from convspectra.circular import circular_extremes, circular_operator
+from convspectra.circular import circular_operator
 from convspectra.diagonal import Part, half_frequencies, parts, symbols_at
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
@@ -30,8 +30,6 @@ from convspectra.solvers.quadrature import (
     tridiagonals,
 )
 from convspectra.spectra import normalised
-
-__all__ = ["SpectralDensity", "circular_extremes", "circular_operator", "spectral_density"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -160,9 +158,10 @@ def spectral_density(
         check_positive_integer(name, value)
     given = None if edges is None else _checked(edges)
     layer = _circular(op) if method == "circular" else op
+    count = min(layer.shape)
     scaled, exponent = normalised(layer)
     random = generator or torch.Generator(device=op.device).manual_seed(0)
-    found, zeros = parts(scaled) if exponent is not None else ([], min(op.shape))
+    found, zeros = parts(scaled) if exponent is not None else ([], count)
     spectra: list[_Spectrum] = []
     for part in found:
         affordable = method == "exact" or part.flops <= AFFORDABLE_FLOPS / len(found)
@@ -175,10 +174,10 @@ def spectral_density(
     shift = exponent or 0
     points = _default_edges(spectra, bins) if given is None else np.ldexp(given, -shift)
     fractions, variances = np.zeros(len(points) - 1), np.zeros(len(points) - 1)
-    fractions[max(int(np.searchsorted(points, 0.0, side="right")) - 1, 0)] = zeros / min(op.shape)
+    fractions[max(int(np.searchsorted(points, 0.0, side="right")) - 1, 0)] = zeros / count
     logs, log_variance = (-math.inf if zeros else shift * math.log(2)), 0.0
     for part, spectrum in zip(found, spectra, strict=True):
-        share = part.count / min(op.shape)
+        share = part.count / count
         of_part, errors = spectrum.bins(points)
         fractions += share * of_part
         variances += (share * errors) ** 2

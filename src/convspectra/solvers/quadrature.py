@@ -296,5 +296,5 @@ def _mean_fractions(runs: Tridiagonals, steps: int, edges: FloatArray) -> FloatA
     rules = [rule.roots for rule in gauss_rules(runs, steps)]
     below = np.mean([rule.fraction_below(edges) for rule in rules], axis=0)
     below[0], below[-1] = 0.0, 1.0
-    fractions: FloatArray = np.diff(below)
+    fractions: FloatArray = np.diff(np.maximum.accumulate(below.clip(0.0, 1.0)))
     return fractions
