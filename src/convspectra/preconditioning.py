@@ -59,7 +59,7 @@ UNUSED_TAP = 1e-6
 """Least weight of a tap in the metric, relative to the largest: some taps are never used."""
 SINGULAR_LOSS = 1e6
 """Stands for the infinite loss of a singular layer in a line search."""
-CHECK_TOLERANCE = 1e-3
+CHECK_TOLERANCE = 1e-5
 """Relative accuracy of the condition numbers."""
 
 
