@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
-import os
 import shlex
 import sys
 import threading
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.measure import machine
 from convspectra.experiments.images import ImageSet
+from convspectra.workers import end_with_parent
 from experiments.stable_gradients import data, table
 from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.networks import ACTIVATIONS
@@ -158,15 +158,7 @@ _given: tuple[ImageSet, Settings]
 def _begin_worker(images: ImageSet, settings: Settings) -> None:
     global _given
     _given = images, settings
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed command takes its workers along."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _work(run: Run) -> Record:

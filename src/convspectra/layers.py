@@ -106,7 +106,7 @@ def named(layer: Layer) -> Iterator[None]:
         raise
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules and their names as they are without ``torch.compile`` of some of them."""
     for name, module in model.named_modules():
         if "_orig_mod" not in module._modules:
@@ -161,13 +161,13 @@ def find_layers(
     )
     chosen = {
         name: module
-        for name, module in _modules(model)
+        for name, module in modules_of(model)
         if selected(name, module, include) and not selected(name, module, exclude)
     }
     if not chosen:
         raise ValueError(
             f"expected layers to include in {type(model).__name__}, got none; its convolutions are "
-            f"{[name for name, module in _modules(model) if is_convolution(name, module)]}"
+            f"{[name for name, module in modules_of(model) if is_convolution(name, module)]}"
         )
     for name, module in chosen.items():
         if not isinstance(module, LAYER_TYPES):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convspectra.layers import _modules, unwrapped
+from convspectra.layers import modules_of, unwrapped
 from convspectra.modules import LAYER_TYPES, convolution_options
 from convspectra.operator import ConvOperator
 from convspectra.tracing import PADDED, Frame, Recorder, Use, is_lazy, stored_tensors
@@ -94,7 +94,7 @@ def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
-    lazy = {name: type(module).__name__ for name, module in _modules(model) if _is_lazy(module)}
+    lazy = {name: type(module).__name__ for name, module in modules_of(model) if _is_lazy(module)}
     if lazy:
         model = copy.deepcopy(model)  # its forward pass makes the weights
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -169,7 +169,7 @@ def _slow_attention() -> Iterator[None]:
 def _hooked(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[None]:
     handles = []
     try:
-        for name, module in _modules(model):
+        for name, module in modules_of(model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue
             before = functools.partial(_before, recorder, name, lazy)
@@ -309,7 +309,7 @@ def _normalisation(uses: list[Use]) -> tuple[Tensor | None, str, str]:
 def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[Target]:
     """The modules with a matrix that no use of the pass stands for."""
     covered = {use.name for use in recorder.uses}
-    for name, module in _modules(model):
+    for name, module in modules_of(model):
         if any(name == known or name.startswith(f"{known}.") for known in covered):
             continue
         matrices = [

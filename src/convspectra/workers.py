@@ -71,14 +71,14 @@ def _begin(threads: int, free: Queue[Device]) -> None:
     torch.set_num_threads(threads)
     # Ctrl-C is for the parent, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _call(function: Callable[[Argument, Device], Answer], argument: Argument) -> Answer:
     return function(argument, _device)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent takes its workers along."""
     parent = multiprocessing.parent_process()
     if parent is not None:

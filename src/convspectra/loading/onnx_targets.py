@@ -23,6 +23,7 @@ from convspectra.loading.onnx_file import (
 from convspectra.loading.onnx_options import convolution_options
 from convspectra.operator import ConvOperator
 from convspectra.targets import Target
+from convspectra.tracing import PADDED
 
 _QUANTISED = "its weight is quantised; give the floating model"
 _RECURRENT = "a recurrence is not a linear map of its input"
@@ -38,7 +39,6 @@ _WEIGHTED = {  # operators with a stored weight that are not taken, and why
     "DeformConv": "its taps move with its input",
 }
 _ONNX_DOMAINS = ("", "ai.onnx")
-_PADDED = "its input is padded by a separate operation"
 
 
 class _PassedOverError(Exception):
@@ -162,7 +162,7 @@ def _with_surroundings(scope: Scope, node: NodeProto, target: Target) -> Target:
     """The target with the padding before it and the batch normalisation after it."""
     notes = []
     if any(_is_padding(scope, name) for name in node.input[:2]):
-        notes.append(_PADDED)
+        notes.append(PADDED)
     output = node.output[0]
     readers = scope.readers.get(output, [])
     norms = [r for r in readers if r.op_type == "BatchNormalization" and r.input[0] == output]
