@@ -118,6 +118,17 @@ def test_a_singular_layer_says_so() -> None:
     assert "25 directions of 75" in report.findings[0].text
 
 
+def test_the_rank_of_a_large_layer_is_counted_in_its_blocks() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(24, 16, 1).double()
+    with torch.no_grad():
+        conv.weight[3:5] = conv.weight[:2] + conv.weight[1:3]
+    example = torch.zeros(1, 24, 60, 60, dtype=torch.float64)
+    layer = cs.audit(nn.Sequential(conv), example).layers[0]
+    assert layer.applied.rank == 14 * 60 * 60
+    assert layer.circular.sigma_max == layer.applied.sigma_max.value
+
+
 def test_a_zero_weight() -> None:
     linear = nn.Linear(4, 3)
     nn.init.zeros_(linear.weight)

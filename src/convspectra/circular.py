@@ -6,16 +6,16 @@ values of the layer itself: docs/mathematics.md, "Circulant embedding".
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from convspectra.batched_lu import lu_factor
 from convspectra.checks import check_type
+from convspectra.circulant import is_circulant
 from convspectra.diagonal import parts
 from convspectra.matrices import DEFAULT_MAX_BYTES
 from convspectra.operator import ConvOperator
@@ -23,13 +23,15 @@ from convspectra.solvers.quadrature import GaussRule, gauss_rules, random_direct
 from convspectra.spectra import normalised
 
 DIRECT_FLOPS = 1.5e9
-DIRECT_ORDER = 128
+DIRECT_ORDER = 64
 """Singular values of matrices up to this order, or this work, are computed at once."""
-FIRST_STEPS = 12
+FIRST_STEPS = 6
 ACCURACY = 1e-5
 """Relative, of squares of singular values."""
 DEFINITE = 1e-8
-"""A Gram matrix with a smallest eigenvalue below this part of its norm does not tell it."""
+"""An LU factor with a pivot below this part of the norm does not tell the smallest value."""
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class CircularExtremes(NamedTuple):
@@ -82,6 +84,16 @@ def circular_operator(op: ConvOperator) -> ConvOperator | str:
     return torus.T if op.transposed else torus
 
 
+def is_circular(op: ConvOperator) -> bool:
+    """Whether the layer is its `circular_operator`, up to shifts."""
+    g = op.geometry
+    axes = zip(g.input_size, g.reach, g.stride, g.padding, strict=True)
+    return is_circulant(op) or all(
+        n % stride == 0 and reach <= stride and padding == (0, 0)
+        for n, reach, stride, padding in axes
+    )
+
+
 def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> CircularExtremes:
     """Largest and smallest singular value and mean log of the circular layer.
 
@@ -89,8 +101,7 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
     -------
     CircularExtremes
         ``(sigma_max, sigma_min, mean_log)``: the values to about 1e-5, relatively; mean_log, the
-        mean of log s over the min(rows, columns) singular values, to rounding, and -inf if one
-        is 0.
+        mean of log s over the min(rows, columns) singular values, to 1e-6, and -inf if one is 0.
 
     Raises
     ------
@@ -121,9 +132,9 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
     largest, smallest, logs = 0.0, 0.0 if zeros else math.inf, 0.0
     for part in found:
         matrices, copies = part.matrices(max_bytes)
-        if matrices.shape[1] < matrices.shape[2]:
+        if matrices.shape[1] > matrices.shape[2]:
             matrices = matrices.mH
-        direct = part.flops <= DIRECT_FLOPS or matrices.shape[2] <= DIRECT_ORDER
+        direct = part.flops <= DIRECT_FLOPS or matrices.shape[1] <= DIRECT_ORDER
         ends = _directly(matrices, copies) if direct else _by_factors(matrices, copies)
         largest, smallest = max(largest, ends.sigma_max), min(smallest, ends.sigma_min)
         logs += ends.mean_log
@@ -138,64 +149,100 @@ def _ends(reach: int, stride: int) -> tuple[int, int]:
 
 
 def _directly(matrices: Tensor, copies: Tensor) -> CircularExtremes:
-    """The extremes of tall matrices, with the sum of all logarithms for their mean."""
+    """The extremes of wide matrices, with the sum of all logarithms for their mean."""
     values = torch.linalg.svdvals(matrices)
-    rounding = matrices.shape[1] * torch.finfo(values.dtype).eps * float(values.amax())
+    rounding = matrices.shape[2] * torch.finfo(values.dtype).eps * float(values.amax())
     smallest = float(values.amin())
     logs = float(copies @ values.log().sum(1)) if smallest > rounding else -math.inf
     return CircularExtremes(float(values.amax()), smallest, logs)
 
 
 def _by_factors(matrices: Tensor, copies: Tensor) -> CircularExtremes:
-    count, rows, order = matrices.shape
-    square = rows == order
-    symmetric = matrices if square else matrices.mH @ matrices
-    single = symmetric.to(torch.complex64 if matrices.is_complex() else torch.float32)
+    if matrices.shape[1] == matrices.shape[2]:
+        return _by_lu(matrices, copies)
+    # Half the time of double precision, which is there for Gram matrices with small eigenvalues.
+    single = _by_cholesky(matrices.to(_single(matrices)), copies)
+    return single or _by_cholesky(matrices, copies) or _directly(matrices, copies)
 
-    def gram(chosen: Tensor, x: Tensor) -> Tensor:
-        some = single if len(chosen) == count else single[chosen]
-        images = some @ x[:, :, None]
-        return (images.mH @ some).conj()[:, 0] if square else images[:, :, 0]
+
+def _by_lu(matrices: Tensor, copies: Tensor) -> CircularExtremes:
+    count, _, order = matrices.shape
+    single = matrices.to(_single(matrices))
+
+    def gram(chosen: Tensor) -> Product:
+        some = _chosen(single, chosen)
+        return lambda x: ((some @ x[:, :, None]).mH @ some).conj()[:, 0]
 
     largest = _largest_eigenvalue(gram, count, order, single) ** 0.5
-    if square:
-        factors, pivots = lu_factor(matrices)
-    else:
-        factors, failed = torch.linalg.cholesky_ex(symmetric)
-        if bool(failed.any()):
-            return _directly(matrices, copies)
+    factors, pivots = lu_factor(matrices)
     diagonal = factors.diagonal(dim1=1, dim2=2).abs()
-    if float(diagonal.amin()) ** 2 <= DEFINITE * largest**2 * (DEFINITE if square else 1):
+    if float(diagonal.amin()) <= DEFINITE * largest:
         return _directly(matrices, copies)
 
-    def inverse(chosen: Tensor, x: Tensor) -> Tensor:
-        every = len(chosen) == count
-        some = factors if every else factors[chosen]
-        if not square:
-            return torch.cholesky_solve(x[:, :, None], some)[:, :, 0]
-        some_pivots = pivots if every else pivots[chosen]
-        y = torch.linalg.lu_solve(some, some_pivots, x[:, :, None], adjoint=True)
-        return torch.linalg.lu_solve(some, some_pivots, y)[:, :, 0]
+    def inverse(chosen: Tensor) -> Product:
+        some, order_of_rows = _chosen(factors, chosen), _chosen(pivots, chosen)
+
+        def product(x: Tensor) -> Tensor:
+            y = torch.linalg.lu_solve(some, order_of_rows, x[:, :, None], adjoint=True)
+            return torch.linalg.lu_solve(some, order_of_rows, y)[:, :, 0]
+
+        return product
 
     smallest = _largest_eigenvalue(inverse, count, order, matrices) ** -0.5
-    if smallest <= (1e-14 if square else DEFINITE**0.5) * largest:
+    if smallest <= 1e-14 * largest:
         return _directly(matrices, copies)
-    return CircularExtremes(largest, smallest, float(copies @ diagonal.log().sum(1)))
+    return CircularExtremes(largest, smallest, float(copies @ diagonal.double().log().sum(1)))
+
+
+def _by_cholesky(matrices: Tensor, copies: Tensor) -> CircularExtremes | None:
+    """Of wide matrices; None where their Gram matrices do not tell the smallest value."""
+    grams = matrices @ matrices.mH
+    count, _, order = grams.shape
+    single = grams.to(_single(grams))
+
+    def gram(chosen: Tensor) -> Product:
+        some = _chosen(single, chosen)
+        return lambda x: (some @ x[:, :, None])[:, :, 0]
+
+    largest = _largest_eigenvalue(gram, count, order, single)
+    factors, failed = torch.linalg.cholesky_ex(grams)
+    diagonal = factors.diagonal(dim1=1, dim2=2).real
+    least = torch.finfo(grams.dtype).eps / ACCURACY * largest
+    if bool(failed.any()) or float(diagonal.amin()) ** 2 <= least:
+        return None
+
+    def inverse(chosen: Tensor) -> Product:
+        some = _chosen(factors, chosen)
+        return lambda x: torch.cholesky_solve(x[:, :, None], some)[:, :, 0]
+
+    smallest = 1 / _largest_eigenvalue(inverse, count, order, grams)
+    if smallest <= least:
+        return None
+    logs = float(copies @ diagonal.double().log().sum(1))
+    return CircularExtremes(largest**0.5, smallest**0.5, logs)
+
+
+def _single(matrices: Tensor) -> torch.dtype:
+    return torch.complex64 if matrices.is_complex() else torch.float32
+
+
+def _chosen(tensors: Tensor, chosen: Tensor) -> Tensor:
+    return tensors if len(chosen) == len(tensors) else tensors[chosen]
 
 
 def _largest_eigenvalue(
-    product: Callable[[Tensor, Tensor], Tensor], count: int, order: int, like: Tensor
+    product: Callable[[Tensor], Product], count: int, order: int, like: Tensor
 ) -> float:
     """The largest eigenvalue of all of `count` positive definite matrices.
 
-    ``product(chosen, x)`` are those of the chosen matrices with one row each. Matrices whose Ritz
-    value with its residual stays below the best one are left out of the next, longer, run.
+    ``product(chosen)`` multiplies the chosen matrices by one row each. Matrices whose Ritz value
+    with its residual stays below the best one are left out of the next, longer, run.
     """
     generator = torch.Generator(device=like.device).manual_seed(0)
     chosen, best, steps = torch.arange(count, device=like.device), 0.0, FIRST_STEPS
     while True:
         start = random_directions(len(chosen), order, like, generator)
-        runs = tridiagonals(functools.partial(product, chosen), start, steps)
+        runs = tridiagonals(product(chosen), start, steps)
         rules = gauss_rules(runs, steps)
         values = torch.tensor([rule.nodes[-1] for rule in rules], device=like.device)
         residuals = torch.tensor([rule.residuals[-1] for rule in rules], device=like.device)
