@@ -11,7 +11,7 @@ from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 
 from convspectra.circulant import CirculantEmbedding, is_circulant
-from convspectra.diagonal import half_frequencies, parts, symbol_shape, symbols_at
+from convspectra.diagonal import half_frequencies, parts, row_grams_at, symbol_shape, symbols_at
 from convspectra.operator import ConvOperator
 
 CIRCULAR = {"padding_mode": "circular"}
@@ -59,6 +59,8 @@ def test_half_of_the_symbols_stand_for_all(layer):
     assert torch.allclose(values.flatten().sort().values, every.sort().values, rtol=1e-10)
     some = symbols_at(op, frequencies[1:3], 2**30)
     assert torch.allclose(some[:2], symbols[1:3], rtol=1e-12)
+    grams = row_grams_at(op, frequencies, 2**30)
+    assert torch.allclose(grams, symbols @ symbols.mH, rtol=1e-12, atol=1e-12 * float(values[0, 0]))
 
 
 def test_work_is_counted_for_every_group_and_symbol():
@@ -72,3 +74,5 @@ def test_symbols_over_max_bytes_are_refused():
     op = CIRCULANTS["1 axis"].operator()
     with pytest.raises(ValueError, match="expected the symbols to take at most"):
         symbols_at(op, half_frequencies(op)[0], 100)
+    with pytest.raises(ValueError, match="expected the Gram matrices of the symbols to take at mo"):
+        row_grams_at(op, half_frequencies(op)[0], 100)

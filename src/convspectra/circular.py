@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from convspectra.batched_lu import lu_factor
 from convspectra.checks import check_type
 from convspectra.circulant import is_circulant
-from convspectra.diagonal import parts
+from convspectra.diagonal import Part, parts, symbol_shape
 from convspectra.matrices import DEFAULT_MAX_BYTES
 from convspectra.operator import ConvOperator
 from convspectra.solvers.quadrature import GaussRule, gauss_rules, random_directions, tridiagonals
@@ -87,10 +89,10 @@ def circular_operator(op: ConvOperator) -> ConvOperator | str:
 def is_circular(op: ConvOperator) -> bool:
     """Whether the layer is its `circular_operator`, up to shifts."""
     g = op.geometry
-    axes = zip(g.input_size, g.reach, g.stride, g.padding, strict=True)
+    axes = zip(g.input_size, g.output_size, g.reach, g.stride, g.padding, strict=True)
     return is_circulant(op) or all(
-        n % stride == 0 and reach <= stride and padding == (0, 0)
-        for n, reach, stride, padding in axes
+        n == stride * outputs and reach <= stride and padding == (0, 0)
+        for n, outputs, reach, stride, padding in axes
     )
 
 
@@ -101,7 +103,8 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
     -------
     CircularExtremes
         ``(sigma_max, sigma_min, mean_log)``: the values to about 1e-5, relatively; mean_log, the
-        mean of log s over the min(rows, columns) singular values, to 1e-6, and -inf if one is 0.
+        mean of log s over the min(rows, columns) singular values, to rounding, and -inf if one is
+        0.
 
     Raises
     ------
@@ -131,11 +134,7 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
     found, zeros = parts(scaled)
     largest, smallest, logs = 0.0, 0.0 if zeros else math.inf, 0.0
     for part in found:
-        matrices, copies = part.matrices(max_bytes)
-        if matrices.shape[1] > matrices.shape[2]:
-            matrices = matrices.mH
-        direct = part.flops <= DIRECT_FLOPS or matrices.shape[1] <= DIRECT_ORDER
-        ends = _directly(matrices, copies) if direct else _by_factors(matrices, copies)
+        ends = _extremes(part, max_bytes)
         largest, smallest = max(largest, ends.sigma_max), min(smallest, ends.sigma_min)
         logs += ends.mean_log
     mean = -math.inf if zeros else logs / min(torus.shape) + exponent * math.log(2)
@@ -148,36 +147,35 @@ def _ends(reach: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+def _extremes(part: Part, max_bytes: int) -> CircularExtremes:
+    """The extremes of a block and the sum of all logarithms of its copies for their mean."""
+    rows, columns = symbol_shape(part.op)
+    if part.flops > DIRECT_FLOPS and min(rows, columns) > DIRECT_ORDER:
+        single, _ = replace(part, op=part.op.with_weight(part.op.weight.float())).grams(max_bytes)
+        largest = _largest_eigenvalue(partial(_product, single), single) ** 0.5
+        del single
+        by_factors = _by_lu if rows == columns else _by_cholesky
+        found = by_factors(part, largest, max_bytes)
+        if found is not None:
+            return found
+    return _directly(*part.matrices(max_bytes))
+
+
 def _directly(matrices: Tensor, copies: Tensor) -> CircularExtremes:
-    """The extremes of wide matrices, with the sum of all logarithms for their mean."""
     values = torch.linalg.svdvals(matrices)
-    rounding = matrices.shape[2] * torch.finfo(values.dtype).eps * float(values.amax())
+    rounding = max(matrices.shape[1:]) * torch.finfo(values.dtype).eps * float(values.amax())
     smallest = float(values.amin())
     logs = float(copies @ values.log().sum(1)) if smallest > rounding else -math.inf
     return CircularExtremes(float(values.amax()), smallest, logs)
 
 
-def _by_factors(matrices: Tensor, copies: Tensor) -> CircularExtremes:
-    if matrices.shape[1] == matrices.shape[2]:
-        return _by_lu(matrices, copies)
-    # Half the time of double precision, which is there for Gram matrices with small eigenvalues.
-    single = _by_cholesky(matrices.to(_single(matrices)), copies)
-    return single or _by_cholesky(matrices, copies) or _directly(matrices, copies)
-
-
-def _by_lu(matrices: Tensor, copies: Tensor) -> CircularExtremes:
-    count, _, order = matrices.shape
-    single = matrices.to(_single(matrices))
-
-    def gram(chosen: Tensor) -> Product:
-        some = _chosen(single, chosen)
-        return lambda x: ((some @ x[:, :, None]).mH @ some).conj()[:, 0]
-
-    largest = _largest_eigenvalue(gram, count, order, single) ** 0.5
+def _by_lu(part: Part, largest: float, max_bytes: int) -> CircularExtremes | None:
+    """Of square matrices; None where a pivot says that they may be singular."""
+    matrices, copies = part.matrices(max_bytes)
     factors, pivots = lu_factor(matrices)
     diagonal = factors.diagonal(dim1=1, dim2=2).abs()
     if float(diagonal.amin()) <= DEFINITE * largest:
-        return _directly(matrices, copies)
+        return None
 
     def inverse(chosen: Tensor) -> Product:
         some, order_of_rows = _chosen(factors, chosen), _chosen(pivots, chosen)
@@ -188,56 +186,44 @@ def _by_lu(matrices: Tensor, copies: Tensor) -> CircularExtremes:
 
         return product
 
-    smallest = _largest_eigenvalue(inverse, count, order, matrices) ** -0.5
+    smallest = _largest_eigenvalue(inverse, matrices) ** -0.5
     if smallest <= 1e-14 * largest:
-        return _directly(matrices, copies)
-    return CircularExtremes(largest, smallest, float(copies @ diagonal.double().log().sum(1)))
+        return None
+    return CircularExtremes(largest, smallest, float(copies @ diagonal.log().sum(1)))
 
 
-def _by_cholesky(matrices: Tensor, copies: Tensor) -> CircularExtremes | None:
-    """Of wide matrices; None where their Gram matrices do not tell the smallest value."""
-    grams = matrices @ matrices.mH
-    count, _, order = grams.shape
-    single = grams.to(_single(grams))
-
-    def gram(chosen: Tensor) -> Product:
-        some = _chosen(single, chosen)
-        return lambda x: (some @ x[:, :, None])[:, :, 0]
-
-    largest = _largest_eigenvalue(gram, count, order, single)
+def _by_cholesky(part: Part, largest: float, max_bytes: int) -> CircularExtremes | None:
+    """Of rectangular matrices; None where their Gram matrices do not tell the smallest value."""
+    grams, copies = part.grams(max_bytes)
     factors, failed = torch.linalg.cholesky_ex(grams)
     diagonal = factors.diagonal(dim1=1, dim2=2).real
-    least = torch.finfo(grams.dtype).eps / ACCURACY * largest
-    if bool(failed.any()) or float(diagonal.amin()) ** 2 <= least:
+    least = largest * (torch.finfo(grams.dtype).eps / ACCURACY) ** 0.5
+    if bool(failed.any()) or float(diagonal.amin()) <= least:
         return None
-
-    def inverse(chosen: Tensor) -> Product:
-        some = _chosen(factors, chosen)
-        return lambda x: torch.cholesky_solve(x[:, :, None], some)[:, :, 0]
-
-    smallest = 1 / _largest_eigenvalue(inverse, count, order, grams)
+    single = torch.complex64 if grams.is_complex() else torch.float32
+    inverses = torch.cholesky_inverse(factors).to(single)
+    smallest = _largest_eigenvalue(partial(_product, inverses), inverses) ** -0.5
     if smallest <= least:
         return None
-    logs = float(copies @ diagonal.double().log().sum(1))
-    return CircularExtremes(largest**0.5, smallest**0.5, logs)
+    return CircularExtremes(largest, smallest, float(copies @ diagonal.log().sum(1)))
 
 
-def _single(matrices: Tensor) -> torch.dtype:
-    return torch.complex64 if matrices.is_complex() else torch.float32
+def _product(matrices: Tensor, chosen: Tensor) -> Product:
+    some = _chosen(matrices, chosen)
+    return lambda x: (some @ x[:, :, None])[:, :, 0]
 
 
 def _chosen(tensors: Tensor, chosen: Tensor) -> Tensor:
     return tensors if len(chosen) == len(tensors) else tensors[chosen]
 
 
-def _largest_eigenvalue(
-    product: Callable[[Tensor], Product], count: int, order: int, like: Tensor
-) -> float:
-    """The largest eigenvalue of all of `count` positive definite matrices.
+def _largest_eigenvalue(product: Callable[[Tensor], Product], like: Tensor) -> float:
+    """The largest eigenvalue of all of several positive definite matrices, of the size of `like`.
 
     ``product(chosen)`` multiplies the chosen matrices by one row each. Matrices whose Ritz value
     with its residual stays below the best one are left out of the next, longer, run.
     """
+    count, _, order = like.shape
     generator = torch.Generator(device=like.device).manual_seed(0)
     chosen, best, steps = torch.arange(count, device=like.device), 0.0, FIRST_STEPS
     while True:
