@@ -130,10 +130,10 @@ def test_the_state_of_a_layer_that_is_followed_holds_its_vectors():
     assert list(reg.state_dict()["layers"].values()) == [None] * 4, "nothing is computed yet"
     reg()
     state = reg.state_dict()["layers"]["a@5x6"]
-    assert state["vectors"].shape == state["directions"].shape == (3, 60)
-    # The guard between the two ends comes out of the steps that follow.
-    norms = torch.linalg.vector_norm(state["vectors"], dim=1)
-    assert torch.allclose(norms, torch.tensor([1.0, 0.0, 1.0]))
+    assert state["vectors"].shape == state["directions"].shape == (2, 60)
+    for name in ("vectors", "change"):
+        norms = torch.linalg.vector_norm(state[name], dim=1)
+        assert torch.allclose(norms, torch.ones_like(norms))
     assert (state["step"], state["failures"]) == (0, 0)
 
 
@@ -265,10 +265,10 @@ def test_the_state_of_other_input_sizes_is_refused():
 @pytest.mark.parametrize(
     ("saved", "loaded", "message"),
     [
-        ("conditioning", "band", "expected a state with 5 singular vectors, got 3"),
-        ("band", "conditioning", "expected a state with 3 singular vectors, got 5"),
-        ("conditioning", "frobenius", "expected a state with 0 singular vectors, got 3"),
-        ("frobenius", "conditioning", "expected a state with 3 singular vectors, got 0"),
+        ("conditioning", "band", "expected a state with 4 singular vectors, got 2"),
+        ("band", "conditioning", "expected a state with 2 singular vectors, got 4"),
+        ("conditioning", "frobenius", "expected a state with 0 singular vectors, got 2"),
+        ("frobenius", "conditioning", "expected a state with 2 singular vectors, got 0"),
     ],
 )
 def test_the_state_of_a_penalty_that_follows_other_values_is_refused(saved, loaded, message):
@@ -291,7 +291,7 @@ def check_move(model: nn.Module, reg: SpectralRegularizer, device: str) -> None:
     assert reg.step_count <= 1
     layers = reg.state_dict()["layers"]
     tensors = [value for value in layers["a@5x6"].values() if isinstance(value, Tensor)]
-    assert len(tensors) == 4
+    assert len(tensors) == 5
     assert all(tensor.device.type == device for tensor in tensors)
     for one, other in zip(reg.report().records(), records, strict=True):
         assert one["sigma_min"] == pytest.approx(other["sigma_min"], rel=1e-5)

@@ -6,6 +6,8 @@ each are index arithmetic on the geometry's tables.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,22 +22,30 @@ def convolve(x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> 
     """The layer without bias: (b, g, *input_size) -> (b, h, *output_size); b may be absent."""
     if geometry.ndim == 0:
         return F.linear(x, weight)
+    result: Tensor = _CONV[geometry.ndim - 1](
+        _padded(x, geometry),
+        weight,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        groups=groups,
+    )
+    return result
+
+
+def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """The input with its padding, as far as the layer reads it."""
     used = [
         (n - 1) * s + r
         for n, s, r in zip(geometry.output_size, geometry.stride, geometry.reach, strict=True)
     ]
     if geometry.padding_mode == "zeros":
         sides = zip(used, geometry.input_size, geometry.padding, strict=True)
-        x = pad([(before, length - n - before) for length, n, (before, _) in sides], x)
-    else:
-        first = x.ndim - geometry.ndim
-        for axis, length in enumerate(used):
-            source = torch.from_numpy(geometry.padded_sources(axis)[:length]).to(x.device)
-            x = x.index_select(first + axis, source)
-    result: Tensor = _CONV[geometry.ndim - 1](
-        x, weight, stride=geometry.stride, dilation=geometry.dilation, groups=groups
-    )
-    return result
+        return pad([(before, length - n - before) for length, n, (before, _) in sides], x)
+    first = x.ndim - geometry.ndim
+    for axis, length in enumerate(used):
+        source = torch.from_numpy(geometry.padded_sources(axis)[:length]).to(x.device)
+        x = x.index_select(first + axis, source)
+    return x
 
 
 def convolve_transpose(y: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
@@ -55,6 +65,38 @@ def convolve_transpose(y: Tensor, weight: Tensor, geometry: ConvGeometry, groups
         shape = (*x.shape[:dim], n, *x.shape[dim + 1 :])
         x = x.new_zeros(shape).index_add(dim, source, x)
     return x
+
+
+def add_weight_gradient(
+    total: Tensor, x: Tensor, y: Tensor, geometry: ConvGeometry, groups: int
+) -> None:
+    """Add the gradient of ``sum(y * convolve(x, weight))`` by the weight to `total`, in place.
+
+    Parameters
+    ----------
+    total : Tensor
+        (h, g / groups, *kernel), contiguous.
+    x, y : Tensor
+        (b, g, *input_size) and (b, h, *output_size).
+
+    Notes
+    -----
+    One product of matrices. For a few arrays in and a large kernel PyTorch's own way takes up to
+    ten times as long. Cost: ``2 b h g / groups prod(k) prod(N_out)`` flops, and the windows of x,
+    ``b g prod(k) prod(N_out)`` numbers.
+    """
+    if geometry.ndim == 0:
+        total.addmm_(y.mT, x)
+        return
+    windows = _padded(x, geometry)
+    axes = zip(geometry.reach, geometry.stride, geometry.dilation, strict=True)
+    for axis, (reach, stride, dilation) in enumerate(axes):
+        windows = windows.unfold(2 + axis, reach, stride)[..., ::dilation]
+    batch, channels = x.shape[:2]
+    windows = windows.unflatten(1, (groups, channels // groups)).movedim(2, 2 + geometry.ndim)
+    columns = windows.movedim(1, 0).reshape(groups, batch * math.prod(geometry.output_size), -1)
+    rows = y.reshape(batch, groups, -1, math.prod(geometry.output_size)).permute(1, 2, 0, 3)
+    total.view(groups, rows.shape[1], -1).baddbmm_(rows.flatten(2), columns)
 
 
 def full_weight(weight: Tensor, groups: int) -> Tensor:

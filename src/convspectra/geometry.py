@@ -8,6 +8,7 @@ matrices and the Frobenius norm all follow from these tables.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,13 +115,9 @@ class ConvGeometry:
         """``|Omega|``: the number of entries of M in which each tap stands, shape kernel_size.
 
         Counted for one (input channel, output channel) pair. Cost: integers per axis, then one
-        outer product.
+        outer product; remembered. The array cannot be written to.
         """
-        counts = np.ones((), dtype=np.int64)
-        for axis in range(self.ndim):
-            per_tap = (self.tap_sources(axis) >= 0).sum(axis=1, dtype=np.int64)
-            counts = np.multiply.outer(counts, per_tap)
-        return counts
+        return _tap_counts(self)
 
     def index_set(self, tap: tuple[int, ...]) -> tuple[IntArray, IntArray]:
         """Omega of one tap: flat (output, input) positions of M, for one pair of channels.
@@ -136,6 +133,16 @@ class ConvGeometry:
             inside = np.logical_and.outer(inside, source >= 0)
         keep = inside.ravel()
         return output_grid[keep], inputs.ravel()[keep]
+
+
+@functools.lru_cache(maxsize=1024)
+def _tap_counts(geometry: ConvGeometry) -> IntArray:
+    counts = np.ones((), dtype=np.int64)
+    for axis in range(geometry.ndim):
+        per_tap = (geometry.tap_sources(axis) >= 0).sum(axis=1, dtype=np.int64)
+        counts = np.multiply.outer(counts, per_tap)
+    counts.flags.writeable = False
+    return counts
 
 
 def conv_geometry(

@@ -1,31 +1,87 @@
-"""Gradients that are known before the backward pass."""
+"""Gradients that are known before the backward pass, or cheap to have in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from convspectra.batched_lu import differentiable_once
+from convspectra.convolution import add_weight_gradient
+from convspectra.matrices import frobenius_form
+from convspectra.operator import ConvOperator
+
+
+class Gradient(Protocol):
+    """A gradient by a weight, with a factor that waits for its one use."""
+
+    def scaled(self, factor: Tensor | float) -> Gradient:
+        """A multiple of it; no entry is touched."""
+
+    def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient itself at this weight, a new tensor."""
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """A gradient by a weight: a tensor, and a factor that waits for its one use."""
+class KnownGradient:
+    """A gradient that was computed."""
 
     tensor: Tensor
     factor: Tensor | float = 1.0
 
-    def scaled(self, factor: Tensor | float) -> Gradient:
-        """A multiple of it; no entry is touched."""
-        return Gradient(self.tensor, self.factor * factor)
+    def scaled(self, factor: Tensor | float) -> KnownGradient:
+        """See `Gradient`."""
+        return KnownGradient(self.tensor, self.factor * factor)
 
-    def product(self, dtype: torch.dtype) -> Tensor:
-        """The gradient itself, a new tensor."""
+    def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Gradient`."""
         return (self.tensor * self.factor).to(dtype)
+
+
+@dataclass(frozen=True)
+class SpectralGradient:
+    """The gradient of ``sum(slopes * s) + square_slope ||M||_F^2 / n`` by the weight of M.
+
+    It is formed in the backward pass: as large as the weight, it would be written twice before.
+
+    Attributes
+    ----------
+    layer : ConvOperator
+        What M is, but for its weight.
+    right, left : Tensor
+        Vectors v, (k, *layer.input_shape), and slopes times unit vectors along M v.
+    square_slope : Tensor, optional
+        0-dim.
+    factor : Tensor or float
+    """
+
+    layer: ConvOperator
+    right: Tensor
+    left: Tensor
+    square_slope: Tensor | None
+    factor: Tensor | float = 1.0
+
+    def scaled(self, factor: Tensor | float) -> SpectralGradient:
+        """See `Gradient`."""
+        return replace(self, factor=self.factor * factor)
+
+    def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Gradient`. Cost: a weight gradient for k arrays."""
+        g = self.layer.geometry
+        weight = weight.detach().to(self.right.dtype)
+        if self.square_slope is None:
+            total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        else:
+            slope = 2 * self.factor * self.square_slope
+            total = frobenius_form(weight, g, min(self.layer.shape), slope)
+        if len(self.right):
+            pair = self.right, self.factor * self.left
+            x, y = reversed(pair) if self.layer.transposed else pair
+            add_weight_gradient(total, x, y, g, self.layer.groups)
+        return total.to(dtype)
 
 
 def give_gradient(
@@ -52,6 +108,7 @@ class _Given(torch.autograd.Function):
             if gradient is None:
                 by_weight.append(None)
                 continue
-            product = gradient.scaled(grad.detach()).product(weight.dtype)
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                product = gradient.scaled(grad.detach()).product(weight, weight.dtype)
             by_weight.append(differentiable_once(product, weight))
         return None, None, *by_weight

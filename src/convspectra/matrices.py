@@ -20,6 +20,8 @@ from convspectra.geometry import ConvGeometry, IntArray
 FloatArray: TypeAlias = npt.NDArray[Any]
 
 DEFAULT_MAX_BYTES = 2 * 2**30
+ENTRIES_AT_ONCE = 1 << 18
+"""A megabyte in single precision: it stays in a cache."""
 
 
 def dense_matrix(
@@ -145,17 +147,43 @@ def _matrix_shape(weight: Tensor, geometry: ConvGeometry, groups: int) -> tuple[
     return rows, weight.shape[1] * groups * math.prod(geometry.input_size)
 
 
-def frobenius_form(weight: Tensor, geometry: ConvGeometry, divisor: int = 1) -> Tensor:
-    """The symmetric form of ||M||_F^2 / divisor applied to the weight: half of its gradient.
+def frobenius_form(
+    weight: Tensor, geometry: ConvGeometry, divisor: int = 1, factor: Tensor | float = 1.0
+) -> Tensor:
+    """The symmetric form of factor ||M||_F^2 / divisor applied to the weight: half its gradient.
 
     Per axis it is the Gram matrix of the taps; for zero padding, |Omega| times the weight.
     """
     if geometry.padding_mode == "zeros":
-        return weight * torch.as_tensor(geometry.tap_counts() / divisor).to(weight)
+        counts = factor * _column_counts(weight, geometry, divisor)
+        return (weight.flatten(1) * counts).view_as(weight)
     for axis in range(geometry.ndim):
         gram = torch.from_numpy(geometry.tap_gram(axis)).to(weight)
         weight = torch.tensordot(weight, gram, dims=([2], [0]))
-    return weight / divisor
+    return weight * (factor / divisor)
+
+
+def _column_counts(weight: Tensor, geometry: ConvGeometry, divisor: int) -> Tensor:
+    """|Omega| / divisor of each column of the flat weight.
+
+    Twice as fast a factor as |Omega| of each tap, which is broadcast over short rows.
+    """
+    counts = torch.as_tensor(geometry.tap_counts() / divisor).to(weight).flatten()
+    return counts.repeat(weight.shape[1])
+
+
+def squared_frobenius_norm_now(weight: Tensor, geometry: ConvGeometry, divisor: int) -> Tensor:
+    """`squared_frobenius_norm` over the divisor, 0-dim, without gradient.
+
+    With zero padding part by part, without another array of the size of the weight.
+    """
+    if geometry.padding_mode != "zeros":
+        return torch.dot(weight.flatten(), frobenius_form(weight, geometry, divisor).flatten())
+    counts = _column_counts(weight, geometry, divisor)
+    total = weight.new_zeros(())
+    for part in weight.flatten(1).split(max(1, ENTRIES_AT_ONCE // max(1, len(counts)))):
+        total += torch.dot(part.flatten(), (part * counts).flatten())
+    return total
 
 
 def squared_frobenius_norm(weight: Tensor, geometry: ConvGeometry) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from convspectra.checks import check_positive_integer
@@ -91,3 +92,16 @@ def objective(name: str, options: Mapping[str, Any]) -> Objective:
         return OBJECTIVES[name](**options)
     except TypeError as error:
         raise ValueError(f"penalty_options of {name!r}: {error}") from error
+
+
+def weighted(
+    objective: Objective, scale: Tensor, mean_square: Tensor, *sigma: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The weighted sum of penalties, and its derivatives by ||M||_F^2 / n and the values."""
+    variables = [x.detach().double().requires_grad_() for x in (mean_square, *sigma)]
+    with torch.enable_grad():
+        square, low, high = variables
+        value = (scale * objective.function(low, high, square)).sum()
+        slopes = torch.autograd.grad(value, variables, allow_unused=True)
+    narrow = (None if slope is None else slope.to(mean_square.dtype) for slope in slopes)
+    return value.detach(), tuple(narrow)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convspectra.checks import check_positive_integer
 from convspectra.division import DEFAULT_GROUP, divide, refuse_sharded
-from convspectra.gradients import Gradient, give_gradient
+from convspectra.gradients import Gradient, KnownGradient, give_gradient
 from convspectra.layers import Layer, Selection, find_layers, is_convolution, selected, unwrapped
 from convspectra.modules import convolution_options
 from convspectra.objectives import OBJECTIVES, objective
@@ -64,7 +64,7 @@ class SpectralRegularizer:
         Keyword arguments of the penalty: ``lower``, ``upper`` and ``k`` of "band", ``k`` of
         "sigma_min" and "sigma_max".
     improve_interval, refresh_interval : int
-        Steps after which the vectors of a layer are improved by one step of LOBPCG, and in which
+        Steps after which the vectors of a layer are improved by one step of tracking, and in which
         every layer is computed exactly once; the layers take turns at both.
     nonfinite : {"raise", "skip"}
         What to do with a layer whose weight is no longer finite: name it in an error, or leave it
@@ -86,7 +86,7 @@ class SpectralRegularizer:
     that is followed, one product with M and one weight gradient for each singular value that the
     penalty reads, some fifteen products divided by improve_interval, all in the dtype of the
     weights (at least float32), and 1 / refresh_interval of an exact computation. Memory: a copy of
-    the weights and six arrays of the input size of each layer. The paper (arXiv 2102.04294) adds
+    the weights and five arrays of the input size of each layer. The paper (arXiv 2102.04294) adds
     such terms to the loss of training.
 
     Examples
@@ -111,7 +111,7 @@ class SpectralRegularizer:
         schedule: Callable[[int], float] | None = None,
         penalty_options: Mapping[str, Any] | None = None,
         improve_interval: int = 4,
-        refresh_interval: int = 1000,
+        refresh_interval: int = 2000,
         nonfinite: str = "raise",
         process_group: Any = DEFAULT_GROUP,
     ) -> None:
@@ -186,7 +186,9 @@ class SpectralRegularizer:
         """
         value, found = self._evaluate(True)
         for weight, gradient in self._everywhere(found):
-            torch.autograd.backward([weight], [gradient.scaled(scale).product(weight.dtype)])
+            torch.autograd.backward(
+                [weight], [gradient.scaled(scale).product(weight, weight.dtype)]
+            )
         return float(value)
 
     def step(self, learning_rate: float) -> float:
@@ -208,9 +210,14 @@ class SpectralRegularizer:
                 "expected weights that are parameters, got one that a parametrization computes; "
                 "use the additive form, loss + reg()"
             )
-        for weight, gradient in self._everywhere(found):
-            with torch.no_grad():
-                weight.sub_(gradient.scaled(learning_rate).product(weight.dtype))
+        # All moves before the first one is made: layers may share a weight.
+        moves = [
+            (weight, gradient.scaled(learning_rate).product(weight, weight.dtype))
+            for weight, gradient in self._everywhere(found)
+        ]
+        with torch.no_grad():
+            for weight, move in moves:
+                weight.sub_(move)
         return float(value)
 
     def refresh(self) -> None:
@@ -221,7 +228,8 @@ class SpectralRegularizer:
     def report(self) -> RegularizerReport:
         """What is known of each layer, with its age and its enclosure; collective.
 
-        A layer that is followed is not computed anew. With a penalty that follows nothing
+        A layer that is followed is not computed anew; its values are those of its vectors after
+        four more steps of tracking, which are not kept. With a penalty that follows nothing
         ("frobenius" is one) the values are None: `refresh` does not change that.
         """
         own = {i: self._terms.report(i, self._step, self._skipped[i]) for i in self._division.own}
@@ -353,13 +361,13 @@ class SpectralRegularizer:
         """Weights and gradients of all ranks on each of them; collective."""
         if self._division.group is None:
             return [(weight, gradient) for weight, gradient in found if gradient is not None]
-        everywhere = []
+        everywhere: list[tuple[Tensor, Gradient]] = []
         for weight, gradient in found:
             dtype = torch.promote_types(torch.float32, weight.dtype)
             own = torch.zeros_like(weight, dtype=dtype)
             if gradient is not None:
-                own = gradient.product(dtype)
-            everywhere.append((weight, Gradient(self._division.total(own))))
+                own = gradient.product(weight, dtype)
+            everywhere.append((weight, KnownGradient(self._division.total(own))))
         return everywhere
 
 

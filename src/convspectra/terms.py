@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convspectra import penalties
 from convspectra.capacitance import is_square_toeplitz
-from convspectra.gradients import Gradient
+from convspectra.gradients import Gradient, KnownGradient
 from convspectra.layers import Layer, is_convolution, named
 from convspectra.objectives import Objective
 from convspectra.operator import ConvOperator, block_diagonal
@@ -98,13 +98,13 @@ class TrackedTerms:
         self._place = {
             i: (stack, position) for stack, kind in self._stacks for position, i in enumerate(kind)
         }
-        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+        self._squares: dict[int, Tensor] = {}
         self._reached = 0
 
     def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
         """See `Terms`."""
         self._squares = {i: self._place[i][0].mean_square(weights[i]) for i in active}
-        return torch.stack([square for square, _ in self._squares.values()]).tolist()
+        return torch.stack(list(self._squares.values())).tolist()
 
     def evaluate(
         self, weights: Sequence[Tensor], factors: dict[int, float], step: int, moving: bool
@@ -131,7 +131,7 @@ class TrackedTerms:
                 {position: self._squares[kind[position]] for position in active},
                 scale,
                 moving=moving,
-                improving=moved and (step + turn) % self._improve_interval == 0,
+                improving=step if moved and (step + turn) % self._improve_interval == 0 else None,
             )
             total = total + found.value
             for position, gradient in zip(active, found.gradients, strict=False):
@@ -209,7 +209,7 @@ class ExactTerms:
                 found = ()
             for i, variable, gradient in itertools.zip_longest(kind, variables, found):
                 found_or_zero = torch.zeros_like(variable) if gradient is None else gradient
-                gradients[i] = Gradient(found_or_zero)
+                gradients[i] = KnownGradient(found_or_zero)
         return total, [gradients[i] for i in factors] if moving else []
 
     def _kinds(self, factors: dict[int, float]) -> list[list[int]]:

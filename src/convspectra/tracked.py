@@ -1,9 +1,12 @@
 """Singular values at the ends of several layers of one kind, followed while their weights move.
 
 Note [Tracking]. Between exact computations the singular vectors are improved by one step of LOBPCG
-after every few changes of the weights. What that can follow is a matter of size: a step of training
-moves M by dM, and no value moves by more than ||dM|| (Weyl), so that values well above ||dM|| are
-followed closely, while the vectors of values below it turn by any angle within one step.
+after every few changes of the weights, in a subspace that also has the direction in which M has
+changed the most since the last exact computation. Steps of training add up to a change of low rank:
+soon the largest value is the one that it made, and the old vectors, of a cluster, do not see it
+come. What can be followed is a matter of size: a step of training moves M by dM, and no value moves
+by more than ||dM|| (Weyl), so that values well above ||dM|| are followed closely, while the vectors
+of values below it turn by any angle within one step.
 Zero-padded layers straight from a random initialisation are of the second kind; those that
 `precondition` left are of the first. In both the value given is ||M v|| for a unit vector v, up to
 rounding a lower bound on sigma_max and an upper bound on sigma_min; the other sides are those of
@@ -13,30 +16,37 @@ the last exact computation, moved by a bound on ||dM||.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convspectra.bounds import tap_norm_bound
-from convspectra.gradients import Gradient
+from convspectra.gradients import Gradient, SpectralGradient
 from convspectra.layers import Layer
-from convspectra.matrices import frobenius_form
+from convspectra.matrices import squared_frobenius_norm_now
 from convspectra.modules import convolution_options
-from convspectra.objectives import Objective
+from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
-from convspectra.solvers.tracking import Ends, improved
+from convspectra.solvers.quadrature import random_directions
+from convspectra.solvers.tracking import Ends, improved, towards_norm
 from convspectra.spectra import svds
 
-GUARDS = 1
-"""Vectors followed besides those asked for at the lower end, where values are close together."""
 REFRESH_TOLERANCE = 1e-3
 """Relative residual of the vectors of an exact computation; values are good to its square."""
+CHANGE_STEPS, YOUNG = 1, 4
+"""Steps of the power method towards the change of a layer at each improvement, and up to which age
+there are `CHANGE_STEPS_WHEN_YOUNG`: the change turns quickly while it is small.
+"""
+CHANGE_STEPS_WHEN_YOUNG = 3
+REPORT_STEPS = 4
+"""Steps of tracking for a report."""
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
+ENDS = tuple(field.name for field in fields(Ends))
 
 
 @dataclass
@@ -104,9 +114,6 @@ class Stack:
                     f"layer {self.layers[0].name!r}: expected k in 1 to {count} = min(op.shape), "
                     f"got {asked}"
                 )
-        self.asked = self.smallest
-        if self.smallest:
-            self.smallest = min(self.smallest + GUARDS, count)
         self.count = count
         self.references = [None] * len(self.layers)
 
@@ -128,7 +135,7 @@ class Stack:
         tall = op.shape[0] >= op.shape[1]
         found = []
         failed = False
-        for end, (count, which) in enumerate(((self.asked, "SM"), (self.largest, "LM"))):
+        for end, (count, which) in enumerate(((self.smallest, "SM"), (self.largest, "LM"))):
             if count == 0:
                 continue
             try:
@@ -142,10 +149,6 @@ class Stack:
             vectors = result.v if tall else result.u
             assert vectors is not None
             found.append(vectors.flatten(1))
-            if which == "SM":  # guards come out of the steps that follow
-                found.append(
-                    vectors.flatten(1).new_zeros(self.smallest - self.asked, found[0].shape[1])
-                )
             lower[end], upper[end] = float(result.lower[0]), float(result.upper[0])
         if failed and reference is not None:
             reference.failures += 1
@@ -160,28 +163,29 @@ class Stack:
         if self.ends is None:
             shape = (len(self.layers), *vectors.shape)
             zeros = torch.zeros(shape, dtype=dtype, device=vectors.device)
-            self.ends = Ends(zeros, zeros.clone(), zeros[:, :, 0] + math.inf)
+            self.ends = Ends(zeros, zeros.clone(), zeros[:, :1].clone(), zeros[:, :, 0].clone())
+        generator = torch.Generator(device=vectors.device).manual_seed(0)
         self.ends.vectors[index] = vectors.to(dtype)
         self.ends.directions[index] = 0
+        self.ends.change[index] = random_directions(1, vectors.shape[1], vectors, generator)
         self.ends.residuals[index] = 0
 
     # --- at every step ---------------------------------------------------------------------------
 
-    def mean_square(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``||M||_F^2 / n`` of one layer, 0-dim, and half its gradient by the weight."""
+    def mean_square(self, weight: Tensor) -> Tensor:
+        """``||M||_F^2 / n`` of one layer, 0-dim."""
         weight = weight.detach().to(working_dtype(weight.dtype))
-        weighted = frobenius_form(weight, self.template.geometry, divisor=self.count)
-        return torch.dot(weight.flatten(), weighted.flatten()), weighted
+        return squared_frobenius_norm_now(weight, self.template.geometry, self.count)
 
     def evaluate(
         self,
         objective: Objective,
         weights: Sequence[Tensor],
-        squares: Mapping[int, tuple[Tensor, Tensor]],
+        squares: Mapping[int, Tensor],
         factors: Sequence[float],
         *,
         moving: bool,
-        improving: bool,
+        improving: int | None,
     ) -> Evaluation:
         """The weighted penalties of some layers, after a step towards their vectors if asked for.
 
@@ -190,36 +194,35 @@ class Stack:
         weights : sequence of Tensor
             Of all the layers.
         squares : mapping
-            What `mean_square` gave for the layers to evaluate, by position; used up.
+            What `mean_square` gave for the layers to evaluate, by position.
         factors : sequence of float
             Of the same layers.
+        improving : int, optional
+            The step, if the vectors are to be improved.
         """
         active = list(squares)
-        mean_square = torch.stack([square for square, _ in squares.values()])
+        mean_square = torch.stack(list(squares.values()))
         scale = mean_square.new_tensor(factors)
-        if self.ends is None:
-            value, (slope,) = _weighted(objective, scale, mean_square)
-            assert slope is not None
-            forms = [form for _, form in squares.values()] if moving else []
-            factors_of_forms = zip(forms, 2 * slope, strict=False)
-            return Evaluation(value, [Gradient(form, factor) for form, factor in factors_of_forms])
-        if self.ends.vectors.device != weights[0].device:
-            self.to(weights[0].device)
-        op = self._stacked([weights[i] for i in active])
-        tall = _tall(op)
-        if improving:
-            self._improve(tall, active)
-        # The vectors that the penalty reads, without guards and without those for the report.
+        tall = _tall(self.template)
+        # The vectors that the penalty reads, without those for the report.
         low, high = objective.smallest, objective.largest
         columns = [*range(low), *range(self.smallest, self.smallest + high)]
-        vectors = self.ends.vectors[active][:, columns]
-        variable = op.weight.requires_grad_()
-        with torch.set_grad_enabled(moving):
-            layer = tall.with_weight(variable, check=False)
-            images = _apply(layer.apply, layer.input_shape, vectors)
-        fixed = images.detach()
-        sigma = torch.linalg.vector_norm(fixed, dim=2)
-        value, slopes = _weighted(objective, scale, mean_square, sigma[:, :low], sigma[:, low:])
+        if self.ends is None:
+            vectors = images = mean_square.new_zeros(len(active), 0, 1)
+        else:
+            if self.ends.vectors.device != weights[0].device:
+                self.to(weights[0].device)
+                tall = _tall(self.template)
+            stacked = _tall(self._stacked([weights[i] for i in active]))
+            with torch.no_grad():
+                if improving is None:
+                    vectors = self.ends.vectors[active][:, columns]
+                    images = _apply(stacked.apply, stacked.input_shape, vectors)
+                else:
+                    images = self._improve(stacked, weights, active, improving)[:, columns]
+                    vectors = self.ends.vectors[active][:, columns]
+        sigma = torch.linalg.vector_norm(images, dim=2)
+        value, slopes = weighted(objective, scale, mean_square, sigma[:, :low], sigma[:, low:])
         if not moving:
             return Evaluation(value, [])
         by_sigma = torch.zeros_like(sigma)
@@ -227,16 +230,25 @@ class Stack:
             if slope is not None:
                 part.copy_(slope)
         by_sigma /= sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
-        (gradient,) = torch.autograd.grad(images, variable, by_sigma[:, :, None] * fixed)
-        parts = list(gradient.chunk(len(active)))
-        if slopes[0] is not None:
-            forms = [form for _, form in squares.values()]
-            for part, form, factor in zip(parts, forms, 2 * slopes[0], strict=True):
-                part.addcmul_(form, factor)
-        return Evaluation(value, [Gradient(part) for part in parts])
+        left = by_sigma[:, :, None] * images
+        return Evaluation(
+            value,
+            [
+                SpectralGradient(
+                    tall,
+                    v.reshape(len(v), *tall.input_shape),
+                    u.reshape(len(u), *tall.output_shape),
+                    None if slopes[0] is None else slopes[0][i],
+                )
+                for i, (v, u) in enumerate(zip(vectors, left, strict=True))
+            ],
+        )
 
     def report(self, index: int, step: int, skipped: int) -> LayerReport:
-        """What is known of one layer now: its values are computed from its vectors in float64."""
+        """What is known of one layer now.
+
+        Its values are those of its vectors after a few more steps in float64, which are not kept.
+        """
         layer, reference, ends = self.layers[index], self.references[index], self.ends
         if reference is None or ends is None:
             return unknown(layer, skipped)
@@ -244,13 +256,16 @@ class Stack:
             return replace(unknown(layer, skipped), failures=reference.failures)
         op = layer.operator()
         op = op.with_weight(op.weight.detach().double())
-        tall = _tall(op)
-        vectors = ends.vectors[index].double()
-        images = tall.apply(vectors.reshape(-1, *tall.input_shape)).flatten(1)
+        change = op.weight - reference.weight.double()
+        part = Ends(*(value[index : index + 1].double() for value in vars(ends).values()))
+        tall, moved = _tall(op), _tall(op.with_weight(change))
+        for _ in range(REPORT_STEPS):
+            direction = towards_norm(*_products(moved), part.change, 1)
+            part, _ = improved(*_products(tall), replace(part, change=direction), self.smallest)
+        vectors = part.vectors[0]
+        images = _apply(tall.apply, tall.input_shape, vectors[None])[0]
         sigma = torch.linalg.vector_norm(images, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
         smallest, largest = (float(sigma[column]) for column in (0, self.smallest))
-        asked = [*range(self.asked), *range(self.smallest, len(sigma))]
-        change = op.weight - reference.weight.double()
         drift = tap_norm_bound(op.with_weight(change)) if bool(change.any()) else 0.0
         rounding = 64 * torch.finfo(torch.float64).eps * largest
         lower = [max(0.0, bound - drift) for bound in reference.lower]
@@ -266,7 +281,7 @@ class Stack:
             sigma_max_upper=upper[1],
             condition=largest / smallest if smallest > 0 else math.inf,
             age=step - reference.step,
-            lost=bool(ends.residuals[index, asked].amax() > LOST),
+            lost=bool(ends.residuals[index].amax() > LOST),
             failures=reference.failures,
             skipped=skipped,
             frozen=is_frozen(layer),
@@ -279,21 +294,29 @@ class Stack:
         ]
         return ops[0] if len(ops) == 1 else block_diagonal(ops)
 
-    def _improve(self, tall: ConvOperator, active: Sequence[int]) -> None:
-        assert self.ends is not None
-        chosen = list(active)
+    def _improve(
+        self, tall: ConvOperator, weights: Sequence[Tensor], active: Sequence[int], step: int
+    ) -> Tensor:
+        """A step of tracking; M on the vectors after it, (active, smallest + largest, m)."""
         ends = self.ends
-        part = Ends(ends.vectors[chosen], ends.directions[chosen], ends.residuals[chosen])
-        with torch.no_grad():
-            part = improved(
-                lambda x: _apply(tall.apply, tall.input_shape, x),
-                lambda y: _apply(tall.apply_adjoint, tall.output_shape, y),
-                part,
-                self.smallest,
-            )
-        ends.vectors[chosen] = part.vectors
-        ends.directions[chosen] = part.directions
-        ends.residuals[chosen] = part.residuals
+        assert ends is not None
+        chosen = list(active)
+        changes, ages = [], []
+        for i in chosen:
+            reference = self.references[i]
+            assert reference is not None
+            changes.append(weights[i].detach() - reference.weight)
+            ages.append(step - reference.step)
+        part = Ends(*(value[chosen] for value in vars(ends).values()))
+        young = min(ages) <= YOUNG
+        change = _tall(self._stacked(changes))
+        direction = towards_norm(
+            *_products(change), part.change, CHANGE_STEPS_WHEN_YOUNG if young else CHANGE_STEPS
+        )
+        part, images = improved(*_products(tall), replace(part, change=direction), self.smallest)
+        for name, value in vars(part).items():
+            getattr(ends, name)[chosen] = value
+        return images
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -314,7 +337,7 @@ class Stack:
             return
         state = dict(state)
         weight = self.template.weight
-        tensors = {name: state.pop(name, None) for name in ("vectors", "directions", "residuals")}
+        tensors = {name: state.pop(name, None) for name in ENDS}
         vectors = tensors["vectors"]
         rows = 0 if vectors is None else len(vectors)
         if rows != self.smallest + self.largest:
@@ -349,23 +372,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _products(op: ConvOperator) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    return (
+        lambda x: _apply(op.apply, op.input_shape, x),
+        lambda y: _apply(op.apply_adjoint, op.output_shape, y),
+    )
+
+
 def _apply(function: Any, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """A layer of `count` groups on (count, k, n): one batch of k."""
     count, k = x.shape[:2]
     batch = x.transpose(0, 1).reshape(k, *shape)
     y: Tensor = function(batch)
     return y.reshape(k, count, -1).transpose(0, 1)
-
-
-def _weighted(
-    objective: Objective, scale: Tensor, mean_square: Tensor, *sigma: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The weighted sum of penalties, and its derivatives by ||M||_F^2 / n and the values."""
-    variables = [x.detach().double().requires_grad_() for x in (mean_square, *sigma)]
-    with torch.enable_grad():
-        empty = variables[0].new_zeros(len(mean_square), 0)
-        low, high = variables[1:] if sigma else (empty, empty)
-        value = (scale * objective.function(low, high, variables[0])).sum()
-        slopes = torch.autograd.grad(value, variables, allow_unused=True)
-    narrow = (None if slope is None else slope.to(mean_square.dtype) for slope in slopes)
-    return value.detach(), tuple(narrow)

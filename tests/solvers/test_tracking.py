@@ -10,7 +10,7 @@ import torch
 from checker import random
 from torch import Tensor
 
-from convspectra.solvers.tracking import DEPENDENT, Ends, improved
+from convspectra.solvers.tracking import DEPENDENT, Ends, improved, towards_norm
 
 BLOCKS = [(1, 0), (0, 1), (1, 1), (2, 2), (3, 2)]
 """Vectors at the lower and at the upper end."""
@@ -42,11 +42,17 @@ def start(matrices: Tensor, block: int, seed: int = 50) -> Ends:
     count, _, n = matrices.shape
     x = random(count, block, n, seed=seed).to(matrices.dtype)
     x = x / x.norm(dim=2, keepdim=True)
-    return Ends(x, torch.zeros_like(x), torch.full_like(x[:, :, 0], math.inf))
+    change = random(count, 1, n, seed=seed + 1).to(matrices.dtype)
+    change = change / change.norm(dim=2, keepdim=True)
+    return Ends(x, torch.zeros_like(x), change, torch.full_like(x[:, :, 0], math.inf))
 
 
 def step(matrices: Tensor, ends: Ends, smallest: int) -> Ends:
-    return improved(lambda x: x @ matrices.mT, lambda y: y @ matrices, ends, smallest)
+    return improved(*products(matrices), ends, smallest)[0]
+
+
+def products(matrices: Tensor):
+    return (lambda x: x @ matrices.mT), (lambda y: y @ matrices)
 
 
 def values(matrices: Tensor, ends: Ends) -> np.ndarray:
@@ -91,7 +97,7 @@ def test_values_only_improve_and_never_pass_the_true_ones(name, smallest, larges
 
 @each_block
 @each_spectrum
-def test_a_step_is_rayleigh_ritz_on_vectors_directions_and_gradients(name, smallest, largest):
+def test_a_step_is_rayleigh_ritz_on_what_is_known_and_new(name, smallest, largest):
     """The same subspace, orthonormalised by NumPy's SVD, and its Ritz values."""
     matrices = with_values(SPECTRA[name])
     ends = start(matrices, smallest + largest)
@@ -99,7 +105,8 @@ def test_a_step_is_rayleigh_ritz_on_vectors_directions_and_gradients(name, small
         a, x = matrices[0].numpy(), ends.vectors[0].numpy()
         images = x @ a.T
         gradient = images @ a - np.square(images).sum(1)[:, None] * x
-        span = np.concatenate([x, ends.directions[0].numpy(), gradient])
+        change = ends.change[0].numpy()
+        span = np.concatenate([x, ends.directions[0].numpy(), gradient, change, change @ a.T @ a])
         span = span / np.linalg.norm(span, axis=1, keepdims=True).clip(1e-300)
         _, size, basis = np.linalg.svd(span, full_matrices=False)
         ritz = np.linalg.svd(basis[size > 1e-6] @ a.T, compute_uv=False)
@@ -133,7 +140,8 @@ def test_directions_are_unit_steps_within_the_subspace():
     """The part of a new vector that is not made of the old ones."""
     matrices = with_values(SPECTRA["simple"])
     first = start(matrices, 2)
-    after = step(matrices, first, 1)
+    after, images = improved(*products(matrices), first, 1)
+    torch.testing.assert_close(images, after.vectors @ matrices.mT)
     torch.testing.assert_close(after.directions.norm(dim=2), torch.ones(1, 2).double())
     for vector, direction in zip(after.vectors[0], after.directions[0], strict=True):
         span = torch.stack([*first.vectors[0], direction]).numpy()
@@ -144,10 +152,7 @@ def test_directions_are_unit_steps_within_the_subspace():
 def test_matrices_side_by_side_do_not_see_each_other():
     matrices = with_values(SPECTRA["simple"], SPECTRA["simple"][:1] * 30, [1e-3] * 29 + [7.0])
     together, smallest = start(matrices, 3), 2
-    alone = [
-        Ends(together.vectors[i : i + 1], together.directions[:1], together.residuals[:1])
-        for i in range(3)
-    ]
+    alone = [Ends(*(value[i : i + 1] for value in vars(together).values())) for i in range(3)]
     for _ in range(3):
         together = step(matrices, together, smallest)
         alone = [step(matrices[i : i + 1], ends, smallest) for i, ends in enumerate(alone)]
@@ -156,7 +161,7 @@ def test_matrices_side_by_side_do_not_see_each_other():
 
 
 def test_products():
-    """A on three blocks and A' on one."""
+    """A on three blocks and A' on one, and on what the change adds."""
     matrices, rows = with_values(SPECTRA["simple"]), [0, 0]
 
     def apply(x: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def test_products():
         return y @ matrices
 
     improved(apply, apply_adjoint, start(matrices, 4), 2)
-    assert rows == [12, 4]
+    assert rows == [14, 5]
 
 
 # --- where the steps lead -------------------------------------------------------------------------
@@ -198,6 +203,32 @@ def test_a_matrix_that_moves_a_little_is_followed():
     assert errors[1] >= 10 * errors[0]
 
 
+def test_a_large_change_of_rank_1_is_seen_at_once():
+    """Its direction is what `towards_norm` finds; a random one leaves the old vectors in place."""
+    matrices = with_values(*[list(np.linspace(0.5, 1.0, 400))] * 2)
+    u, v = (random(2, n, 1, seed=n) for n in (404, 400))
+    change = 2 * u / u.norm(dim=1, keepdim=True) @ (v / v.norm(dim=1, keepdim=True)).mT
+    ends = start(matrices, 2)
+    ends = Ends(
+        ends.vectors,
+        ends.directions,
+        towards_norm(*products(change), ends.change, 1),
+        ends.residuals,
+    )
+    torch.testing.assert_close(ends.change.abs(), v.mT.abs() / v.norm(dim=1, keepdim=True))
+    largest = truth(matrices + change, 0, 1)[:, 0]
+    seen = values(matrices + change, step(matrices + change, ends, 1))[:, 1]
+    np.testing.assert_allclose(seen, largest, rtol=1e-3)
+    blind = values(matrices + change, step(matrices + change, start(matrices, 2), 1))[:, 1]
+    assert (blind < 0.95 * largest).all()
+
+
+def test_no_change_leaves_its_direction():
+    x = start(with_values(SPECTRA["simple"]), 1).change
+    zero = torch.zeros(1, 34, 30, dtype=torch.float64)
+    assert torch.equal(towards_norm(*products(zero), x, 3), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("smallest", "largest"), [(1, 0), (1, 1), (3, 3)])
 def test_one_column(smallest, largest, dtype):
@@ -218,7 +249,8 @@ def test_a_block_that_starts_as_copies_of_one_vector(dtype):
     """A basis of rank 2 for 3 vectors an end: what is missing is zero, and grows in later steps."""
     matrices = with_values(SPECTRA["five"], dtype=dtype)
     ends = start(matrices, 1)
-    ends = Ends(*(value.expand(1, 6, *value.shape[2:]) for value in vars(ends).values()))
+    x = ends.vectors.expand(1, 6, 5)
+    ends = Ends(x, torch.zeros_like(x), ends.vectors, torch.full((1, 6), math.inf))
     ends = step(matrices, ends, 3)
     norms = ends.vectors.norm(dim=2)[0]
     assert norms.isfinite().all()

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Eigenvalues of the Gram matrix of the directions below this are rounding."""
+COLUMNS_AT_ONCE = 4096
+"""A few hundred kilobytes: they stay in a cache."""
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Ends:
         from the smallest singular value, then descending from the largest.
     directions : Tensor
         Of the last step, of the same shape; zero rows where there was none.
+    change : Tensor
+        (count, 1, n), unit rows: what `towards_norm` found of the change of the matrices.
     residuals : Tensor
         ``||A'A x - rho x|| / rho`` of the vectors before the last step, (count, smallest +
         largest); inf where there was none.
@@ -35,16 +42,30 @@ class Ends:
 
     vectors: Tensor
     directions: Tensor
+    change: Tensor
     residuals: Tensor
 
 
+def towards_norm(apply: Product, apply_adjoint: Product, x: Tensor, steps: int) -> Tensor:
+    """Steps of the power method towards the largest singular value; rows in its kernel stay.
+
+    Cost: A and A' on x once a step.
+    """
+    for _ in range(steps):
+        y = _unit(apply_adjoint(apply(x)))
+        x = torch.where(y.any(2, keepdim=True), y, x)
+    return x
+
+
 def improved(
-    apply: Callable[[Tensor], Tensor],
-    apply_adjoint: Callable[[Tensor], Tensor],
-    ends: Ends,
-    smallest: int,
-) -> Ends:
-    """The Rayleigh-Ritz vectors among the vectors, their residuals and their last directions.
+    apply: Product, apply_adjoint: Product, ends: Ends, smallest: int
+) -> tuple[Ends, Tensor]:
+    """The Rayleigh-Ritz vectors in a subspace around the ones at hand, and their images.
+
+    The subspace is that of the vectors, their residuals and their last directions, as in LOBPCG,
+    and of the direction of change, c, with A'A c. A matrix that has gained a large part ``s u c'``
+    since has its new extremes near the span of c and A'u, which the old vectors may know nothing
+    of.
 
     Parameters
     ----------
@@ -55,37 +76,58 @@ def improved(
     smallest : int
         How many of the vectors belong to the smallest singular values.
 
+    Returns
+    -------
+    ends : Ends
+        The change is the same.
+    images : Tensor
+        A on the vectors, (count, smallest + largest, m).
+
     Notes
     -----
-    Cost: A on three blocks of vectors and A' on one, and dense problems of three times the number
-    of vectors, in float64.
+    Cost: A on three blocks of vectors and A' on one, each on two more vectors in all, and dense
+    problems of three times the number of vectors, in float64.
     """
     x = ends.vectors
     block = x.shape[1]
-    basis = torch.cat([x, ends.directions], 1)
-    images = apply(basis)
-    rho = images[:, :block].square().sum(2, keepdim=True)
-    gradient = apply_adjoint(images[:, :block]) - rho * x
-    size = torch.linalg.vector_norm(gradient, dim=2, keepdim=True)
     tiny = torch.finfo(x.dtype).tiny
-    gradient = gradient / size.clamp_min(tiny)
-    basis = torch.cat([basis, gradient], 1)
-    images = torch.cat([images, apply(gradient)], 1)
-    weights, vectors = torch.linalg.eigh(basis.double() @ basis.double().mT)
+    known = torch.cat([x, ends.change, ends.directions], 1)
+    images = apply(known)
+    seen = block + 1
+    adjoint = apply_adjoint(images[:, :seen])
+    rho = images[:, :block].square().sum(2, keepdim=True)
+    residuals = adjoint[:, :block] - rho * x
+    size = torch.linalg.vector_norm(residuals, dim=2, keepdim=True)
+    new = torch.cat([residuals / size.clamp_min(tiny), _unit(adjoint[:, block:])], 1)
+    basis, images = torch.cat([known, new], 1), torch.cat([images, apply(new)], 1)
+    weights, vectors = torch.linalg.eigh(_gram(basis))
     dependent = weights <= DEPENDENT[x.dtype] * weights[:, -1:]
     scale = torch.where(dependent, 0.0, weights.clamp_min(tiny).rsqrt())
     whitening = vectors * scale[:, None, :]
-    projected = whitening.mT @ (images.double() @ images.double().mT) @ whitening
+    projected = whitening.mT @ _gram(images) @ whitening
     lowest = _ritz_vectors(projected, smallest, dependent)
     highest = _ritz_vectors(-projected, block - smallest, dependent)
     coefficients = (whitening @ torch.cat([lowest, highest], 2)).mT.to(x.dtype)
     moved = coefficients.clone()
     moved[:, :, :block] = 0
-    return Ends(
-        vectors=_unit(coefficients @ basis),
+    vectors = coefficients @ basis
+    norms = torch.linalg.vector_norm(vectors, dim=2, keepdim=True).clamp_min(tiny)
+    after = Ends(
+        vectors=vectors / norms,
         directions=_unit(moved @ basis),
+        change=ends.change,
         residuals=(size / rho.clamp_min(tiny)).squeeze(2),
     )
+    return after, coefficients / norms @ images
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Products of all rows with one another in float64, without all of them in float64 at once."""
+    gram = rows.new_zeros(len(rows), rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in rows.split(COLUMNS_AT_ONCE, dim=2):
+        part = part.double()
+        gram += part @ part.mT
+    return gram
 
 
 def _ritz_vectors(matrix: Tensor, count: int, excluded: Tensor) -> Tensor:
