@@ -35,7 +35,7 @@ from experiments.stable_gradients.networks import as_applied
 
 SIZE = 32
 ROUND = 5
-"""Steps that an arm takes in its turn."""
+"""Steps that an arm takes in its turn; the arm that is first moves on by one each time."""
 WEIGHT = 1e-2
 PEER_WEIGHT = 1e-2
 PROJECTION_INTERVAL = 100
@@ -194,8 +194,9 @@ def run(
     look: Callable[[int], None] = lambda step: None,
 ) -> None:
     """All arms to `steps`, in turns; `look` is called between the turns, outside the time."""
-    for first in range(0, steps, ROUND):
-        for arm in arms:
+    for turn, first in enumerate(range(0, steps, ROUND)):
+        start = turn % len(arms)
+        for arm in arms[start:] + arms[:start]:
             for step in range(first, min(first + ROUND, steps)):
                 images, labels = batch(step)
                 arm.seconds.append(timed(partial(arm.step, images, labels))[0])

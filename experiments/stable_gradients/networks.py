@@ -125,10 +125,12 @@ def _without_parametrization(module: nn.Conv2d) -> nn.Conv2d:
         module.kernel_size,
         stride=module.stride,
         padding=module.padding,
+        bias=module.bias is not None,
     )
     with torch.no_grad():
         plain.weight.copy_(module.weight)
-        plain.bias.copy_(module.bias)
+        if module.bias is not None:
+            plain.bias.copy_(module.bias)
     return plain
 
 

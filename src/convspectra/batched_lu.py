@@ -53,7 +53,7 @@ def logabsdet(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
     return result
 
 
-def differentiable_once(gradient: Tensor, anchor: Tensor) -> Tensor:
+def differentiable_once(gradient: Tensor, *anchors: Tensor) -> Tensor:
     """The gradient that a backward pass returns, made to raise if it is differentiated in its turn.
 
     Autograd's own ``once_differentiable`` raises only where the incoming gradient has a graph; a
@@ -62,22 +62,22 @@ def differentiable_once(gradient: Tensor, anchor: Tensor) -> Tensor:
     Parameters
     ----------
     gradient : Tensor
-    anchor : Tensor
-        Any tensor that depends on what the gradient depends on, with its graph.
+    *anchors : Tensor
+        Tensors that together depend on all that the gradient depends on, with their graphs.
     """
     if not torch.is_grad_enabled():
         return gradient
-    result: Tensor = _DifferentiableOnce.apply(gradient, anchor)  # type: ignore[no-untyped-call]
+    result: Tensor = _DifferentiableOnce.apply(gradient, *anchors)  # type: ignore[no-untyped-call]
     return result
 
 
 class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *anchors: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
             "expected at most one derivative, got a second one: the factors or singular vectors "
             "behind this gradient are held fixed, so that its own derivative would be wrong"

@@ -6,13 +6,14 @@ each are index arithmetic on the geometry's tables.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from convspectra.geometry import ConvGeometry
+
+WINDOW_ENTRIES = 1 << 22
+"""Of windows of an input that are copied at once: 16 megabytes in single precision."""
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -81,9 +82,9 @@ def add_weight_gradient(
 
     Notes
     -----
-    One product of matrices. For a few arrays in and a large kernel PyTorch's own way takes up to
-    ten times as long. Cost: ``2 b h g / groups prod(k) prod(N_out)`` flops, and the windows of x,
-    ``b g prod(k) prod(N_out)`` numbers.
+    Products of matrices. For a few arrays in and a large kernel PyTorch's own way takes up to ten
+    times as long. Cost: ``2 b h g / groups prod(k) prod(N_out)`` flops, and the windows of x that
+    belong to some rows of outputs at a time.
     """
     if geometry.ndim == 0:
         total.addmm_(y.mT, x)
@@ -92,11 +93,17 @@ def add_weight_gradient(
     axes = zip(geometry.reach, geometry.stride, geometry.dilation, strict=True)
     for axis, (reach, stride, dilation) in enumerate(axes):
         windows = windows.unfold(2 + axis, reach, stride)[..., ::dilation]
-    batch, channels = x.shape[:2]
-    windows = windows.unflatten(1, (groups, channels // groups)).movedim(2, 2 + geometry.ndim)
-    columns = windows.movedim(1, 0).reshape(groups, batch * math.prod(geometry.output_size), -1)
-    rows = y.reshape(batch, groups, -1, math.prod(geometry.output_size)).permute(1, 2, 0, 3)
-    total.view(groups, rows.shape[1], -1).baddbmm_(rows.flatten(2), columns)
+    # Axes of the windows: groups, b, *N_out, channels of a group, *kernel; those of y likewise.
+    windows = windows.unflatten(1, (groups, -1)).movedim(2, 2 + geometry.ndim).movedim(1, 0)
+    y = y.unflatten(1, (groups, -1)).movedim(0, 2)
+    flat = total.view(groups, y.shape[1], -1)
+    row = windows[:, :, :1].numel()
+    at_once = max(1, WINDOW_ENTRIES // max(1, row))
+    for first in range(0, geometry.output_size[0], at_once):
+        columns = windows[:, :, first : first + at_once].flatten(2 + geometry.ndim)
+        columns = columns.reshape(groups, -1, flat.shape[2])
+        rows = y[:, :, :, first : first + at_once].flatten(2)
+        flat.baddbmm_(rows, columns)
 
 
 def full_weight(weight: Tensor, groups: int) -> Tensor:

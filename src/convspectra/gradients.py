@@ -45,7 +45,8 @@ class KnownGradient:
 class SpectralGradient:
     """The gradient of ``sum(slopes * s) + square_slope ||M||_F^2 / n`` by the weight of M.
 
-    It is formed in the backward pass: as large as the weight, it would be written twice before.
+    It is formed in the backward pass, with the factor that comes then: there is one array of the
+    size of the weight, written once.
 
     Attributes
     ----------
@@ -71,17 +72,18 @@ class SpectralGradient:
     def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Gradient`. Cost: a weight gradient for k arrays."""
         g = self.layer.geometry
-        weight = weight.detach().to(self.right.dtype)
-        if self.square_slope is None:
-            total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        else:
-            slope = 2 * self.factor * self.square_slope
-            total = frobenius_form(weight, g, min(self.layer.shape), slope)
-        if len(self.right):
-            pair = self.right, self.factor * self.left
-            x, y = reversed(pair) if self.layer.transposed else pair
-            add_weight_gradient(total, x, y, g, self.layer.groups)
-        return total.to(dtype)
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            weight = weight.detach().to(self.right.dtype)
+            if self.square_slope is None:
+                total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            else:
+                slope = 2 * self.factor * self.square_slope
+                total = frobenius_form(weight, g, min(self.layer.shape), slope)
+            if len(self.right):
+                pair = self.right, self.factor * self.left
+                x, y = reversed(pair) if self.layer.transposed else pair
+                add_weight_gradient(total, x, y, g, self.layer.groups)
+            return total.to(dtype)
 
 
 def give_gradient(
@@ -108,7 +110,6 @@ class _Given(torch.autograd.Function):
             if gradient is None:
                 by_weight.append(None)
                 continue
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                product = gradient.scaled(grad.detach()).product(weight, weight.dtype)
-            by_weight.append(differentiable_once(product, weight))
+            product = gradient.scaled(grad.detach()).product(weight.detach(), weight.dtype)
+            by_weight.append(differentiable_once(product, weight, grad))
         return None, None, *by_weight

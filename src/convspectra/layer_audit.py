@@ -195,7 +195,10 @@ def _rank(
         return None
     rank = 0.0
     for part in found:
-        matrices, copies = part.matrices(options.max_bytes)
+        try:
+            matrices, copies = part.matrices(options.max_bytes)
+        except ValueError:  # too large
+            return None
         values = torch.linalg.svdvals(matrices)
         rank += float(copies @ (values > math.ldexp(tolerance, -exponent)).sum(1).to(copies))
     return round(rank)
@@ -226,7 +229,10 @@ def _circular(op: ConvOperator, applied: Conditioning, options: AuditOptions) ->
         return Circular(None, None, None, torus)
     if is_circular(op) and applied.log_growth is not None and applied.log_growth_error == 0.0:
         return Circular(applied.sigma_max.value, applied.sigma_min.value, applied.log_growth, "")
-    return Circular(*circular_extremes(op, max_bytes=options.max_bytes), "")
+    try:
+        return Circular(*circular_extremes(op, max_bytes=options.max_bytes), "")
+    except ValueError as error:  # too large
+        return Circular(None, None, None, str(error))
 
 
 def _spectrum(op: ConvOperator, options: AuditOptions) -> Spectrum:

@@ -95,13 +95,12 @@ def objective(name: str, options: Mapping[str, Any]) -> Objective:
 
 
 def weighted(
-    objective: Objective, scale: Tensor, mean_square: Tensor, *sigma: Tensor
+    objective: Objective, scale: Tensor, mean_square: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The weighted sum of penalties, and its derivatives by ||M||_F^2 / n and the values."""
-    variables = [x.detach().double().requires_grad_() for x in (mean_square, *sigma)]
+    variables = [x.detach().double().requires_grad_() for x in (mean_square, low, high)]
     with torch.enable_grad():
-        square, low, high = variables
-        value = (scale * objective.function(low, high, square)).sum()
+        value = (scale * objective.function(variables[1], variables[2], variables[0])).sum()
         slopes = torch.autograd.grad(value, variables, allow_unused=True)
     narrow = (None if slope is None else slope.to(mean_square.dtype) for slope in slopes)
     return value.detach(), tuple(narrow)

@@ -86,8 +86,9 @@ class SpectralRegularizer:
     that is followed, one product with M and one weight gradient for each singular value that the
     penalty reads, some fifteen products divided by improve_interval, all in the dtype of the
     weights (at least float32), and 1 / refresh_interval of an exact computation. Memory: a copy of
-    the weights and five arrays of the input size of each layer. The paper (arXiv 2102.04294) adds
-    such terms to the loss of training.
+    the weights and ``2 (smallest + largest) + 1`` arrays of the smaller side of each layer. On CUDA
+    products of float32 are what ``torch.backends.cudnn.allow_tf32`` makes of them. The paper (arXiv
+    2102.04294) adds such terms to the loss of training.
 
     Examples
     --------
@@ -110,8 +111,8 @@ class SpectralRegularizer:
         layer_weights: LayerWeights | None = None,
         schedule: Callable[[int], float] | None = None,
         penalty_options: Mapping[str, Any] | None = None,
-        improve_interval: int = 4,
-        refresh_interval: int = 2000,
+        improve_interval: int = 6,
+        refresh_interval: int = 4000,
         nonfinite: str = "raise",
         process_group: Any = DEFAULT_GROUP,
     ) -> None:
@@ -162,8 +163,9 @@ class SpectralRegularizer:
 
         Its dtype is that of the weights, but at least float32. Call it once for every optimizer
         step, or in every part of an accumulated batch: the singular vectors move on only when the
-        weights have changed. Without gradients nothing moves on. Under a process group the
-        gradient of the whole sum is the mean over the ranks, as DistributedDataParallel takes it.
+        weights have changed. Without gradients nothing moves on. Call ``backward`` before the
+        optimizer moves the weights. Under a process group the gradient of the whole sum is the mean
+        over the ranks, as DistributedDataParallel takes it.
 
         Raises
         ------
@@ -210,14 +212,14 @@ class SpectralRegularizer:
                 "expected weights that are parameters, got one that a parametrization computes; "
                 "use the additive form, loss + reg()"
             )
-        # All moves before the first one is made: layers may share a weight.
-        moves = [
-            (weight, gradient.scaled(learning_rate).product(weight, weight.dtype))
-            for weight, gradient in self._everywhere(found)
-        ]
-        with torch.no_grad():
-            for weight, move in moves:
-                weight.sub_(move)
+        by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
+        for weight, gradient in self._everywhere(found):
+            by_weight.setdefault(id(weight), []).append((weight, gradient.scaled(learning_rate)))
+        for pairs in by_weight.values():  # a weight may be that of several layers
+            moves = [gradient.product(weight, weight.dtype) for weight, gradient in pairs]
+            with torch.no_grad():
+                for move in moves:
+                    pairs[0][0].sub_(move)
         return float(value)
 
     def refresh(self) -> None:
@@ -229,7 +231,7 @@ class SpectralRegularizer:
         """What is known of each layer, with its age and its enclosure; collective.
 
         A layer that is followed is not computed anew; its values are those of its vectors after
-        four more steps of tracking, which are not kept. With a penalty that follows nothing
+        a few more steps of tracking, which are not kept. With a penalty that follows nothing
         ("frobenius" is one) the values are None: `refresh` does not change that.
         """
         own = {i: self._terms.report(i, self._step, self._skipped[i]) for i in self._division.own}

@@ -37,12 +37,11 @@ from convspectra.spectra import svds
 
 REFRESH_TOLERANCE = 1e-3
 """Relative residual of the vectors of an exact computation; values are good to its square."""
-CHANGE_STEPS, YOUNG = 1, 4
-"""Steps of the power method towards the change of a layer at each improvement, and up to which age
-there are `CHANGE_STEPS_WHEN_YOUNG`: the change turns quickly while it is small.
+YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
+"""The change of a layer turns quickly while it is small: up to this age an improvement takes more
+steps of the power method towards it than one.
 """
-CHANGE_STEPS_WHEN_YOUNG = 3
-REPORT_STEPS = 4
+REPORT_STEPS = 8
 """Steps of tracking for a report."""
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
@@ -164,6 +163,7 @@ class Stack:
             shape = (len(self.layers), *vectors.shape)
             zeros = torch.zeros(shape, dtype=dtype, device=vectors.device)
             self.ends = Ends(zeros, zeros.clone(), zeros[:, :1].clone(), zeros[:, :, 0].clone())
+        # One seed: a layer starts alike whatever is in its stack, and whatever was before.
         generator = torch.Generator(device=vectors.device).manual_seed(0)
         self.ends.vectors[index] = vectors.to(dtype)
         self.ends.directions[index] = 0
@@ -266,7 +266,8 @@ class Stack:
         images = _apply(tall.apply, tall.input_shape, vectors[None])[0]
         sigma = torch.linalg.vector_norm(images, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
         smallest, largest = (float(sigma[column]) for column in (0, self.smallest))
-        drift = tap_norm_bound(op.with_weight(change)) if bool(change.any()) else 0.0
+        changed = bool(change.any())
+        drift = tap_norm_bound(op.with_weight(change)) if changed else 0.0
         rounding = 64 * torch.finfo(torch.float64).eps * largest
         lower = [max(0.0, bound - drift) for bound in reference.lower]
         upper = [bound + drift for bound in reference.upper]
@@ -281,7 +282,7 @@ class Stack:
             sigma_max_upper=upper[1],
             condition=largest / smallest if smallest > 0 else math.inf,
             age=step - reference.step,
-            lost=bool(ends.residuals[index].amax() > LOST),
+            lost=changed and bool(part.residuals.amax() > LOST),
             failures=reference.failures,
             skipped=skipped,
             frozen=is_frozen(layer),
@@ -301,18 +302,20 @@ class Stack:
         ends = self.ends
         assert ends is not None
         chosen = list(active)
-        changes, ages = [], []
+        changes, young = [], []
         for i in chosen:
             reference = self.references[i]
             assert reference is not None
-            changes.append(weights[i].detach() - reference.weight)
-            ages.append(step - reference.step)
+            dtype = working_dtype(weights[i].dtype)
+            changes.append(weights[i].detach().to(dtype) - reference.weight.to(dtype))
+            young.append(step - reference.step <= YOUNG)
         part = Ends(*(value[chosen] for value in vars(ends).values()))
-        young = min(ages) <= YOUNG
-        change = _tall(self._stacked(changes))
-        direction = towards_norm(
-            *_products(change), part.change, CHANGE_STEPS_WHEN_YOUNG if young else CHANGE_STEPS
-        )
+        change = _products(_tall(self._stacked(changes)))
+        direction = towards_norm(*change, part.change, 1)
+        if any(young):  # one by one: what a layer does must not depend on others in its stack
+            more = towards_norm(*change, direction, MORE_STEPS_WHEN_YOUNG)
+            mask = torch.tensor(young, device=more.device)[:, None, None]
+            direction = torch.where(mask, more, direction)
         part, images = improved(*_products(tall), replace(part, change=direction), self.smallest)
         for name, value in vars(part).items():
             getattr(ends, name)[chosen] = value

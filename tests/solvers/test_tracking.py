@@ -223,6 +223,28 @@ def test_a_large_change_of_rank_1_is_seen_at_once():
     assert (blind < 0.95 * largest).all()
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-12])
+def test_a_change_whose_squares_are_too_small_for_the_type(scale):
+    change = scale * with_values(SPECTRA["simple"], dtype=torch.float32)
+    x = start(change, 1).change
+    found = towards_norm(*products(change), x, 1)
+    torch.testing.assert_close(found.norm(dim=2), torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_change_along_a_vector_does_not_disturb_it(end):
+    """Nor does the rounding of what is left of it beside the vector."""
+    matrices = with_values([1e-4, *np.linspace(0.1, 1, 39)], dtype=torch.float32)
+    ends = converge(matrices, 1, 1)
+    before = values(matrices, ends)
+    for _ in range(5):
+        change = ends.vectors[:, end : end + 1] + 1e-4 * random(1, 1, 40).float()
+        change = change / change.norm(dim=2, keepdim=True)
+        ends = Ends(ends.vectors, ends.directions, change, ends.residuals)
+        ends = step(matrices, ends, 1)
+    np.testing.assert_allclose(values(matrices, ends), before, rtol=1e-2)
+
+
 def test_no_change_leaves_its_direction():
     x = start(with_values(SPECTRA["simple"]), 1).change
     zero = torch.zeros(1, 34, 30, dtype=torch.float64)

@@ -37,6 +37,8 @@ FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
+LOOSEST_ESTIMATE = 1e-4
+"""Estimates of relative errors above this are made too early to be trusted."""
 SMALL_BASIS = 4_000_000
 """Numbers in a basis that new vectors are made orthogonal to, all of it."""
 CHUNK = 32
@@ -72,7 +74,8 @@ def lanczos(
     largest : bool
     tol : float
         A pair has converged when its residual is at most ``tol |value|``; with `values_only`, when
-        the error of the value is estimated so: residual^2 over the gap to the next Ritz value.
+        the error of the value is estimated so, or at `LOOSEST_ESTIMATE`, of the value and of the
+        spread of all: residual^2 over the gap to the next Ritz value.
     maxiter : int
         Most steps, k at least; as many vectors of length n are kept.
     like : Tensor
@@ -120,7 +123,12 @@ def lanczos(
         check_at = steps + 1 + steps // 16
         ritz = run.ritz(k)
         errors = ritz.errors(tol) if values_only else ritz.residuals
-        allowed = np.maximum(tol * np.abs(ritz.values[:k]), run.floor)
+        # Beside a multiple of the identity every residual is small, and says nothing.
+        size = np.abs(ritz.values[:k])
+        allowed = tol * size
+        if values_only:
+            allowed = min(tol, LOOSEST_ESTIMATE) * np.minimum(size, ritz.spread)
+        allowed = np.maximum(allowed, run.floor)
         if not reached_at and len(ritz.values) >= k and bool((errors[:k] <= allowed).all()):
             reached_at = steps
         converged = bool(reached_at) or run.exhausted
@@ -154,11 +162,15 @@ def lanczos(
 
 @dataclass(frozen=True)
 class _Ritz:
-    """The first Ritz values, descending, with coefficients in columns."""
+    """The first Ritz values, descending, with coefficients in columns.
+
+    The spread is a lower bound on that of all of them.
+    """
 
     values: FloatArray
     coefficients: FloatArray
     residuals: FloatArray
+    spread: float
 
     def errors(self, tol: float) -> FloatArray:
         """Estimated errors: residual^2 over the gap, or the residual if that is less.
@@ -259,7 +271,8 @@ class _Recurrence:
                 diagonal, beside, select="i", select_range=(order - wanted, order - 1)
             )
         values, vectors = values[::-1], vectors[:, ::-1]
-        return _Ritz(values, vectors, self._betas[-1] * np.abs(vectors[-1]))
+        spread = float(values[0] - diagonal.min())
+        return _Ritz(values, vectors, self._betas[-1] * np.abs(vectors[-1]), spread)
 
     def orthogonalise(self, ritz: _Ritz, k: int, *, whole: bool) -> None:
         """From now on, against the whole basis or the Ritz vectors that have converged."""

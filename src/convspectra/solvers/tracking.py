@@ -37,7 +37,7 @@ class Ends:
         (count, 1, n), unit rows: what `towards_norm` found of the change of the matrices.
     residuals : Tensor
         ``||A'A x - rho x|| / rho`` of the vectors before the last step, (count, smallest +
-        largest); inf where there was none.
+        largest).
     """
 
     vectors: Tensor
@@ -85,20 +85,19 @@ def improved(
 
     Notes
     -----
-    Cost: A on three blocks of vectors and A' on one, each on two more vectors in all, and dense
-    problems of three times the number of vectors, in float64.
+    Cost: A on three blocks of vectors and two more, A' on one block and one more, and dense
+    problems of that order in float64.
     """
     x = ends.vectors
     block = x.shape[1]
     tiny = torch.finfo(x.dtype).tiny
-    known = torch.cat([x, ends.change, ends.directions], 1)
+    known = torch.cat([x, _apart(ends.change, x), _apart(ends.directions, x)], 1)
     images = apply(known)
-    seen = block + 1
-    adjoint = apply_adjoint(images[:, :seen])
-    rho = images[:, :block].square().sum(2, keepdim=True)
-    residuals = adjoint[:, :block] - rho * x
-    size = torch.linalg.vector_norm(residuals, dim=2, keepdim=True)
-    new = torch.cat([residuals / size.clamp_min(tiny), _unit(adjoint[:, block:])], 1)
+    # Residuals of the vectors and of the change; A'A c itself may be all but parallel to c.
+    rho = images[:, : block + 1].square().sum(2, keepdim=True)
+    residuals = apply_adjoint(images[:, : block + 1]) - rho * known[:, : block + 1]
+    size = torch.linalg.vector_norm(residuals[:, :block], dim=2, keepdim=True)
+    new = _unit(residuals)
     basis, images = torch.cat([known, new], 1), torch.cat([images, apply(new)], 1)
     weights, vectors = torch.linalg.eigh(_gram(basis))
     dependent = weights <= DEPENDENT[x.dtype] * weights[:, -1:]
@@ -116,7 +115,7 @@ def improved(
         vectors=vectors / norms,
         directions=_unit(moved @ basis),
         change=ends.change,
-        residuals=(size / rho.clamp_min(tiny)).squeeze(2),
+        residuals=(size / rho[:, :block].clamp_min(tiny)).squeeze(2),
     )
     return after, coefficients / norms @ images
 
@@ -138,5 +137,16 @@ def _ritz_vectors(matrix: Tensor, count: int, excluded: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
+    """The directions of rows; squares of their entries may be too small for the type."""
+    tiny = torch.finfo(rows.dtype).tiny
+    rows = rows / rows.abs().amax(dim=2, keepdim=True).clamp_min(tiny)
     norms = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
-    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)
+    return rows / norms.clamp_min(tiny)
+
+
+def _apart(rows: Tensor, x: Tensor) -> Tensor:
+    """The directions of unit rows less their components along x; 0 where nothing else is left."""
+    rest = rows - (rows @ x.mT) @ x
+    inside = torch.linalg.vector_norm(rest, dim=2, keepdim=True) <= DEPENDENT[x.dtype]
+    rest = _unit(rest.masked_fill(inside, 0.0))
+    return _unit(rest - (rest @ x.mT) @ x)
