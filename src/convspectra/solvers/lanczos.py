@@ -124,10 +124,10 @@ def lanczos(
         ritz = run.ritz(k)
         errors = ritz.errors(tol) if values_only else ritz.residuals
         # Beside a multiple of the identity every residual is small, and says nothing.
-        size = np.abs(ritz.values[:k])
-        allowed = tol * size
+        allowed = tol * np.abs(ritz.values[:k])
         if values_only:
-            allowed = min(tol, LOOSEST_ESTIMATE) * np.minimum(size, ritz.spread)
+            relative = min(tol, LOOSEST_ESTIMATE)
+            allowed = relative * np.minimum(np.abs(ritz.values[:k]), ritz.spread)
         allowed = np.maximum(allowed, run.floor)
         if not reached_at and len(ritz.values) >= k and bool((errors[:k] <= allowed).all()):
             reached_at = steps
