@@ -232,3 +232,13 @@ def test_a_metric_that_is_not_finite_is_refused():
     a, b, _ = pencil(1)
     with pytest.raises(ArithmeticError, match="expected finite products"):
         run_lanczos(a, metric=lambda x: x @ b * math.nan)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_value_alone_beside_a_multiple_of_the_identity(tol, seed):
+    """All residuals are small there from the first step on; that says nothing of the outlier."""
+    matrix = torch.diag(torch.tensor([*np.linspace(0.98, 1.0, 1500), 1.03], dtype=torch.float64))
+    pair = run_lanczos(matrix, seed=seed, tol=tol, values_only=True)
+    assert pair.converged
+    assert float(pair.values[0]) == pytest.approx(1.03, rel=2 * min(tol, 1e-4))
