@@ -27,6 +27,7 @@ from benchmarks.measure import machine, peak_bytes, timed
 from benchmarks.ours import certified
 from benchmarks.peers import circular
 from benchmarks.pretrained import PRETRAINED
+from convspectra.commands.shared import input_shape
 from convspectra.loading import load_targets
 from convspectra.report.output import markdown_table
 from convspectra.targets import Target
@@ -128,16 +129,12 @@ def run(name: str, targets: Iterable[Target], out: Path, console: Console) -> st
     return summary
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split("x"))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("file", nargs="?", type=Path)
     source.add_argument("--package", choices=PRETRAINED)
-    parser.add_argument("--input", type=_shape, help="without the batch, as in 3x224x224")
+    parser.add_argument("--input", type=input_shape, help="without the batch, as in 3x224x224")
     parser.add_argument("--factory", help="package.module:function, for weights without a model")
     parser.add_argument("--name", help="of the files written; the model's unless given")
     parser.add_argument("--threads", type=int, default=2)

@@ -16,7 +16,7 @@ the last exact computation, moved by a bound on ||dM||.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
 from convspectra.solvers.quadrature import random_directions
-from convspectra.solvers.tracking import Ends, improved, towards_norm
+from convspectra.solvers.tracking import Ends, Product, improved, towards_norm
 from convspectra.spectra import svds
 
 REFRESH_TOLERANCE = 1e-3
@@ -375,7 +375,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _products(op: ConvOperator) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _products(op: ConvOperator) -> tuple[Product, Product]:
     return (
         lambda x: _apply(op.apply, op.input_shape, x),
         lambda y: _apply(op.apply_adjoint, op.output_shape, y),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convspectra.commands.shared import input_shape
 from convspectra.report import audit_table, findings
 from convspectra.report.audit_numbers import largest, smallest
 from convspectra.report.audit_record import LayerAudit
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE")
     parser.add_argument(
         "--input",
-        type=_shape,
+        type=input_shape,
         action="append",
         required=True,
         metavar="CxHxW",
@@ -219,13 +220,6 @@ def _judge(rules: list[Rule], report: AuditReport, console: Console) -> int:
             f'"{violation.rule}" {word} at {violation.layer}: {violation.text}', markup=False
         )
     return RULE_VIOLATED if any(violation.certain for violation in found) else 0
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.lower().split("x")
-    if not all(size.isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"expected a shape as in 3x224x224, got {text}")
-    return tuple(map(int, sizes))
 
 
 def _rule(text: str) -> Rule:

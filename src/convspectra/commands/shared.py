@@ -74,3 +74,11 @@ def print_paths(console: Console, paths: Sequence[Path]) -> None:
     """Where something was written."""
     for path in paths:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """The shape that an argument as 3x224x224 says."""
+    sizes = text.lower().split("x")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected a shape as in 3x224x224, got {text}")
+    return tuple(map(int, sizes))
