@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.training --data FOLDER`` trains a ResNet-18 on 32 x 32 images, batch 128, all
 its 3 x 3 layers preconditioned first (once, kept in --cache), by every arm from that same start.
-The arms take turns, a few steps each, so that all see the same machine. Then it compares the
-singular values that are followed with exact ones along the run of ``conditioning``, and the warm
-penalty of one layer with that layer's own forward and backward pass.
+The arms of a group take turns, a step each, in a new random order every time, so that all see the
+same machine. It compares the singular values that are followed with exact ones along the run of
+``conditioning``, and at the end the warm penalty of one layer with that layer's own forward and
+backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -34,8 +37,7 @@ from experiments.stable_gradients.data import load
 from experiments.stable_gradients.networks import as_applied
 
 SIZE = 32
-ROUND = 5
-"""Steps that an arm takes in its turn; the arm that is first moves on by one each time."""
+RATE = 0.01
 WEIGHT = 1e-2
 PEER_WEIGHT = 1e-2
 PROJECTION_INTERVAL = 100
@@ -51,13 +53,13 @@ class Arm:
     network: nn.Sequential
     penalty: Penalty | None = None
     weight_decay: float = 0.0
-    after: Callable[[int], None] = lambda step: None
+    after: Callable[[int], object] = lambda step: None
     seconds: list[float] = field(default_factory=list)
     setup: float = 0.0
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=self.weight_decay
+            self.network.parameters(), lr=RATE, momentum=0.9, weight_decay=self.weight_decay
         )
 
     def step(self, images: Tensor, labels: Tensor) -> None:
@@ -75,18 +77,39 @@ def three_by_threes(network: nn.Module) -> list[nn.Conv2d]:
     return [m for name, m in network.named_modules() if is_three_by_three(name, m)]  # type: ignore[misc]
 
 
-def ours(start: nn.Sequential, example: Tensor, name: str, regularizers: list[Any]) -> Arm:
-    network = copy.deepcopy(start)
-    reg = cs.SpectralRegularizer(
+def regularizer(network: nn.Module, example: Tensor, name: str) -> cs.SpectralRegularizer:
+    return cs.SpectralRegularizer(
         network, example, penalty=name, weight=WEIGHT, include=is_three_by_three
     )
-    regularizers.append(reg)
-    arm = Arm(name, network, reg)
+
+
+def with_conditioning(
+    start: nn.Sequential, example: Tensor
+) -> tuple[list[Arm], cs.SpectralRegularizer]:
+    network = copy.deepcopy(start)
+    reg = regularizer(network, example, "conditioning")
+    arm = Arm("conditioning", network, reg)
     arm.setup = timed(reg)[0]
-    return arm
+    return [plain(start), arm], reg
 
 
-def others(start: nn.Sequential, example: Tensor) -> list[Arm]:
+def plain(start: nn.Sequential) -> Arm:
+    return Arm("plain", copy.deepcopy(start))
+
+
+def with_frobenius(start: nn.Sequential, example: Tensor) -> list[Arm]:
+    """In the loss, apart from it, and what people have in its place."""
+    network, decoupled = copy.deepcopy(start), copy.deepcopy(start)
+    reg = regularizer(decoupled, example, "frobenius")
+    return [
+        plain(start),
+        Arm("frobenius", network, regularizer(network, example, "frobenius")),
+        Arm("frobenius, decoupled", decoupled, after=lambda step: reg.step(RATE)),
+        Arm("weight decay", copy.deepcopy(start), weight_decay=5e-4),
+    ]
+
+
+def peers_of(start: nn.Sequential, example: Tensor) -> list[Arm]:
     def with_penalty(name: str, penalty: Callable[[nn.Conv2d], Tensor]) -> Arm:
         network = copy.deepcopy(start)
         layers = three_by_threes(network)
@@ -112,7 +135,7 @@ def others(start: nn.Sequential, example: Tensor) -> list[Arm]:
                         )
 
     return [
-        Arm("weight decay", copy.deepcopy(start), weight_decay=5e-4),
+        plain(start),
         with_penalty("soft orthogonality", lambda m: peers.soft_orthogonality(m.weight)),
         with_penalty("SRIP", lambda m: peers.srip(m.weight)),
         with_penalty("OCNN", lambda m: peers.convolutional_orthogonality(m.weight, m.stride[0])),
@@ -193,19 +216,36 @@ def run(
     batch: Callable[[int], tuple[Tensor, Tensor]],
     look: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """All arms to `steps`, in turns; `look` is called between the turns, outside the time."""
-    for turn, first in enumerate(range(0, steps, ROUND)):
-        start = turn % len(arms)
-        for arm in arms[start:] + arms[:start]:
-            for step in range(first, min(first + ROUND, steps)):
-                images, labels = batch(step)
-                arm.seconds.append(timed(partial(arm.step, images, labels))[0])
-        look(first + ROUND)
+    """All arms to `steps`; `look` is called after every step, outside the time."""
+    order = random.Random(0)
+    for step in range(steps):
+        images, labels = batch(step)
+        for arm in order.sample(arms, len(arms)):
+            arm.seconds.append(timed(partial(arm.step, images, labels))[0])
+        look(step + 1)
+
+
+def row(arm: Arm, plain: Arm, example: Tensor) -> dict[str, Any]:
+    """The times of an arm beside those of `plain` of its group, and where it ended."""
+    values = exact(arm.network, example)
+    mean = statistics.mean(plain.seconds)
+    more = [one - other for one, other in zip(arm.seconds, plain.seconds, strict=True)]
+    return {
+        "arm": arm.name,
+        "steps": len(arm.seconds),
+        "seconds a step": statistics.mean(arm.seconds),
+        "ratio": statistics.mean(arm.seconds) / mean,
+        "standard error": statistics.stdev(more) / math.sqrt(len(more)) / mean,
+        "median ratio": statistics.median(arm.seconds) / statistics.median(plain.seconds),
+        "first call": arm.setup,
+        "sigma_max": max(largest for largest, _ in values),
+        "sigma_min": min(smallest for _, smallest in values),
+    }
 
 
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    columns = ("steps", "seconds a step", "ratio", "median ratio", "first call", "sigma_max")
+    columns = [name for name in result["rows"][0] if name != "arm"]
     lines = [
         "# What a penalty costs in training",
         "",
@@ -214,14 +254,15 @@ def page(result: dict[str, Any]) -> str:
         f"Made by `{result['command']}`.",
         "",
         "Ratios are to `plain` of the same group, which takes turns with it; `ratio` is of the "
-        "means, refreshes included, `first call` in seconds is not in it. Singular values are the "
-        "worst over the layers at the end, exact ones.",
+        "means, refreshes included, with its standard error from the differences of single steps; "
+        "`first call` in seconds is not in it. Singular values are the worst over the layers at "
+        "the end, exact ones.",
         "",
-        f"| arm | {' | '.join(columns)} | sigma_min |",
-        "|" + "---|" * (len(columns) + 2),
+        f"| arm | {' | '.join(columns)} |",
+        "|" + "---|" * (len(columns) + 1),
     ]
     for row in result["rows"]:
-        cells = (f"{row[c]:.4g}" for c in (*columns, "sigma_min"))
+        cells = (f"{row[column]:.4g}" for column in columns)
         lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -248,8 +289,9 @@ def page(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200, help="of plain and of conditioning")
-    parser.add_argument("--other-steps", type=int, default=20, help="of every other arm")
+    parser.add_argument("--steps", type=int, default=200, help="with conditioning")
+    parser.add_argument("--frobenius-steps", type=int, default=100, help="with frobenius")
+    parser.add_argument("--peer-steps", type=int, default=20, help="with what others use")
     parser.add_argument("--check", type=int, default=20, help="steps between exact computations")
     parser.add_argument("--from-scratch", action="store_true", help="do not precondition")
     parser.add_argument("--cache", type=Path, default=Path("out/resnet18.pt"))
@@ -266,42 +308,23 @@ def main() -> None:
         return x.expand(-1, 3, -1, -1), images.train_labels[chosen]
 
     start = resnet18() if options.from_scratch else preconditioned(example, options.cache)
-    regularizers: list[cs.SpectralRegularizer] = []
-    plain = Arm("plain", copy.deepcopy(start))
-    arms = [plain, ours(start, example, "conditioning", regularizers)]
+    arms, reg = with_conditioning(start, example)
     checks: list[dict[str, float]] = []
     console = Console()
 
     def look(step: int) -> None:
         if step % options.check == 0:
-            checks.append({"step": step, **errors(regularizers[0], arms[1].network, example)})
+            checks.append({"step": step, **errors(reg, arms[1].network, example)})
             console.print(checks[-1])
 
     run(arms, options.steps, batch, look)
-    rivals = [
-        Arm("plain", copy.deepcopy(start)),
-        ours(start, example, "frobenius", regularizers),
-        *others(start, example),
-    ]
-    run(rivals, options.other_steps, batch)
+    frobenius, peers = with_frobenius(start, example), peers_of(start, example)
+    run(frobenius, options.frobenius_steps, batch)
+    run(peers, options.peer_steps, batch)
     rows = []
-    for group in (arms, rivals):
-        reference = sum(group[0].seconds)
+    for group in (arms, frobenius, peers):
         for arm in group:
-            values = exact(arm.network, example)
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "steps": len(arm.seconds),
-                    "seconds a step": sum(arm.seconds) / len(arm.seconds),
-                    "ratio": sum(arm.seconds) / reference,
-                    "median ratio": statistics.median(arm.seconds)
-                    / statistics.median(group[0].seconds),
-                    "first call": arm.setup,
-                    "sigma_max": max(largest for largest, _ in values),
-                    "sigma_min": min(smallest for _, smallest in values),
-                }
-            )
+            rows.append(row(arm, group[0], example))
             console.print(rows[-1])
     result = {
         "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),

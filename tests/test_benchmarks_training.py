@@ -8,7 +8,6 @@ import torch
 from strategies import one_thread as one_thread
 from torch import nn
 
-import convspectra as cs
 from benchmarks import training
 from benchmarks.resnet18 import is_three_by_three, resnet18
 
@@ -42,22 +41,22 @@ def test_resnet18_has_the_layers_of_the_paper():
 def test_every_arm_trains_from_the_same_start_and_takes_its_turns():
     start = network()
     kept = copy.deepcopy(start.state_dict())
-    regularizers: list[cs.SpectralRegularizer] = []
+    ours, reg = training.with_conditioning(start, EXAMPLE)
     arms = [
-        training.Arm("plain", copy.deepcopy(start)),
-        training.ours(start, EXAMPLE, "conditioning", regularizers),
-        *training.others(start, EXAMPLE),
+        *ours,
+        *training.with_frobenius(start, EXAMPLE)[1:],
+        *training.peers_of(start, EXAMPLE)[1:],
     ]
     looks: list[int] = []
     training.run(arms, 7, batch, looks.append)
-    assert looks == [5, 10]
+    assert looks == [1, 2, 3, 4, 5, 6, 7]
     assert all(len(arm.seconds) == 7 for arm in arms)
-    assert len({arm.name for arm in arms}) == 8
+    assert len({arm.name for arm in arms}) == 10
     assert all(torch.equal(value, kept[name]) for name, value in start.state_dict().items())
     ends = [training.exact(arm.network, EXAMPLE) for arm in arms]
-    assert len({tuple(end) for end in map(tuple, ends)}) == 8, "no arm does what another does"
+    assert len({tuple(end) for end in map(tuple, ends)}) == 10, "no arm does what another does"
     assert all(largest > smallest > 0 for end in ends for largest, smallest in end)
-    checked = training.errors(regularizers[0], arms[1].network, EXAMPLE)
+    checked = training.errors(reg, arms[1].network, EXAMPLE)
     assert checked["outside"] == 0
     assert checked["sigma_max"] < 0.05
 
@@ -68,6 +67,7 @@ def test_the_page_has_every_row():
             "steps",
             "seconds a step",
             "ratio",
+            "standard error",
             "median ratio",
             "first call",
             "sigma_max",
@@ -87,6 +87,6 @@ def test_the_page_has_every_row():
         "one layer": {"layer": 20.0, "penalty": 10.0},
     }
     lines = training.page(result).splitlines()
-    assert "| SRIP | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 | 1.25 |" in lines
+    assert "| SRIP" + 8 * " | 1.25" + " |" in lines
     assert "| 20 | 0.001 | 0.002 | 0 | 0.5 | 1.5 |" in lines
     assert any("a command" in line for line in lines)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convspectra.batched_lu import differentiable_once
 from convspectra.convolution import add_weight_gradient
-from convspectra.matrices import frobenius_form
+from convspectra.matrices import frobenius_form, subtract_frobenius_form
 from convspectra.operator import ConvOperator
 
 
@@ -23,6 +23,9 @@ class Gradient(Protocol):
 
     def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient itself at this weight, a new tensor."""
+
+    def descend(self, weight: Tensor) -> None:
+        """Subtract the gradient at this weight from it, in place."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class KnownGradient:
     def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Gradient`."""
         return (self.tensor * self.factor).to(dtype)
+
+    def descend(self, weight: Tensor) -> None:
+        """See `Gradient`."""
+        weight.sub_(self.product(weight, weight.dtype))
 
 
 @dataclass(frozen=True)
@@ -71,19 +78,37 @@ class SpectralGradient:
 
     def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Gradient`. Cost: a weight gradient for k arrays."""
-        g = self.layer.geometry
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             weight = weight.detach().to(self.right.dtype)
             if self.square_slope is None:
                 total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
             else:
-                slope = 2 * self.factor * self.square_slope
-                total = frobenius_form(weight, g, min(self.layer.shape), slope)
-            if len(self.right):
-                pair = self.right, self.factor * self.left
-                x, y = reversed(pair) if self.layer.transposed else pair
-                add_weight_gradient(total, x, y, g, self.layer.groups)
+                total = frobenius_form(weight, self.layer.geometry, *self._square_factors())
+            self._add_products(total, self.factor)
             return total.to(dtype)
+
+    def descend(self, weight: Tensor) -> None:
+        """See `Gradient`. Cost: as `product`, without an array of the size of the weight.
+
+        On a CPU most of the time of `product` is that the system hands out such an array.
+        """
+        if weight.dtype != self.right.dtype or not weight.is_contiguous():
+            weight.sub_(self.product(weight, weight.dtype))
+            return
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if self.square_slope is not None:
+                subtract_frobenius_form(weight, self.layer.geometry, *self._square_factors())
+            self._add_products(weight, -self.factor)
+
+    def _square_factors(self) -> tuple[int, Tensor | float]:
+        assert self.square_slope is not None
+        return min(self.layer.shape), 2 * self.factor * self.square_slope
+
+    def _add_products(self, total: Tensor, factor: Tensor | float) -> None:
+        if len(self.right):
+            pair = self.right, factor * self.left
+            x, y = reversed(pair) if self.layer.transposed else pair
+            add_weight_gradient(total, x, y, self.layer.geometry, self.layer.groups)
 
 
 def give_gradient(

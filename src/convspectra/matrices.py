@@ -163,6 +163,17 @@ def frobenius_form(
     return weight * (factor / divisor)
 
 
+def subtract_frobenius_form(
+    weight: Tensor, geometry: ConvGeometry, divisor: int, factor: Tensor | float
+) -> None:
+    """Subtract `frobenius_form` from a contiguous weight, in place."""
+    if geometry.padding_mode == "zeros":
+        flat = weight.flatten(1)
+        flat.addcmul_(flat, factor * _column_counts(weight, geometry, divisor), value=-1)
+    else:
+        weight.sub_(frobenius_form(weight, geometry, divisor, factor))
+
+
 def _column_counts(weight: Tensor, geometry: ConvGeometry, divisor: int) -> Tensor:
     """|Omega| / divisor of each column of the flat weight.
 

@@ -215,11 +215,14 @@ class SpectralRegularizer:
         by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
         for weight, gradient in self._everywhere(found):
             by_weight.setdefault(id(weight), []).append((weight, gradient.scaled(learning_rate)))
-        for pairs in by_weight.values():  # a weight may be that of several layers
-            moves = [gradient.product(weight, weight.dtype) for weight, gradient in pairs]
-            with torch.no_grad():
-                for move in moves:
-                    pairs[0][0].sub_(move)
+        with torch.no_grad():
+            for pairs in by_weight.values():
+                weight, gradient = pairs[0]
+                # A weight may be that of several layers: all their gradients are of where it is.
+                others = [other.product(weight, weight.dtype) for _, other in pairs[1:]]
+                gradient.descend(weight)
+                for other in others:
+                    weight.sub_(other)
         return float(value)
 
     def refresh(self) -> None:

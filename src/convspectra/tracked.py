@@ -41,8 +41,10 @@ YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
 """The change of a layer turns quickly while it is small: up to this age an improvement takes more
 steps of the power method towards it than one.
 """
-REPORT_STEPS = 8
-"""Steps of tracking for a report."""
+REPORT_STEPS, SETTLED = 50, 1e-4
+"""Steps of tracking for a report: at most so many, until a step changes no value by more than this
+part of it.
+"""
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
 ENDS = tuple(field.name for field in fields(Ends))
@@ -259,10 +261,17 @@ class Stack:
         change = op.weight - reference.weight.double()
         part = Ends(*(value[index : index + 1].double() for value in vars(ends).values()))
         tall, moved = _tall(op), _tall(op.with_weight(change))
+        sigma = torch.zeros_like(part.residuals)
         for _ in range(REPORT_STEPS):
+            before = sigma
             direction = towards_norm(*_products(moved), part.change, 1)
-            part, _ = improved(*_products(tall), replace(part, change=direction), self.smallest)
-        vectors = part.vectors[0]
+            part, images = improved(
+                *_products(tall), replace(part, change=direction), self.smallest
+            )
+            sigma = torch.linalg.vector_norm(images, dim=2)
+            if bool(((sigma - before).abs() <= SETTLED * sigma).all()):
+                break
+        vectors = part.vectors[0]  # The bound is that of a product with them, not of a combination.
         images = _apply(tall.apply, tall.input_shape, vectors[None])[0]
         sigma = torch.linalg.vector_norm(images, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
         smallest, largest = (float(sigma[column]) for column in (0, self.smallest))
