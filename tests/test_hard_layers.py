@@ -220,8 +220,9 @@ def test_padding_modes_are_not_taken_for_zeros(mode, size, stride):
     for layer in (zeros, other):
         check_ends(layer.operator(), layer.values())
     for value in (cs.sigma_max, cs.sigma_min):
-        ratio = value(other.operator()) / value(zeros.operator())
-        assert abs(ratio - 1) > 1e-4, f"{value.__name__} ignores {mode}"
+        ours, theirs = value(other.operator()), value(zeros.operator())
+        singular = ours == theirs == 0  # four filters on one channel, a stride of 2
+        assert singular or abs(ours / theirs - 1) > 1e-4, f"{value.__name__} ignores {mode}"
 
 
 @pytest.mark.parametrize("order", [12, 1000])

@@ -11,7 +11,8 @@ import torch
 from convspectra.circular import circular_extremes, circular_operator, is_circular
 from convspectra.convolution import scaled_outputs
 from convspectra.density import spectral_density
-from convspectra.diagonal import parts
+from convspectra.dependent import without_dependent_channels
+from convspectra.diagonal import Part, parts
 from convspectra.inverse import logabsdet
 from convspectra.matrices import DEFAULT_MAX_BYTES
 from convspectra.operator import ConvOperator
@@ -26,13 +27,17 @@ from convspectra.spectra import SVDResult, frobenius_norm, normalised, svds
 from convspectra.targets import Target
 
 TOLERANCE = 1e-6
-"""Relative, of sigma_max and sigma_min."""
+"""Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
+then is told from it no better. The enclosures hold in any case.
+"""
 EXACT_WORK = 2e10
 """Flops up to which a dense factorisation is taken for what no faster way gives: about a second."""
 GROWTH_COMPONENTS, GROWTH_STEPS = 25_000, 24
 """Of the stochastic Lanczos quadrature for the mean logarithm of large rectangular layers: numbers
 drawn for all random vectors, which makes its error about 0.003, and steps from each.
 """
+
+_FAILURES = (ValueError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,16 @@ def audit_layer(
     if op is not None:
         try:
             found = _computed(found, op, target, options)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
+        except _FAILURES as error:
             found = replace(found, skipped=str(error).splitlines()[0])
     return replace(found, seconds=time.perf_counter() - start)
 
 
 def described(target: Target) -> LayerAudit:
     """What is known of a layer before anything is computed."""
-    blank = LayerAudit(target.name, target.type, skipped=target.skipped, notes=target.notes)
+    blank = LayerAudit(
+        target.name, target.type, skipped=target.skipped, notes=target.notes, uses=target.uses
+    )
     op = target.operator
     if op is None:
         return blank
@@ -117,14 +124,26 @@ def _computed(
 ) -> LayerAudit:
     op = op.with_weight(op.weight.detach().double())
     applied = conditioning(op, options)
-    found = replace(found, applied=applied, circular=_circular(op, applied, options))
+    torus = circular_operator(op)
+    found = replace(found, applied=applied, circular=_circular(op, torus, applied, options))
     if options.fold and target.scale is not None:
-        scale = target.scale.to(op.weight)
-        folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
-        found = replace(found, folded=conditioning(folded, options))
+        try:
+            scale = target.scale.to(op.weight)
+            folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
+            found = replace(found, folded=conditioning(folded, options))
+        except _FAILURES as error:
+            found = _noted(found, "with its batch normalisation", error)
     if options.spectrum:
-        found = replace(found, spectrum=_spectrum(op, options))
+        try:
+            found = replace(found, spectrum=_spectrum(op, torus, options))
+        except _FAILURES as error:
+            found = _noted(found, "its spectrum", error)
     return found
+
+
+def _noted(found: LayerAudit, what: str, error: Exception) -> LayerAudit:
+    reason = str(error).splitlines()[0]
+    return replace(found, notes=(*found.notes, f"{what}: not computed, {reason}"))
 
 
 def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:
@@ -184,23 +203,37 @@ def _dense_is_affordable(op: ConvOperator, options: AuditOptions) -> bool:
 def _rank(
     op: ConvOperator, sigma_min: Certified, tolerance: float, options: AuditOptions
 ) -> int | None:
-    """Singular values above the tolerance, counted in the independent blocks of the layer."""
+    """Singular values above the tolerance, counted in the independent blocks of the layer.
+
+    Where these are too large: all those of the layer without the channels that depend on others, if
+    its smallest one is above.
+    """
     if sigma_min.lower > tolerance:
         return min(op.shape)
     scaled, exponent = normalised(op)
     if exponent is None:
         return 0
+    scaled_tolerance = math.ldexp(tolerance, -exponent)
     found, _ = parts(scaled)
-    if sum(part.flops for part in found) > EXACT_WORK:
+    if sum(part.flops for part in found) <= EXACT_WORK:
+        return _counted(found, scaled_tolerance, options.max_bytes)
+    direct = scaled.T if scaled.transposed else scaled
+    independent = without_dependent_channels(direct)
+    if independent is direct:
         return None
+    smallest = svds(independent, 1, "SM", return_singular_vectors=False, tol=TOLERANCE)
+    return min(independent.shape) if float(smallest.lower[0]) > scaled_tolerance else None
+
+
+def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
     rank = 0.0
     for part in found:
         try:
-            matrices, copies = part.matrices(options.max_bytes)
+            matrices, copies = part.matrices(max_bytes)
         except ValueError:  # too large
             return None
         values = torch.linalg.svdvals(matrices)
-        rank += float(copies @ (values > math.ldexp(tolerance, -exponent)).sum(1).to(copies))
+        rank += float(copies @ (values > tolerance).sum(1).to(copies))
     return round(rank)
 
 
@@ -209,11 +242,13 @@ def _log_growth(
 ) -> tuple[float | None, float, str]:
     """The mean of log s, its error, and how it was computed."""
     count = min(op.shape)
+    if singular:
+        return -math.inf, 0.0, "sigma_min is 0 to working precision"
     for result in results:
         if result.logabsdet is not None:
             return result.logabsdet / count, 0.0, result.method
-    if singular:
-        return -math.inf, 0.0, "sigma_min is 0"
+    if not all(result.converged for result in results):
+        return None, 0.0, "sigma_min did not converge"
     if _dense_is_affordable(op, options):
         total = float(logabsdet(op, max_bytes=options.max_bytes))
         return total / count, 0.0, "QR"
@@ -223,8 +258,9 @@ def _log_growth(
     return density.mean_log, density.mean_log_error, method
 
 
-def _circular(op: ConvOperator, applied: Conditioning, options: AuditOptions) -> Circular:
-    torus = circular_operator(op)
+def _circular(
+    op: ConvOperator, torus: ConvOperator | str, applied: Conditioning, options: AuditOptions
+) -> Circular:
     if isinstance(torus, str):
         return Circular(None, None, None, torus)
     if is_circular(op) and applied.log_growth is not None and applied.log_growth_error == 0.0:
@@ -235,15 +271,16 @@ def _circular(op: ConvOperator, applied: Conditioning, options: AuditOptions) ->
         return Circular(None, None, None, str(error))
 
 
-def _spectrum(op: ConvOperator, options: AuditOptions) -> Spectrum:
+def _spectrum(op: ConvOperator, torus: ConvOperator | str, options: AuditOptions) -> Spectrum:
     density = spectral_density(op, max_bytes=options.max_bytes)
     circular: tuple[float, ...] = ()
-    if not isinstance(circular_operator(op), str):
+    if not isinstance(torus, str):
         circular = spectral_density(op, edges=density.edges, method="circular").fractions
+    quadrature = f"stochastic Lanczos quadrature, probes {density.probes}"
     return Spectrum(
         edges=density.edges,
         fractions=density.fractions,
         errors=density.errors,
         circular=circular,
-        method=density.method,
+        method=density.method.replace("quadrature", quadrature),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convspectra.assembly import layer_triplets
 from convspectra.checks import check_choice, check_type
+from convspectra.dependent import zero_triplets
 from convspectra.matrices import DEFAULT_MAX_BYTES, squared_frobenius_norm
 from convspectra.operator import ConvOperator
 from convspectra.request import Request
@@ -195,7 +196,13 @@ def svds(
         )
 
     direct = scaled.T if scaled.transposed else scaled
-    triplets, method = layer_triplets(direct, k, largest, return_singular_vectors, method, request)
+    zeros = zero_triplets(direct, k) if values_only and not largest and method == "auto" else None
+    if zeros is not None:
+        triplets, method = zeros, "structure"
+    else:
+        triplets, method = layer_triplets(
+            direct, k, largest, return_singular_vectors, method, request
+        )
     if scaled.transposed:
         triplets = triplets.transposed()
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
