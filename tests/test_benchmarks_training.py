@@ -82,11 +82,11 @@ def test_the_page_has_every_row():
         "start": "preconditioned",
         "rows": [{"arm": "plain"} | row, {"arm": "SRIP"} | row],
         "checks": [
-            {"step": 20, "sigma_max": 1e-3, "sigma_min": 2e-3, "outside": 0, "a": 0.5, "b": 1.5}
+            {"step": 20, "a": 1e-3, "b": 2e-3, "c": 0.01, "d": 0.02, "outside": 0, "e": 1, "f": 2}
         ],
         "one layer": {"layer": 20.0, "penalty": 10.0},
     }
     lines = training.page(result).splitlines()
     assert "| SRIP" + 8 * " | 1.25" + " |" in lines
-    assert "| 20 | 0.001 | 0.002 | 0 | 0.5 | 1.5 |" in lines
+    assert "| 20 | 0.001 | 0.002 | 0.01 | 0.02 | 0 | 1 | 2 |" in lines
     assert any("a command" in line for line in lines)

@@ -11,6 +11,7 @@ from strategies import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import convspectra as cs
 from convspectra import ConvOperator, Schedule, SpectralRegularizer, terms, tracked
 
 NAMES = ("conditioning", "band", "frobenius", "stein")
@@ -453,6 +454,28 @@ def test_a_step_is_the_learning_rate_times_the_gradient(name):
     after = [old - 0.25 * gradient for old, gradient in zip(before, expected, strict=True)]
     assert close(list(model.parameters()), after, 1e-12)
     assert not torch.equal(model.a.weight, before[0])
+
+
+@pytest.mark.parametrize("name", ["sigma_min", "sigma_max"])
+def test_a_report_settles_or_gives_what_the_penalty_reads(name):
+    model = net()
+    reg = regularizer(model, name)
+    reg()
+    for _ in range(12):
+        reg.step(0.05)
+    sign = 1 if name == "sigma_max" else -1
+    with torch.no_grad():
+        value = float(reg())
+    read, settled = (
+        [getattr(layer, name) for layer in reg.report(settle=settle).layers]
+        for settle in (False, True)
+    )
+    assert value == pytest.approx(sign * reg.weight * sum(read), rel=1e-9)
+    exact = [getattr(cs, name)(layer.operator()) for layer in reg.layers]
+    assert settled == pytest.approx(exact, rel=1e-3)
+    assert all(sign * new >= sign * old for new, old in zip(settled, read, strict=True))
+    assert max(abs(one / s - 1) for one, s in zip(read, exact, strict=True)) > 1e-6
+    assert [getattr(layer, name) for layer in reg.report(settle=False).layers] != settled
 
 
 def test_a_step_leaves_the_moments_of_adam_as_they_were_without_it():

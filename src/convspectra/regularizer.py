@@ -230,14 +230,19 @@ class SpectralRegularizer:
         for i in self._division.own:
             self._terms.refresh(i, self._step)
 
-    def report(self) -> RegularizerReport:
+    def report(self, *, settle: bool = True) -> RegularizerReport:
         """What is known of each layer, with its age and its enclosure; collective.
 
         A layer that is followed is not computed anew; its values are those of its vectors after
-        a few more steps of tracking, which are not kept. With a penalty that follows nothing
-        ("frobenius" is one) the values are None: `refresh` does not change that.
+        more steps of tracking, up to 50, until they settle. These are not kept. Without `settle`
+        they are the values that the penalty reads, at the cost of one product for each. With a
+        penalty that follows nothing ("frobenius" is one) the values are None: `refresh` does not
+        change that.
         """
-        own = {i: self._terms.report(i, self._step, self._skipped[i]) for i in self._division.own}
+        own = {
+            i: self._terms.report(i, self._step, self._skipped[i], settle)
+            for i in self._division.own
+        }
         layers = self._division.gathered(own)
         return RegularizerReport(
             step=self._step,

@@ -54,7 +54,7 @@ class Terms(Protocol):
     def resume(self, step: int) -> None:
         """Go on from a step."""
 
-    def report(self, index: int, step: int, skipped: int) -> LayerReport:
+    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """What is known of a layer."""
 
     def state(self, index: int) -> dict[str, Any] | None:
@@ -159,10 +159,10 @@ class TrackedTerms:
         """See `Terms`."""
         self._reached = step
 
-    def report(self, index: int, step: int, skipped: int) -> LayerReport:
+    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """See `Terms`."""
         stack, position = self._place[index]
-        return stack.report(position, step, skipped)
+        return stack.report(position, step, skipped, settle)
 
     def state(self, index: int) -> dict[str, Any] | None:
         """See `Terms`."""
@@ -255,7 +255,7 @@ class ExactTerms:
     def resume(self, step: int) -> None:
         """Nothing depends on the step."""
 
-    def report(self, index: int, step: int, skipped: int) -> LayerReport:
+    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """See `Terms`."""
         return unknown(self._layers[index], skipped)
 

@@ -42,8 +42,8 @@ YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
 steps of the power method towards it than one.
 """
 REPORT_STEPS, SETTLED = 50, 1e-4
-"""Steps of tracking for a report: at most so many, until a step changes no value by more than this
-part of it.
+"""Steps of tracking until a report's values settle: at most so many, until one of them changes no
+value by more than this part of it, nor is a residual above the root of this.
 """
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
@@ -246,10 +246,10 @@ class Stack:
             ],
         )
 
-    def report(self, index: int, step: int, skipped: int) -> LayerReport:
+    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """What is known of one layer now.
 
-        Its values are those of its vectors after a few more steps in float64, which are not kept.
+        Its values are those of its vectors, or of these after steps in float64 that are not kept.
         """
         layer, reference, ends = self.layers[index], self.references[index], self.ends
         if reference is None or ends is None:
@@ -262,14 +262,13 @@ class Stack:
         part = Ends(*(value[index : index + 1].double() for value in vars(ends).values()))
         tall, moved = _tall(op), _tall(op.with_weight(change))
         sigma = torch.zeros_like(part.residuals)
-        for _ in range(REPORT_STEPS):
+        for _ in range(REPORT_STEPS if settle else 0):
             before = sigma
-            direction = towards_norm(*_products(moved), part.change, 1)
-            part, images = improved(
-                *_products(tall), replace(part, change=direction), self.smallest
-            )
+            part = replace(part, change=towards_norm(*_products(moved), part.change, 1))
+            part, images = improved(*_products(tall), part, self.smallest)
             sigma = torch.linalg.vector_norm(images, dim=2)
-            if bool(((sigma - before).abs() <= SETTLED * sigma).all()):
+            still = (sigma - before).abs() <= SETTLED * sigma
+            if bool((still & (part.residuals**2 <= SETTLED)).all()):
                 break
         vectors = part.vectors[0]  # The bound is that of a product with them, not of a combination.
         images = _apply(tall.apply, tall.input_shape, vectors[None])[0]
