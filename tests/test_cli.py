@@ -59,3 +59,15 @@ def test_reproduce_refuses_sizes_that_are_none(capsys):
 def test_reproduce_refuses_an_input_that_is_too_small(tmp_path, capsys):
     assert main(["reproduce", "--input-size", "1", "--out", str(tmp_path)]) == 2
     assert "expected an input_size of at least 2" in capsys.readouterr().err
+
+
+def test_what_is_nested_too_deeply_is_one_line(tmp_path, capsys):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    assert main(["show", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_failure_is_shown_as_it_is_written(tmp_path, capsys):
+    assert main(["show", str(tmp_path / ":boom:\x1b[31m.json")]) == 2
+    assert r":boom:\x1b[31m.json" in capsys.readouterr().err

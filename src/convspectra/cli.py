@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import convspectra
+from convspectra.report.output import plain
 
 COMMANDS = {
     "audit": "which layers of a network blow gradients up or let them vanish",
@@ -35,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console  # not for the help, which is to be there at once
 
     try:
-        return int(command.run(parsed, Console()))
+        return int(command.run(parsed, Console(emoji=False)))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, ImportError, OSError) as error:
-        message = " ".join(str(error).split())
-        Console(stderr=True).print(
+    except (ValueError, ImportError, OSError, RecursionError) as error:
+        message = plain(" ".join(str(error).split()))
+        Console(stderr=True, emoji=False).print(
             f"convspectra: {message}", style="red", markup=False, soft_wrap=True
         )
         return FAILED

@@ -155,6 +155,43 @@ def test_truncated_files(tmp_path, example, write):
         refused(r"net\.pt: ", path, factory=FACTORY, allow_pickle=True)
 
 
+@pytest.mark.parametrize("write", [script, exported, checkpoint], ids=lambda w: w.__name__)
+def test_a_damaged_member_is_noticed(tmp_path, example, write, capfd):
+    path = tmp_path / "net.pt"
+    write(path, example)
+    weight = network()[3].weight.detach().numpy().tobytes()
+    data = path.read_bytes()
+    assert weight in data
+    path.write_bytes(data.replace(weight, bytes(len(weight))))
+    refused("a damaged archive.*copy the file again", path, factory=FACTORY)
+    path.write_bytes(data[:-200])  # an inner archive may still be whole
+    refused("a broken zip archive.*copy the file again", path, factory=FACTORY)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_checkpoint_without_checksums(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        checkpoint(tmp_path / "net.pt", None)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    same_layers(load_targets(tmp_path / "net.pt", SHAPES, factory=FACTORY)[1])
+
+
+def test_what_pytorch_logs_stays_silent(tmp_path, capfd):
+    path = tmp_path / "net.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/models/model.json", "{}")
+    refused("not a whole torch.export archive", path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("write", [script, trace], ids=lambda w: w.__name__)
+def test_torchscript_says_why_it_does_not_run(tmp_path, example, write):
+    write(tmp_path / "net.pt", example)
+    refused("expected input.* to have 3 channels, but got 2", tmp_path / "net.pt", [(2, 6, 6)])
+
+
 @pytest.mark.parametrize("write", WRITERS, ids=lambda w: w.__name__)
 def test_input_shapes_that_do_not_fit(tmp_path, example, write):
     path = tmp_path / "net.pt"
@@ -227,7 +264,7 @@ def test_weights_that_are_not_those_of_the_factory(tmp_path):
     state["0.weight"] = torch.zeros(1)
     del state["extra"]
     torch.save(state, path)
-    refused("do not fit", path, factory=FACTORY)
+    refused(r"do not fit.*size mismatch for 0\.weight", path, factory=FACTORY)
     refused("give the function that builds it", path)
     torch.save([1, 2], path)
     refused("expected a state dict, got list", path, factory=FACTORY)

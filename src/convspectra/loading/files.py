@@ -10,6 +10,7 @@ from convspectra.loading.errors import LoadError, refusing
 
 MAX_BYTES = 8 * 2**30
 _LARGEST_RATIO = 200  # PyTorch stores its archives uncompressed
+_CHUNK = 2**20
 _KNOWN = (
     "expected ONNX, TorchScript, a torch.export archive, safetensors or a torch.save checkpoint"
 )
@@ -21,8 +22,8 @@ def model_kind(path: Path, max_bytes: int) -> str:
     Raises
     ------
     LoadError
-        For a file that is missing, no file, empty, larger than `max_bytes` (compressed or not) or
-        of no known kind.
+        For a file that is missing, no file, empty, larger than `max_bytes` (compressed or not),
+        damaged or of no known kind.
     """
     _check_size(path, max_bytes)
     with refusing(path, "cannot be read"), path.open("rb") as file:
@@ -57,7 +58,7 @@ def _check_size(path: Path, max_bytes: int) -> None:
         raise LoadError(f"{path}: the file is empty; copy it again")
     if size > max_bytes:
         raise LoadError(
-            f"{path}: {size} bytes are more than the limit of {max_bytes}; raise max_bytes"
+            f"{path}: {size} bytes are more than the limit of {max_bytes} for a model file"
         )
 
 
@@ -65,6 +66,8 @@ def _archive_kind(path: Path, max_bytes: int) -> str:
     advice = "copy the file again"
     with refusing(path, "a broken zip archive", advice), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if min((member.header_offset for member in members), default=0) > 0:
+            raise zipfile.BadZipFile("its beginning or its end is missing")
     size = sum(member.file_size for member in members)
     packed = path.stat().st_size
     if size > max_bytes or size > _LARGEST_RATIO * packed + 2**20:
@@ -72,6 +75,9 @@ def _archive_kind(path: Path, max_bytes: int) -> str:
             f"{path}: the archive of {packed} bytes says it unpacks to {size}; "
             "refused as a zip bomb"
         )
+    with refusing(path, "a damaged archive", advice), zipfile.ZipFile(path) as archive:
+        for member in members:
+            _check_sum(archive, member)
     names = {member.filename.partition("/")[2] or member.filename for member in members}
     if any(name.startswith("models/") or "exported_program" in name for name in names):
         return "export"
@@ -80,3 +86,11 @@ def _archive_kind(path: Path, max_bytes: int) -> str:
     if "data.pkl" in names:
         return "checkpoint"
     raise LoadError(f"{path}: a zip archive that holds no model; {_KNOWN}")
+
+
+def _check_sum(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    if member.CRC == 0:  # PyTorch can be told to compute none
+        return
+    with archive.open(member) as file:
+        while file.read(_CHUNK):
+            pass

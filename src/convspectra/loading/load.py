@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -15,6 +16,7 @@ from convspectra.loading.torch_files import (
     safetensors_targets,
     script_targets,
 )
+from convspectra.report.output import plain
 from convspectra.targets import Target
 
 
@@ -40,7 +42,8 @@ def load_targets(
         "package.module:function", called without arguments, returns the ``nn.Module`` that a
         checkpoint or safetensors file fills.
     allow_pickle : bool
-        Whether a pickle of more than tensors may be loaded. It runs code of the file.
+        Whether a pickle of more than tensors may be loaded, or a ``torch.export`` archive with
+        anything besides tensors and operators. It runs code of the file.
     max_bytes : int
         Largest file to read, and largest tensor in it.
 
@@ -55,23 +58,48 @@ def load_targets(
     -----
     TorchScript archives execute their own code when they are loaded and run; so does the factory.
     ONNX files are only read. Weights of ONNX external data must lie in the folder of the model.
+    What cannot be printed in a name is escaped.
     """
     shapes = [_checked_shape(shape) for shape in input_shapes]
     if path is None:
         if factory is None:
-            raise LoadError("expected a path, a factory or both, got neither")
+            raise LoadError("expected a model file, a factory or both, got neither")
         return factory.rpartition(":")[2], factory_targets(factory, shapes)
     path = Path(path)
+    return plain(path.stem), [
+        _printable(target) for target in _targets(path, shapes, factory, allow_pickle, max_bytes)
+    ]
+
+
+def _targets(
+    path: Path,
+    shapes: list[tuple[int, ...]],
+    factory: str | None,
+    allow_pickle: bool,
+    max_bytes: int,
+) -> list[Target]:
     kind = model_kind(path, max_bytes)
     if kind == "onnx":
-        return path.stem, _onnx_targets(path, shapes, max_bytes)
+        return _onnx_targets(path, shapes, max_bytes)
     if kind == "torchscript":
-        return path.stem, script_targets(path, shapes)
+        return script_targets(path, shapes)
     if kind == "export":
-        return path.stem, exported_targets(path, shapes)
+        return exported_targets(path, shapes, allow_pickle)
     if kind == "safetensors":
-        return path.stem, safetensors_targets(path, shapes, factory)
-    return path.stem, checkpoint_targets(path, shapes, factory, allow_pickle)
+        return safetensors_targets(path, shapes, factory)
+    return checkpoint_targets(path, shapes, factory, allow_pickle)
+
+
+def _printable(target: Target) -> Target:
+    """The target with texts that a terminal shows as they are, whatever the file says."""
+    return dataclasses.replace(
+        target,
+        name=plain(target.name),
+        type=plain(target.type),
+        batch_norm=plain(target.batch_norm),
+        skipped=plain(target.skipped),
+        notes=tuple(map(plain, target.notes)),
+    )
 
 
 def _onnx_targets(path: Path, shapes: list[tuple[int, ...]], max_bytes: int) -> list[Target]:

@@ -220,8 +220,8 @@ def _read(path: Path, tensor: TensorProto, max_bytes: int) -> Tensor:
         size = math.prod(tensor.dims) * _FLOATING[tensor.data_type]
         if size > max_bytes:
             raise LoadError(
-                f"{path}: {name!r} says it holds {size} bytes, more than the limit of {max_bytes}; "
-                "raise max_bytes"
+                f"{path}: {name!r} says it holds {size} bytes, more than the limit of {max_bytes} "
+                "for a model file"
             )
         file = _check_location(path, tensor)
         if file is not None:
@@ -285,7 +285,7 @@ def _inferred_shapes(path: Path, model: ModelProto) -> dict[str, tuple[int, ...]
     kept = [TensorProto.FromString(tensor.SerializeToString()) for tensor in small]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    with refusing(path, "shapes cannot be inferred", "check input_shapes"):
+    with refusing(path, "shapes cannot be inferred", "check the input shapes, --input"):
         graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     values = (*graph.input, *graph.value_info, *graph.output)
     return {v.name: _shape(v) for v in values if v.type.tensor_type.HasField("shape")}

@@ -28,12 +28,19 @@ def convolution_options(
     strides = _integers(attributes, "strides", (1,) * ndim)
     dilations = _integers(attributes, "dilations", (1,) * ndim)
     extra = _integers(attributes, "output_padding", (0,) * ndim) if transposed else (0,) * ndim
-    if not len(strides) == len(dilations) == len(extra) == ndim:
-        raise ValueError(f"its strides, dilations or output_padding are not {ndim} integers")
+    for name, given in (
+        ("strides", strides),
+        ("dilations", dilations),
+        ("output_padding", extra),
+    ):
+        if len(given) != ndim:
+            raise ValueError(f"expected {ndim} integers in its {name}, got {list(given)}")
     reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True))
     mode = attributes["auto_pad"].s.decode() if "auto_pad" in attributes else "NOTSET"
     output = _integers(attributes, "output_shape", ())
     if transposed and (output or mode.startswith("SAME")):
+        if 0 < len(output) < ndim:
+            raise ValueError(f"expected {ndim} integers in its output_shape, got {list(output)}")
         output = output[-ndim:] or tuple(n * s for n, s in zip(size, strides, strict=True))
         totals = [
             s * (n - 1) + e + r - m
@@ -50,6 +57,8 @@ def convolution_options(
         padding = ((0, 0),) * ndim
     else:
         pads = _integers(attributes, "pads", (0,) * 2 * ndim)
+        if len(pads) != 2 * ndim:
+            raise ValueError(f"expected {2 * ndim} integers in its pads, got {list(pads)}")
         padding = tuple(zip(pads[:ndim], pads[ndim:], strict=True))
     if any(p < 0 for pair in padding for p in pair):
         raise ValueError(f"its padding {padding} is negative: it crops")

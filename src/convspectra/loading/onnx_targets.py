@@ -131,7 +131,7 @@ def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[i
     if shape[1] not in (0, op.input_shape[0]):
         raise LoadError(
             f"{scope.path}: {label(node)!r} takes {op.input_shape[0]} channels, its input has "
-            f"{shape[1]}; check input_shapes"
+            f"{shape[1]}; check the input shapes, --input"
         )
     output = scope.shapes.get(node.output[0], ())[2:]
     if output and min(output) > 0 and output != op.output_shape[1:]:

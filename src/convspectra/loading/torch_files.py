@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from convspectra.loading.errors import LoadError, refusing
+from convspectra.loading.exported_check import check_export
 from convspectra.targets import Target, module_targets, trace_targets
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 _PREFIX = "module."
 _SHOWN = 3
+_UNGUARDED = {  # the guards of an exported program are Python in its file
+    option: False
+    for option in inspect.signature(torch.export.ExportedProgram.module).parameters
+    if option == "check_guards"
+}
 
 
 def script_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
@@ -30,10 +37,18 @@ def script_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target
     return _run(path, model, shapes, trace_targets)
 
 
-def exported_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
-    """The layers of a ``torch.export.save`` archive, by one run on zeros."""
+def exported_targets(
+    path: Path, shapes: Sequence[tuple[int, ...]], allow_pickle: bool
+) -> list[Target]:
+    """The layers of a ``torch.export.save`` archive, by one run on zeros.
+
+    Without `allow_pickle` the archive is checked to run no code of its own, and not loaded if it
+    does.
+    """
+    if not allow_pickle:
+        check_export(path)
     with refusing(path, "not a whole torch.export archive", "save it again with torch.export.save"):
-        model = torch.export.load(path).module()
+        model = torch.export.load(path).module(**_UNGUARDED)
     return _run(path, model, shapes, trace_targets)
 
 
@@ -118,8 +133,8 @@ def _filled_targets(
     state = _state_dict(path, content)
     if factory is None:
         raise LoadError(
-            f"{path}: weights without a model; give the function that builds it, "
-            'factory="package.module:function"'
+            f"{path}: weights without a model; give the function that builds it as a factory, "
+            '"package.module:function"'
         )
     model = built(factory)
     _check_keys(path, factory, set(model.state_dict()), set(state))
@@ -166,6 +181,13 @@ def _run(
     inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
     written = ", ".join("x".join(map(str, (1, *shape))) for shape in shapes)
     with refusing(
-        subject, f"the model does not run on zeros of {written or 'no shape'}", "check input_shapes"
+        subject,
+        f"the model does not run on zeros of {written or 'no shape'}",
+        "check the input shapes, --input",
     ):
-        return targets(model, inputs)
+        try:
+            return targets(model, inputs)
+        except Exception:
+            with torch.no_grad():
+                model(*inputs)  # TorchScript loses the cause of an error under a recorder
+            raise
