@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -54,6 +55,19 @@ def test_a_rule_decides_the_exit_status(tmp_path, capsys):
     assert refused.value.code == 2
 
 
+def unaudited() -> nn.Module:
+    """A layer with a weight that no operator takes, and that alone."""
+    return nn.LSTM(6, 3)
+
+
+def test_a_rule_that_no_layer_decides_fails(tmp_path, capsys):
+    factory = ["--factory", f"{__name__}:unaudited", "--input", "6"]
+    assert main(["audit", *factory, "--fail-if", "sigma_max > 10"]) == 1
+    printed = capsys.readouterr().out
+    assert '"sigma_max > 10" fails: it cannot be decided at any layer' in printed
+    assert main(["audit", *factory]) == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"no model at all", b"PK\x03\x04 cut short"])
 def test_a_broken_file_is_one_line_and_exit_status_2(tmp_path, capsys, content):
     path = tmp_path / "model.onnx"
@@ -79,6 +93,89 @@ def test_the_journal_is_kept_where_asked_and_taken_up(tmp_path, capsys):
     assert cs.AuditReport.from_json(tmp_path / "a.json").layers == first.layers
     assert main(["audit", model, *options]) == 0
     assert cs.AuditReport.from_json(tmp_path / "a.json").layers != first.layers  # other seconds
+
+
+def test_other_files_beside_a_journal_stay(tmp_path, capsys):
+    model = saved(tmp_path / "m.pt")
+    others = [tmp_path / name for name in ("m.py", "m.json", "m.onnx")]
+    for path in others:
+        path.write_text("mine")
+    assert main(["audit", model, *INPUT, "--journal", str(tmp_path / "m")]) == 0
+    assert main(["audit", model, *INPUT, "--journal", str(tmp_path / "m")]) == 0
+    assert all(path.read_text() == "mine" for path in others)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "m",
+        "m.json",
+        "m.onnx",
+        "m.pt",
+        "m.py",
+    ]
+
+
+OUTPUTS = ["--json", "--csv", "--html", "--journal"]
+
+
+@pytest.mark.parametrize("option", OUTPUTS)
+@pytest.mark.parametrize("path", ["m.pt", "link", "folder", "m.pt/a", "closed/a"])
+def test_outputs_that_cannot_be_written(tmp_path, capsys, monkeypatch, option, path):
+    monkeypatch.chdir(tmp_path)
+    model = Path(saved(Path("m.pt"))).read_bytes()
+    Path("link").symlink_to("m.pt")
+    Path("folder").mkdir()
+    Path("closed").mkdir(mode=0o555)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda p, m: Path(p).name != "closed" and allowed(p, m))
+    assert main(["audit", "m.pt", *INPUT, option, path]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("convspectra: expected a file ")
+    assert f"for {option}, got {path}" in message
+    assert message.count("\n") == 1
+    assert Path("m.pt").read_bytes() == model
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_a_journal_that_is_another_file(tmp_path, capsys, options):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    model = saved(tmp_path / "m.pt")
+    assert main(["audit", model, *INPUT, "--journal", str(other), *options]) == 2
+    assert "other, which is neither" in capsys.readouterr().err
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-gib", "inf"], "expected --max-gib to be positive and finite, got inf"),
+        (["--max-gib", "-1"], "expected --max-gib to be positive and finite, got -1.0"),
+        (["--max-gib", "nan"], "expected --max-gib to be positive and finite, got nan"),
+        (["--devices", "foo"], "expected devices that can compute here"),
+        (["--devices", "cpu", "meta"], "expected devices that can compute here"),
+        (["--devices", "cuda:99"], "expected devices that can compute here"),
+        (["--workers", "0"], "expected workers to be a positive integer"),
+        (["--json", "a", "--csv", "a"], "for --csv, got a, that of --json"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", saved(Path("m.pt")), *INPUT, *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_the_input_shape_is_that_of_the_api(tmp_path):
+    report = tmp_path / "a.json"
+    assert main(["audit", saved(tmp_path / "m.pt"), *INPUT, "--json", str(report)]) == 0
+    by_api = cs.audit(torch.nn.Conv2d(2, 3, 3), torch.zeros(1, 2, 6, 6))
+    found = cs.AuditReport.from_json(report).circumstances.input_shape
+    assert found == by_api.circumstances.input_shape == "1x2x6x6"
+
+
+def test_a_name_is_no_emoji(tmp_path, capsys):
+    path = saved(tmp_path / ":boom:.pt")
+    assert main(["audit", path, *INPUT, "--json", str(tmp_path / ":boom:.json")]) == 0
+    assert "/:boom:.json" in capsys.readouterr().out
 
 
 def test_two_audits_side_by_side(tmp_path, capsys):

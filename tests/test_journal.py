@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from convspectra.journal import append_to_journal, read_journal
+from convspectra.journal import append_to_journal, journal_files, read_journal, remove_journal
 from convspectra.report.audit_record import Certified, Conditioning, LayerAudit
 
 NUMBER = Certified(0.0, 0.0, math.inf, "dense", "none", False)
@@ -48,3 +48,44 @@ def test_another_file_is_refused_with_the_line(tmp_path, line) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=r"journal, line 2: .*start anew"):
         read_journal(path)
+
+
+def test_only_the_files_of_a_journal_are_removed(tmp_path) -> None:
+    journal = tmp_path / "audit"
+    own = [journal, tmp_path / "audit.0", tmp_path / "audit.12"]
+    others = [tmp_path / name for name in ("audit.py", "audit.json", "audit.1.pt", "audits")]
+    for path in own:
+        append_to_journal(path, "a", LAYER)
+    for path in others:
+        path.write_text("mine")
+    assert journal_files(journal) == own
+    remove_journal(journal)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+    assert journal_files(tmp_path / "none" / "audit") == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"mine\n", b"mine", b"{}\n", b"[1]\n", b"\xff\n", b"PK\x03\x04"]
+)
+@pytest.mark.parametrize("name", ["audit", "audit.3"])
+def test_another_file_is_neither_read_nor_removed(tmp_path, name, content) -> None:
+    (tmp_path / name).write_bytes(content)
+    append_to_journal(tmp_path / "audit.1", "a", LAYER)
+    with pytest.raises(ValueError, match=rf"{name}, which is neither"):
+        remove_journal(tmp_path / "audit")
+    assert (tmp_path / name).read_bytes() == content
+    assert (tmp_path / "audit.1").exists()
+
+
+def test_a_journal_that_was_cut_in_its_first_line_is_one(tmp_path) -> None:
+    path = tmp_path / "audit"
+    append_to_journal(path, "a", LAYER)
+    whole = path.read_bytes()
+    for length in (0, 3, 20, len(whole)):
+        path.write_bytes(whole[:length])
+        assert journal_files(path) == [path]
+
+
+def test_a_folder_is_no_journal(tmp_path) -> None:
+    with pytest.raises(ValueError, match="which is neither"):
+        journal_files(tmp_path)

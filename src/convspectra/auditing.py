@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from convspectra.checks import check_positive_integer
 from convspectra.division import DEFAULT_GROUP, Division, divide
-from convspectra.journal import append_to_journal, read_journal
+from convspectra.journal import append_to_journal, journal_files, read_journal
 from convspectra.layer_audit import AuditOptions, audit_layer, cost, described
 from convspectra.machine import processor, versions
 from convspectra.matrices import DEFAULT_MAX_BYTES
@@ -86,7 +86,8 @@ def audit(
     Raises
     ------
     ValueError
-        For a model without any layer, or on the meta device; for an argument that cannot be.
+        For a model without any layer, or on the meta device; for an argument that cannot be, such
+        as a device that is not there or a journal that is another file.
 
     Notes
     -----
@@ -132,6 +133,9 @@ def audit_targets(
     """The audit of layers at hand, such as those of a file; arguments as of `audit`."""
     check_positive_integer("workers", workers)
     options = options or AuditOptions()
+    check_positive_integer("max_bytes", options.max_bytes)
+    for device in devices:
+        _check_device(device)
     if not targets:
         raise ValueError(f"expected {model} to have layers with weights, got none")
     keys = [_key(target, options) for target in targets]
@@ -160,7 +164,7 @@ class _Kept:
         if division.size > 1:
             self._path = journal.with_name(f"{journal.name}.{division.rank}")
         wanted = set(keys)
-        for path in (journal, *sorted(journal.parent.glob(f"{journal.name}.*"))):
+        for path in journal_files(journal):
             known = read_journal(path)
             self.found |= {key: layer for key, layer in known.items() if key in wanted}
 
@@ -209,7 +213,7 @@ def _sendable(target: Target) -> Target:
 def _named(layer: LayerAudit, target: Target) -> LayerAudit:
     """The entry under the target's own name: a shared weight was computed once."""
     own = described(target)
-    names = ("name", "type", "batch_norm", "notes")
+    names = ("name", "type", "batch_norm", "notes", "uses")
     return LayerAudit(**vars(layer) | {name: getattr(own, name) for name in names})
 
 
@@ -232,6 +236,17 @@ def _bytes(tensor: Tensor) -> bytes:
     # Widened exactly: NumPy has no bfloat16.
     wide = tensor.detach().cpu().contiguous()
     return (wide if wide.dtype == torch.float64 else wide.float()).numpy().tobytes()
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        there = not torch.empty(0, device=device).is_meta
+    except (RuntimeError, AssertionError):  # PyTorch raises either
+        there = False
+    if not there:
+        raise ValueError(
+            f"expected devices that can compute here, such as cpu or cuda:0, got {str(device)!r}"
+        )
 
 
 def _shapes(example_input: Any) -> str:

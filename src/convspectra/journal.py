@@ -4,9 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from convspectra.report.audit_record import LayerAudit, decode, encode
+
+_START = b'{"key": "'
+_LONGEST_LINE = 2**26
+
+
+def journal_files(journal: Path) -> list[Path]:
+    """The files of a journal that are there: its own, and those of ranks with a number behind it.
+
+    Raises
+    ------
+    ValueError
+        If one of them is no journal.
+    """
+    name = re.compile(rf"{re.escape(journal.name)}(\.\d+)?")
+    folder = journal.parent
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in files if name.fullmatch(path.name)]
+    for path in files:
+        if not _is_journal(path):
+            raise ValueError(
+                f"expected a new file or the journal of an audit, got {path}, which is neither; "
+                "give another journal"
+            )
+    return files
+
+
+def remove_journal(journal: Path) -> None:
+    """Delete the files of a journal; raises as `journal_files`, before anything is deleted."""
+    for path in journal_files(journal):
+        path.unlink(missing_ok=True)
+
+
+def _is_journal(path: Path) -> bool:
+    """Whether the first line is that of a journal, perhaps cut short."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        line = file.readline(_LONGEST_LINE)
+    if not line.endswith(b"\n"):
+        return line[: len(_START)] == _START[: len(line)]
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and set(entry) == {"key", "layer"}
 
 
 def read_journal(path: Path) -> dict[str, LayerAudit]:

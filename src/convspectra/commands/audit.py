@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from convspectra.commands.shared import input_shape
-from convspectra.report import audit_table, findings
+from convspectra.commands.shared import input_shape, print_paths, print_report, say
+from convspectra.journal import journal_files, remove_journal
+from convspectra.report import findings
 from convspectra.report.audit_numbers import largest, smallest
 from convspectra.report.audit_record import LayerAudit
 from convspectra.report.audit_report import AuditReport
@@ -23,10 +24,11 @@ DESCRIPTION = """Which layers of a network blow gradients up or let them vanish,
 
 Exact singular values of every convolution and linear layer as it is applied, padding counted, with
 the interval that holds each. FILE is an ONNX model, a TorchScript or torch.export archive, or, with
---factory, a safetensors or weights-only checkpoint."""
+--factory, a safetensors or weights-only checkpoint. A TorchScript archive runs its own code when it
+is loaded, and so does the factory: audit only those that you trust."""
 RULE_VIOLATED = 1
 INTERRUPTED = 130
-FINDINGS_SHOWN = 12
+OUTPUTS = {"json": "the report", "csv": "one line a layer", "html": "a page"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="load a pickle that is not weights-only: it can run any code that its author chose",
+        help="load a pickle or torch.export archive that holds more than tensors and operators: "
+        "it can run any code that its author chose",
     )
     parser.add_argument(
         "--spectrum", action="store_true", help="all singular values of every layer too"
@@ -64,9 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="what the growth along the layers is meant to stay in (default: 0.1 10)",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
     parser.add_argument(
-        "--devices", nargs="+", default=(), metavar="DEVICE", help="such as cuda:0 cuda:1"
+        "--workers", type=int, default=1, metavar="N", help="processes (default: 1)"
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=(),
+        metavar="DEVICE",
+        help="a process for each, instead of --workers, such as cuda:0 cuda:1",
     )
     parser.add_argument(
         "--max-gib", type=float, default=4.0, metavar="GIB", help="limit on a matrix (default: 4)"
@@ -77,9 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RULE",
-        help='exit with 1 if a layer satisfies a rule such as "sigma_max > 10"; may be repeated',
+        help='exit with 1 if a layer satisfies a rule such as "sigma_max > 10", or if it cannot be '
+        "decided at any; may be repeated",
     )
-    for kind, text in (("json", "the report"), ("csv", "one line a layer"), ("html", "a page")):
+    for kind, text in OUTPUTS.items():
         parser.add_argument(f"--{kind}", type=Path, metavar="PATH", help=f"write {text}")
     parser.add_argument(
         "--journal",
@@ -94,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, console: Console) -> int:
     """Audit, print and write."""
+    max_bytes = _bytes(parsed.max_gib)
+    _check_outputs(parsed)
     journal = _journal(parsed)
     distributed = _join_group()
     loading = importlib.import_module("convspectra.loading")
@@ -107,10 +119,8 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
         report = auditing.audit_targets(
             targets,
             name,
-            ", ".join("x".join(map(str, shape)) for shape in parsed.input),
-            options=layer_audit.AuditOptions(
-                parsed.spectrum, not parsed.no_fold, int(parsed.max_gib * 2**30)
-            ),
+            ", ".join("x".join(map(str, (1, *shape))) for shape in parsed.input),
+            options=layer_audit.AuditOptions(parsed.spectrum, not parsed.no_fold, max_bytes),
             band=tuple(parsed.band),
             workers=parsed.workers,
             devices=parsed.devices,
@@ -123,39 +133,21 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     write(report, parsed, console)
     if not report.circumstances.complete:
         kept = f"; --resume goes on from {journal}" if journal else ""
-        console.print(f"interrupted: this is a part of the layers{kept}", markup=False)
+        say(console, f"interrupted: this is a part of the layers{kept}")
         return INTERRUPTED
     if journal is not None and parsed.journal is None:
-        for path in (journal, *journal.parent.glob(f"{journal.name}.*")):
-            path.unlink(missing_ok=True)
+        remove_journal(journal)
     return _judge(parsed.fail_if, report, console)
-
-
-def print_report(report: AuditReport, console: Console) -> None:
-    """The table, the network and what to look at first."""
-    table = Table(*audit_table.columns(), header_style="bold", row_styles=("", "dim"))
-    for layer in report.layers:
-        table.add_row(*(_plain(text) for text in audit_table.row(layer).values()))
-    console.print(table)
-    for label, text in findings.facts(report.network):
-        console.print(f"{label}: {text}", markup=False, highlight=False)
-    shown = report.findings[:FINDINGS_SHOWN]
-    if shown:
-        console.print("\nlook first at", style="bold")
-    for finding in shown:
-        console.print(f"  {finding.layer}: {finding.text}", markup=False, highlight=False)
-    if len(report.findings) > len(shown):
-        console.print(f"  and {len(report.findings) - len(shown)} more: see the JSON or the page")
 
 
 def write(report: AuditReport, parsed: argparse.Namespace, console: Console) -> None:
     """The files that were asked for."""
-    for kind in ("json", "csv", "html"):
+    for kind in OUTPUTS:
         path = getattr(parsed, kind)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             getattr(report, f"to_{kind}")(path)
-            console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+            print_paths(console, [path])
 
 
 class _Bar:
@@ -180,26 +172,42 @@ class _Bar:
         else:
             text = f"sigma_max {largest(numbers)}, sigma_min {smallest(numbers)}"
         if not self._progress.disable:
-            line = f"{layer.name}: {text}  ({layer.seconds:.1f} s)"
-            self._progress.console.print(line, markup=False, highlight=False)
+            say(self._progress.console, f"{layer.label}: {text}  ({layer.seconds:.1f} s)")
         self._progress.update(self._task, completed=part)
 
 
-def _plain(text: str) -> str:
-    """Text in which Rich finds no markup."""
-    return text.replace("[", r"\[")
+def _check_outputs(parsed: argparse.Namespace) -> None:
+    """Raise before anything is computed if a file cannot be written, or would replace the model."""
+    taken = {} if parsed.file is None else {parsed.file.resolve(): "the model file"}
+    for kind in (*OUTPUTS, "journal"):
+        path = getattr(parsed, kind)
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise ValueError(
+                f"expected a file of its own for --{kind}, got {path}, {taken[path.resolve()]}"
+            )
+        taken[path.resolve()] = f"that of --{kind}"
+        if path.is_dir():
+            raise ValueError(f"expected a file for --{kind}, got {path}, which is a folder")
+        present = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not (os.access(present, os.W_OK) and (present == path or present.is_dir())):
+            raise ValueError(f"expected a file that can be written for --{kind}, got {path}")
 
 
 def _journal(parsed: argparse.Namespace) -> Path | None:
-    outputs = [path for path in (parsed.json, parsed.csv, parsed.html) if path is not None]
-    journal = parsed.journal
+    """Where finished layers are kept, empty unless the audit is to go on from them."""
+    outputs = [path for kind in OUTPUTS if (path := getattr(parsed, kind)) is not None]
+    journal: Path | None = parsed.journal
     if journal is None and outputs:
         journal = outputs[0].with_name(f"{outputs[0].name}.journal")
     if parsed.resume and journal is None:
         raise ValueError("expected --json, --csv, --html or --journal with --resume, got none")
-    if journal is not None and not parsed.resume and os.environ.get("RANK", "0") == "0":
-        for path in (journal, *journal.parent.glob(f"{journal.name}.*")):
-            path.unlink(missing_ok=True)
+    if journal is not None and os.environ.get("RANK", "0") == "0":
+        if parsed.resume:
+            journal_files(journal)
+        else:
+            remove_journal(journal)
     return journal
 
 
@@ -213,13 +221,26 @@ def _join_group() -> bool:
 
 
 def _judge(rules: list[Rule], report: AuditReport, console: Console) -> int:
-    found = violations(rules, report.layers)
+    return max((_judge_one(rule, report, console) for rule in rules), default=0)
+
+
+def _judge_one(rule: Rule, report: AuditReport, console: Console) -> int:
+    found = violations([rule], report.layers)
     for violation in found:
         word = "fails" if violation.certain else "cannot be decided"
-        console.print(
-            f'"{violation.rule}" {word} at {violation.layer}: {violation.text}', markup=False
-        )
-    return RULE_VIOLATED if any(violation.certain for violation in found) else 0
+        say(console, f'"{rule.text}" {word} at {violation.layer}: {violation.text}')
+    if any(violation.certain for violation in found):
+        return RULE_VIOLATED
+    if len(found) == len(report.layers):
+        say(console, f'"{rule.text}" fails: it cannot be decided at any layer')
+        return RULE_VIOLATED
+    return 0
+
+
+def _bytes(gib: float) -> int:
+    if not 2**-30 <= gib < math.inf:
+        raise ValueError(f"expected --max-gib to be positive and finite, got {gib}")
+    return int(gib * 2**30)
 
 
 def _rule(text: str) -> Rule:
