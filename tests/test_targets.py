@@ -102,7 +102,7 @@ def test_order_is_that_of_execution_and_sizes_are_separate():
     model = Given(forward, a=nn.Conv2d(3, 3, 3, padding=1), b=nn.Conv2d(3, 3, 1))
     first, second, third = module_targets(model, X)
     assert [t.name for t in (first, second, third)] == ["b", "a", "a"]
-    assert first.notes == ("used 2 times at this size",)
+    assert [t.uses for t in (first, second, third)] == [2, 1, 1]
     assert (second.operator.input_shape, third.operator.input_shape) == ((3, 6, 5), (3, 3, 2))
 
 
@@ -370,4 +370,17 @@ def test_uses_with_different_normalisations():
     )
     target = only(model, X)
     assert target.scale is None
-    assert target.notes[1].endswith("the same batch normalisation (a or b)")
+    assert target.uses == 2
+    assert target.notes[0].endswith("the same batch normalisation (a or b)")
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 3), nn.MultiheadAttention(4, 2)])
+def test_a_model_that_is_one_layer_is_named_by_its_type(model):
+    example = X if isinstance(model, nn.Conv2d) else (torch.zeros(5, 1, 4),) * 3
+    (target,) = module_targets(model, example)
+    assert (target.name, target.uses) == (type(model).__name__, 1)
+
+
+def test_a_layer_that_is_not_reached_has_no_uses():
+    model = Given(lambda self, x: self.a(x), a=nn.Conv2d(3, 3, 3), b=nn.Conv2d(3, 3, 3))
+    assert [t.uses for t in module_targets(model, X)] == [1, 0]

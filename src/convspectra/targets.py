@@ -36,7 +36,8 @@ class Target:
     Attributes
     ----------
     name, type : str
-        As in the model or file, such as "layer1.0.conv1" and "Conv2d".
+        As in the model or file, such as "layer1.0.conv1" and "Conv2d"; a model that is one layer
+        has its type for a name.
     operator : ConvOperator, optional
         None if the layer was passed over.
     scale : Tensor, optional
@@ -47,6 +48,8 @@ class Target:
         Why there is no operator.
     notes : tuple of str
         What else a reader should know, such as a separate padding before the layer.
+    uses : int
+        Calls at this input size in the forward pass.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Target:
     batch_norm: str = ""
     skipped: str = ""
     notes: tuple[str, ...] = ()
+    uses: int = 1
 
 
 def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
@@ -277,13 +281,18 @@ def _grouped(uses: list[Use]) -> list[list[Use]]:
 def _target(uses: list[Use]) -> Target:
     first = uses[0]
     notes = list(dict.fromkeys(note for use in uses for note in use.notes))
-    if len(uses) > 1:
-        notes.append(f"used {len(uses)} times at this size")
     scale, batch_norm, remark = _normalisation(uses)
     if remark:
         notes.append(remark)
     return Target(
-        first.name, first.type, first.operator, scale, batch_norm, first.skipped, tuple(notes)
+        first.name or first.type,
+        first.type,
+        first.operator,
+        scale,
+        batch_norm,
+        first.skipped,
+        tuple(notes),
+        len(uses),
     )
 
 
@@ -309,6 +318,8 @@ def _normalisation(uses: list[Use]) -> tuple[Tensor | None, str, str]:
 def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[Target]:
     """The modules with a matrix that no use of the pass stands for."""
     covered = {use.name for use in recorder.uses}
+    if "" in covered:  # the model itself is one layer
+        return
     for name, module in modules_of(model):
         if any(name == known or name.startswith(f"{known}.") for known in covered):
             continue
@@ -328,7 +339,7 @@ def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> It
             reason = _not_linear(module) or _UNREACHED
         else:
             reason = _UNREAD.format(" or ".join(matrices) or "weight")
-        yield Target(name or kind, kind, None, skipped=reason)
+        yield Target(name or kind, kind, None, skipped=reason, uses=0)
 
 
 def _qualified(module: str, parameter: str) -> str:

@@ -84,6 +84,14 @@ def test_sort_by_click(report):
     assert report.locator('[aria-sort="ascending"]').count() == 0
 
 
+def test_sort_by_numbers_with_batch_normalisation(report):
+    folded = report.locator("#table thead button").filter(has_text="folded \u03c3 max")
+    folded.click()
+    assert shown(report)[0] == "stem.conv", "what was not folded is last"
+    folded.click()
+    assert shown(report)[0] == "stem.conv"
+
+
 def test_sort_by_keyboard(report):
     header(report, "name").focus()
     report.keyboard.press("Enter")

@@ -6,7 +6,16 @@ import math
 import pytest
 from made_up_audit import certified, conditioning, layer, small_audit
 
-from convspectra.report.audit_comparison import BEYOND, SAME, UNKNOWN, WITHIN, change, compare
+from convspectra.report.audit_comparison import (
+    BEYOND,
+    IMPORTANCE,
+    SAME,
+    TEXTS,
+    UNKNOWN,
+    WITHIN,
+    change,
+    compare,
+)
 from convspectra.report.audit_record import LayerAudit
 
 
@@ -26,8 +35,24 @@ def test_an_audit_and_itself():
         "sigma_min change": SAME,
         "condition A": "84.51",
         "condition B": "84.51",
+        "folded sigma_max A": "2.400",
+        "folded sigma_max B": "2.400",
+        "folded sigma_max B/A": "1.000",
+        "folded sigma_max change": SAME,
+        "folded sigma_min A": "0.03000",
+        "folded sigma_min B": "0.03000",
+        "folded sigma_min B/A": "1.000",
+        "folded sigma_min change": SAME,
+        "rank A": "4096",
+        "rank B": "4096",
+        "growth A": "-0.4321",
+        "growth B": "-0.4321",
         "note": "",
     }
+    assert set(rows[0]) >= {*IMPORTANCE, *TEXTS}
+    assert (rows[1]["rank A"], rows[1]["growth A"]) == ("1000 of 1024", "minus infinite (singular)")
+    assert rows[3]["growth B"] == "not known"
+    assert rows[1]["folded sigma_max B/A"] == "-"
     assert rows[1]["sigma_min B/A"] == "both 0"
     assert rows[5]["sigma_max B/A"] == "-"
     assert rows[5]["note"] == "skipped in A: not a convolution; skipped in B: not a convolution"
@@ -88,6 +113,11 @@ def test_a_layer_skipped_on_one_side():
     (line,) = compare([layer("a")], [skipped])
     assert line["note"] == "skipped in B: too large"
     assert line["sigma_min change"] == "-"
+
+
+def test_another_number_of_calls_is_told():
+    (line,) = compare([layer("a", uses=5)], [layer("a", uses=3)])
+    assert line["note"] == "calls in A: 5, in B: 3"
 
 
 def test_nothing_to_compare():

@@ -145,7 +145,7 @@ def test_every_layer_has_a_row_and_a_page():
         "[12.09, infinite] not converged",
         "1000 of 1024",
         "-0.4321 ± 0.012",
-        "not computed: too large",
+        "not known too large",
         "not computed: not a convolution",
         "With stem.bn folded in",
         "no circular counterpart of reflect padding",
@@ -228,6 +228,60 @@ def test_heights_in_the_overview_follow_the_values():
     assert (skipped.largest, skipped.whiskers) == (None, "")
 
 
+def test_rounding_noise_does_not_stretch_the_overview():
+    noise = Certified(1.7e-26, 0.0, 1e-15, "", "", True)
+    singular = layer("a", applied=conditioning(certified(2.0), noise), circular=None)
+    plot = overview([singular, layer("b")])
+    marked, ordinary = plot.marks
+    assert marked.smallest == plot.zero
+    assert marked.whiskers == ""
+    assert {tick.label for tick in plot.y_ticks} >= {"0.05", "0.1", "1"}
+    assert ordinary.smallest < plot.zero - 20
+
+
+def test_zero_is_explained_where_it_is_drawn():
+    assert "What is 0 to working precision is drawn at 0." in parsed().text
+    assert "drawn at 0" not in parsed([layer("a")], findings=[]).text
+
+
+def test_a_layer_without_a_name_is_shown_by_its_type():
+    document = parsed([layer("")], findings=[Finding("Conv2d", "singular", "lost")])
+    assert document.text.count("Conv2d") >= 4
+    assert "#layer-1" in document.values("href")
+    assert "1 of them calls for a look" in document.text
+    text = page([layer("")], NETWORK, [], CIRCUMSTANCES)
+    assert '<a href="#layer-1">Conv2d</a>' in text
+    assert '<h2 id="layer-1-name" tabindex="-1">Conv2d</h2>' in text
+
+
+def test_the_table_has_folded_numbers_where_there_are_any():
+    assert "folded \N{GREEK SMALL LETTER SIGMA} max" in parsed().text
+    assert "folded \N{GREEK SMALL LETTER SIGMA}" not in parsed([layer("a")], findings=[]).text
+
+
+def test_the_number_of_calls_is_shown():
+    document = parsed([layer("a", uses=5)], findings=[])
+    assert "used 5 times" in document.text
+    assert "Uses 5" in document.text
+    assert "Uses" not in parsed([layer("a")], findings=[]).text
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ("exact", "Method: exact."),
+        (
+            "stochastic Lanczos quadrature, probes 3, steps 40",
+            "Method: stochastic Lanczos quadrature, probes 3, steps 40.",
+        ),
+        ("", "Method: not recorded."),
+    ],
+)
+def test_the_method_of_a_spectrum_is_told(method, text):
+    entry = layer("a", spectrum=dataclasses.replace(layer("a").spectrum, method=method))
+    assert text in parsed([entry], findings=[]).text
+
+
 def test_an_overview_without_zeros_has_no_line_for_them():
     plot = overview([layer("a")])
     assert plot.zero is None
@@ -262,5 +316,6 @@ def test_a_bin_from_zero_has_a_place_of_its_own():
     plot = histogram(Spectrum((0.0, 0.1, 1.0), (0.5, 0.5), (0.1, 0.0), (), "quadrature"))
     assert plot.bars[0].path.startswith(f"M{plot.left:.1f} ")
     assert plot.left < plot.zero < plot.right
+    assert all(tick.at > plot.zero + 9 for tick in plot.x_ticks), "clear of the 0"
     assert plot.bars[0].title == "0 to 0.1: 50 ± 10 %"
     assert (plot.bars[0].error_path != "", plot.bars[1].error_path) == (True, "")

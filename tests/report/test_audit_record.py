@@ -90,6 +90,13 @@ def test_a_missing_field_is_named():
         decode(LayerAudit, data, "file.json")
 
 
+def test_what_was_added_later_may_be_missing():
+    data = encode(layer("a", uses=5))
+    assert decode(LayerAudit, data).uses == 5
+    del data["uses"]
+    assert decode(LayerAudit, data).uses == 1
+
+
 def test_what_is_no_record_is_refused():
     with pytest.raises(ValueError, match="Circumstances: expected Circumstances, got 'text'"):
         decode(Circumstances, "text")

@@ -12,8 +12,8 @@ from made_up_audit import certified, conditioning, layer, small_audit
 
 from convspectra.report import audit_numbers as words
 from convspectra.report.audit_record import Certified, LayerAudit
-from convspectra.report.audit_table import columns, records, row
-from convspectra.report.output import comma_separated
+from convspectra.report.audit_table import IMPORTANCE, columns, columns_for, records, row
+from convspectra.report.output import comma_separated, text_table
 
 ROWS = {audit.name: row(audit) for audit in small_audit()}
 
@@ -32,6 +32,8 @@ def test_an_ordinary_layer():
         "size of M": "4096x4096",
         "sigma_max": "1.800",
         "sigma_min": "0.02130",
+        "folded sigma_max": "2.400",
+        "folded sigma_min": "0.03000",
         "circular sigma_min": "0.3100",
         "condition": "84.51",
         "rank": "4096",
@@ -46,7 +48,7 @@ def test_an_ordinary_layer():
     [
         ("stage1.down", "stride / padding", "2 / 0+1x1"),
         ("stage1.down", "sigma_min", "0 (singular)"),
-        ("stage1.down", "condition", "infinite (singular)"),
+        ("stage1.down", "condition", "infinite"),
         ("stage1.down", "rank", "1000 of 1024"),
         ("stage1.down", "growth", "minus infinite"),
         ("stage1.conv", "sigma_min", "~3.200e-9"),
@@ -57,7 +59,7 @@ def test_an_ordinary_layer():
         ("stage2.conv", "kernel", "3x3, dilation 2, 4 groups"),
         ("stage2.conv", "stride / padding", "1 / 1 reflect"),
         ("stage2.conv", "sigma_max", "~12.50"),
-        ("stage2.conv", "growth", "-"),
+        ("stage2.conv", "growth", "not known"),
         ("stage2.conv", "circular sigma_min", "-"),
         ("stage2.conv", "note", "sigma_max: not converged"),
         ("head.pool", "sigma_min", "-"),
@@ -80,7 +82,43 @@ def test_a_layer_of_zeros_is_said_to_be_one():
     zero = Certified(0.0, 0.0, 0.0, "", "", True)
     cells = row(layer("a", applied=conditioning(zero, zero, condition=math.nan)))
     assert cells["sigma_max"] == "0 (the layer is zero)"
-    assert cells["condition"] == "not a number (singular)"
+    assert cells["condition"] == "not a number"
+
+
+def test_numbers_with_batch_normalisation_have_columns_where_there_are_any():
+    assert ROWS["stage1.down"]["folded sigma_max"] == "-"
+    names = [column.name for column in columns_for(small_audit())]
+    assert names == list(columns())
+    assert not any("folded" in column.name for column in columns_for([layer("a")]))
+    open_below = certified(0.5, lower=0.0)
+    cells = row(layer("a", folded=conditioning(certified(2.0), open_below)))
+    assert cells["folded sigma_min"] == "~0.5000"
+    assert cells["note"] == "folded sigma_min: no enclosure"
+
+
+def test_a_layer_that_is_called_several_times_says_so():
+    assert row(layer("a", uses=5, notes=("shared",)))["note"] == "used 5 times; shared"
+    assert records([layer("a", uses=5)])[0]["uses"] == 5
+
+
+def test_a_layer_without_a_name_has_that_of_its_type():
+    assert row(layer(""))["name"] == "Conv2d"
+
+
+def test_a_growth_that_is_not_known_is_empty_in_csv():
+    (record,) = records([small_audit()[3]])
+    (line,) = csv.DictReader(io.StringIO(comma_separated(list(record), [record])))
+    assert line["applied.log_growth"] == ""
+    assert line["applied.log_growth_method"] == "too large"
+
+
+def test_every_column_has_its_importance():
+    assert sorted(IMPORTANCE) == sorted(columns())
+
+
+def test_what_cannot_be_printed_is_escaped():
+    text = text_table(["name", "b"], [{"name": "a\x1b[2J\n", "b": "1"}, {"name": "c", "b": "2"}])
+    assert text == "name        b\na\\x1b[2J\\n  1\nc           2"
 
 
 def test_records_are_flat_and_full():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from convspectra.report.audit_record import Certified, Circular, Conditioning, LayerAudit
-from convspectra.report.findings import facts, findings, summary
+from convspectra.report.findings import NOTHING, facts, findings, summary
 
 
 def conditioning(
@@ -103,10 +103,62 @@ def test_the_summary_multiplies_norms_and_adds_growths() -> None:
     assert network.log10_product_folded == pytest.approx(1.0)
     assert network.growth == (1.0, 2.5)
     assert network.leaves_band == "c"
-    assert summary(layers, (1e-3, 1e3)).leaves_band == ""
+    assert summary(layers, (1e-3, 1e3)).leaves_band is None
     texts = dict(facts(network))
-    assert texts["product of all sigma_max"] == "1.00e+04"
-    assert "after c" in texts["mean growth along the layers"]
+    assert texts["product of all sigma_max of the audited layers"] == "1.00e+04"
+    label = "mean growth along the audited layers, with batch normalisation folded in"
+    assert "after c" in texts[label]
+
+
+def test_without_batch_normalisation_none_is_mentioned() -> None:
+    labels = [label for label, _ in facts(summary([layer("a", conditioning())]))]
+    assert labels == [
+        "layers", "product of all sigma_max", "mean growth along the layers", "time",
+    ]  # fmt: skip
+
+
+def test_a_layer_counts_as_often_as_it_is_called() -> None:
+    network = summary([layer("a", conditioning(sigma_max=10.0, growth=1.0), uses=5)])
+    assert network.log10_product == pytest.approx(5.0)
+    assert network.growth == (5.0,)
+    assert network.leaves_band == "a"
+
+
+def test_a_model_that_is_one_layer_can_leave_the_band() -> None:
+    network = summary([layer("", conditioning(growth=-6.9))])
+    assert network.leaves_band == "Conv2d"
+    text = dict(facts(network))["mean growth along the layers"]
+    assert text == "leaves 0.1 to 10 after Conv2d"
+    nameless = replace(network, leaves_band="")
+    assert "leaves" in dict(facts(nameless))["mean growth along the layers"]
+
+
+def test_of_nothing_nothing_is_known() -> None:
+    texts = dict(facts(summary([layer("a", skipped="too large")])))
+    assert texts["product of all sigma_max of the audited layers"] == NOTHING
+    assert texts["mean growth along the audited layers"] == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("rank", "text"),
+    [
+        (0, "100 directions of 100 are lost, and no gradient comes back along them"),
+        (99, "1 direction of 100 is lost, and no gradient comes back along it"),
+        (None, "at least one direction of 100 is lost, and no gradient comes back along it"),
+    ],
+)
+def test_lost_directions_are_counted_in_words(rank: int | None, text: str) -> None:
+    entry = layer("a", conditioning(sigma_min=0.0, growth=-math.inf, rank=rank))
+    assert findings([entry])[0].text == f"sigma_min is 0 to working precision: {text}"
+
+
+def test_a_growth_that_is_not_known_is_told_with_the_reason() -> None:
+    numbers = conditioning(growth=None, log_growth_method="not known: too large")
+    (found,) = findings([layer("a", numbers)])
+    assert (found.kind, found.text) == ("uncertain", "mean growth is not known: too large")
+    stopped = replace(numbers, sigma_min=replace(numbers.sigma_min, converged=False))
+    (found,) = findings([layer("a", stopped)])
+    assert "sigma_min did not converge" in found.text
 
 
 def test_a_product_beyond_double_precision() -> None:
@@ -116,7 +168,7 @@ def test_a_product_beyond_double_precision() -> None:
 
 def test_a_growth_that_is_not_known_leaves_no_band() -> None:
     network = summary([layer("a", conditioning(growth=None)), layer("b", conditioning(growth=9.0))])
-    assert network.leaves_band == ""
+    assert network.leaves_band is None
     assert "not known" in dict(facts(network))["mean growth along the layers"]
 
 

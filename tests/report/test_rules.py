@@ -58,7 +58,9 @@ def test_folded_reads_the_batch_normalisation_where_there_is_one() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "sigma > 3", "sigma_max == 3", "sigma_max > x", "3 > 2 > 1"])
+@pytest.mark.parametrize(
+    "text", ["", "sigma > 3", "sigma_max == 3", "sigma_max > x", "3 > 2 > 1", "sigma_max > nan"]
+)
 def test_other_texts_are_no_rules(text: str) -> None:
     with pytest.raises(ValueError, match='expected a rule like "sigma_max > 10"'):
         parse_rule(text)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convspectra.commands.shared import print_table
-from convspectra.report.audit_comparison import compare
-from convspectra.report.audit_report import AuditReport
+from convspectra.commands.shared import print_paths, print_table, say
+from convspectra.report.audit_comparison import IMPORTANCE, TEXTS, compare
+from convspectra.report.audit_report import INCOMPLETE, AuditReport
+from convspectra.report.output import comma_separated
 
 DESCRIPTION = """Two audits that were written as JSON, layer by layer.
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     parser.add_argument("first", type=Path, metavar="A.json")
     parser.add_argument("second", type=Path, metavar="B.json")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write one line a layer")
 
 
 def run(parsed: argparse.Namespace, console: Console) -> int:
@@ -27,10 +29,19 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     reports = [AuditReport.from_json(path) for path in (parsed.first, parsed.second)]
     for letter, report in zip("AB", reports, strict=True):
         facts = report.circumstances
-        console.print(
-            f"{letter}: {facts.model}, input {facts.input_shape}, {facts.created}",
-            markup=False,
-            highlight=False,
-        )
-    print_table(console, compare(reports[0].layers, reports[1].layers))
+        say(console, f"{letter}: {facts.model}, input {facts.input_shape}, {facts.created}")
+        if not facts.complete:
+            say(console, f"{letter} is {INCOMPLETE}")
+    rows = compare(reports[0].layers, reports[1].layers)
+    print_table(
+        console,
+        rows,
+        importance=IMPORTANCE,
+        texts=TEXTS,
+        elsewhere="--csv or a wider terminal",
+    )
+    if parsed.csv is not None:
+        parsed.csv.parent.mkdir(parents=True, exist_ok=True)
+        parsed.csv.write_text(comma_separated(list(rows[0]) if rows else [], rows), "utf-8")
+        print_paths(console, [parsed.csv])
     return 0

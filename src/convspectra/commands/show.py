@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from convspectra.commands.audit import print_report, write
+from convspectra.commands.audit import write
+from convspectra.commands.shared import print_report
 from convspectra.report.audit_report import AuditReport
 
 DESCRIPTION = "An audit that was written as JSON, as a table, a page or a line a layer."

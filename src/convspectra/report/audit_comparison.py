@@ -11,10 +11,22 @@ from convspectra.report.audit_record import Certified, Conditioning, LayerAudit
 
 Key: TypeAlias = tuple[str, tuple[int, ...], int]
 
+EXTREMES = ("sigma_min", "sigma_max")
 SAME = "none"
 BEYOND = "beyond the enclosures"
 WITHIN = "within the enclosures"
 UNKNOWN = "not known: no enclosure"
+TEXTS = (*(f"{fold}{name} change" for fold in ("", "folded ") for name in EXTREMES), "note")
+"""The columns of words, which may be wrapped."""
+IMPORTANCE = (
+    "name",
+    *(f"{name} {what}" for what in ("A", "B", "change") for name in EXTREMES),
+    "note",
+    *(f"folded {name} {what}" for what in ("A", "B", "change") for name in EXTREMES),
+    *(f"{name} {side}" for name in ("condition", "growth", "rank") for side in "AB"),
+    "input size",
+)
+"""The columns in the order in which a narrow terminal is filled; the rest comes after."""
 
 
 def compare(a: Sequence[LayerAudit], b: Sequence[LayerAudit]) -> list[dict[str, str]]:
@@ -32,7 +44,7 @@ def _keyed(layers: Sequence[LayerAudit]) -> dict[Key, LayerAudit]:
     seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
     keyed: dict[Key, LayerAudit] = {}
     for layer in layers:
-        key = (layer.name, layer.input_shape)
+        key = (layer.label, layer.input_shape)
         keyed[(*key, seen[key])] = layer
         seen[key] += 1
     return keyed
@@ -41,14 +53,20 @@ def _keyed(layers: Sequence[LayerAudit]) -> dict[Key, LayerAudit]:
 def _row(key: Key, a: LayerAudit | None, b: LayerAudit | None) -> dict[str, str]:
     one = None if a is None else a.applied
     two = None if b is None else b.applied
+    folded = (None if a is None else a.folded, None if b is None else b.folded)
+    remarks = (_missing(a, b), _skipped("A", a), _skipped("B", b), _uses(a, b))
     return {
         "name": key[0],
         "input size": words.sizes(key[1]),
         **_values("sigma_max", one, two, words.largest),
         **_values("sigma_min", one, two, words.smallest),
-        "condition A": words.ABSENT if one is None else words.condition(one),
-        "condition B": words.ABSENT if two is None else words.condition(two),
-        "note": "; ".join(filter(None, (_missing(a, b), _skipped("A", a), _skipped("B", b)))),
+        **_pair("condition", one, two, lambda numbers: words.number(numbers.condition)),
+        **_values("sigma_max", *folded, words.largest, "folded "),
+        **_values("sigma_min", *folded, words.smallest, "folded "),
+        "rank A": words.ABSENT if a is None or one is None else words.rank(a, one),
+        "rank B": words.ABSENT if b is None or two is None else words.rank(b, two),
+        **_pair("growth", one, two, words.growth),
+        "note": "; ".join(filter(None, remarks)),
     }
 
 
@@ -57,14 +75,26 @@ def _values(
     one: Conditioning | None,
     two: Conditioning | None,
     text: Callable[[Conditioning], str],
+    prefix: str = "",
 ) -> dict[str, str]:
     a: Certified | None = getattr(one, name, None)
     b: Certified | None = getattr(two, name, None)
     return {
+        **_pair(f"{prefix}{name}", one, two, text),
+        f"{prefix}{name} B/A": words.ratio(b.value, a.value) if a and b else words.ABSENT,
+        f"{prefix}{name} change": change(a, b) if a and b else words.ABSENT,
+    }
+
+
+def _pair(
+    name: str,
+    one: Conditioning | None,
+    two: Conditioning | None,
+    text: Callable[[Conditioning], str],
+) -> dict[str, str]:
+    return {
         f"{name} A": words.ABSENT if one is None else text(one),
         f"{name} B": words.ABSENT if two is None else text(two),
-        f"{name} B/A": words.ratio(b.value, a.value) if a and b else words.ABSENT,
-        f"{name} change": change(a, b) if a and b else words.ABSENT,
     }
 
 
@@ -87,3 +117,9 @@ def _missing(a: LayerAudit | None, b: LayerAudit | None) -> str:
 
 def _skipped(side: str, layer: LayerAudit | None) -> str:
     return f"skipped in {side}: {layer.skipped}" if layer is not None and layer.skipped else ""
+
+
+def _uses(a: LayerAudit | None, b: LayerAudit | None) -> str:
+    if a is None or b is None or a.uses == b.uses:
+        return ""
+    return f"calls in A: {a.uses}, in B: {b.uses}"

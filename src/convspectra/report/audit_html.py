@@ -16,7 +16,7 @@ import markupsafe
 from convspectra.report import audit_numbers as words
 from convspectra.report.audit_plot import histogram, overview
 from convspectra.report.audit_record import Certified, Circumstances, Finding, LayerAudit
-from convspectra.report.audit_table import COLUMNS, Column
+from convspectra.report.audit_table import Column, columns_for
 
 FINDINGS_SHOWN = 12
 FIRST_NUMBER = "sigma_max"
@@ -69,12 +69,13 @@ def page(
     str
     """
     environment = _environment()
-    entries = _entries(layers, findings)
+    columns = columns_for(layers)
+    entries = _entries(layers, findings, columns)
     style, script = _source("audit.css"), _source("audit.js")
     return environment.get_template("audit.html").render(
         entries=entries,
-        columns=COLUMNS,
-        first_number=[column.name for column in COLUMNS].index(FIRST_NUMBER),
+        columns=columns,
+        first_number=[column.name for column in columns].index(FIRST_NUMBER),
         network=network,
         findings=findings,
         findings_shown=FINDINGS_SHOWN,
@@ -138,21 +139,26 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _entries(layers: Sequence[LayerAudit], findings: Sequence[Finding]) -> list[_Entry]:
+def _entries(
+    layers: Sequence[LayerAudit], findings: Sequence[Finding], columns: Sequence[Column]
+) -> list[_Entry]:
     by_name: dict[str, list[Finding]] = {}
     for finding in findings:
         by_name.setdefault(finding.layer, []).append(finding)
+    found = [by_name.get(layer.label, []) for layer in layers]
     return [
-        _Entry(i, layer, tuple(found := by_name.get(layer.name, [])), _kinds(layer, found))
-        for i, layer in enumerate(layers, 1)
+        _Entry(i, layer, tuple(own), _kinds(layer, own, columns))
+        for i, (layer, own) in enumerate(zip(layers, found, strict=True), 1)
     ]
 
 
-def _kinds(layer: LayerAudit, findings: Sequence[Finding]) -> tuple[str, ...]:
+def _kinds(
+    layer: LayerAudit, findings: Sequence[Finding], columns: Sequence[Column]
+) -> tuple[str, ...]:
     kinds = [finding.kind for finding in findings]
     if layer.applied is None:
         kinds.append("skipped")
-    elif any(column.flag(layer) for column in COLUMNS):
+    elif any(column.flag(layer) for column in columns):
         kinds.append(NOT_ENCLOSED)
     return tuple(dict.fromkeys(kinds))
 
@@ -166,7 +172,7 @@ def _counts(entries: Sequence[_Entry]) -> dict[str, int]:
 
 def _anchors(layers: Sequence[LayerAudit]) -> dict[str, int]:
     """Number of the first layer of each name."""
-    return {layer.name: i for i, layer in reversed(list(enumerate(layers, 1)))}
+    return {layer.label: i for i, layer in reversed(list(enumerate(layers, 1)))}
 
 
 def _times(text: str) -> str:

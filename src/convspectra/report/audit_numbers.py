@@ -12,6 +12,7 @@ DIGITS = 4
 MOST_DIGITS = 17
 ABSENT = "-"
 NOT_COMPUTED = "not computed"
+NOT_KNOWN = "not known"
 SINGULAR = " (singular)"
 
 
@@ -118,17 +119,35 @@ def rank(layer: LayerAudit, numbers: Conditioning) -> str:
 
 
 def growth(numbers: Conditioning) -> str:
-    """The mean of log s with its standard error, or why there is none."""
+    """The mean of log s with its standard error; minus infinite where the matrix is singular."""
     value = numbers.log_growth
     if value is None:
-        return f"{NOT_COMPUTED}: {numbers.log_growth_method}"
+        return NOT_KNOWN
+    if value == -math.inf:
+        return number(value) + SINGULAR
     spread = numbers.log_growth_error
     return number(value) + (f" ± {number(spread, 2)}" if spread > 0 else "")
 
 
+def growth_method(numbers: Conditioning) -> str:
+    """How the mean of log s was computed, or why it is not known."""
+    return numbers.log_growth_method.removeprefix(f"{NOT_KNOWN}: ")
+
+
 def geometric_mean(numbers: Conditioning) -> str:
     """The exponential of the mean of log s."""
-    return NOT_COMPUTED if numbers.log_growth is None else number(math.exp(numbers.log_growth))
+    return NOT_KNOWN if numbers.log_growth is None else number(math.exp(numbers.log_growth))
+
+
+def times(layer: LayerAudit) -> str:
+    """How often a layer is called, if not once.
+
+    Examples
+    --------
+    >>> times(LayerAudit("c", "Conv2d", uses=5)), times(LayerAudit("c", "Conv2d"))
+    ('used 5 times', '')
+    """
+    return f"used {layer.uses} times" if layer.uses > 1 else ""
 
 
 def ratio(approximate: float | None, true: float | None) -> str:

@@ -116,7 +116,8 @@ class Overview:
     left, right, top, bottom : float
         The frame of the plot.
     zero : float, optional
-        Height of the line for 0, if a value or an enclosure needs it.
+        Height of the line for 0, if a value or an enclosure needs it: what is at or below the
+        tolerance of the rank is drawn there.
     radius : float
         Of the marks.
     x_ticks, y_ticks : tuple of Tick
@@ -145,9 +146,7 @@ def overview(layers: Sequence[LayerAudit]) -> Overview:
     zero_needed = any(value == 0 for value in values)
     axis = _axis(values, bottom - (34.0 if zero_needed else 0.0), top, bottom - 8.0)
     slot = (right - left) / max(len(layers), 1)
-    marks = tuple(
-        _mark(layer, left + (i + 0.5) * slot, axis, zero_needed) for i, layer in enumerate(layers)
-    )
+    marks = tuple(_mark(layer, left + (i + 0.5) * slot, axis) for i, layer in enumerate(layers))
     numbers = range(_step(len(layers)), len(layers) + 1, _step(len(layers)))
     return Overview(
         width,
@@ -171,26 +170,37 @@ def _step(count: int) -> int:
 
 
 def _drawn(layer: LayerAudit) -> list[float]:
-    circular = layer.circular.sigma_min if layer.circular else None
+    circular = _circular(layer)
     drawn = [] if circular is None else [circular]
     if layer.applied is not None:
         for entry in (layer.applied.sigma_max, layer.applied.sigma_min):
-            drawn += [entry.value, entry.lower, entry.upper]
+            drawn += [_cleared(layer, x) for x in (entry.value, entry.lower, entry.upper)]
     return drawn
 
 
-def _mark(layer: LayerAudit, x: float, axis: LogAxis, zero_shown: bool) -> Mark:
-    circular = layer.circular.sigma_min if layer.circular else None
+def _cleared(layer: LayerAudit, value: float) -> float:
+    """A number, or 0 where it is rounding noise."""
+    return 0.0 if layer.applied and value <= layer.applied.rank_tolerance else value
+
+
+def _circular(layer: LayerAudit) -> float | None:
+    value = layer.circular.sigma_min if layer.circular else None
+    return None if value is None else _cleared(layer, value)
+
+
+def _mark(layer: LayerAudit, x: float, axis: LogAxis) -> Mark:
+    circular = _circular(layer)
     height = None if circular is None else axis.at(circular)
     if layer.applied is None:
         return Mark(x, None, None, height, "")
     largest, smallest = layer.applied.sigma_max, layer.applied.sigma_min
-    whiskers = _whisker(largest, x, axis) + _whisker(smallest, x, axis)
-    return Mark(x, axis.at(largest.value), axis.at(smallest.value), height, whiskers)
+    low, high = (axis.at(_cleared(layer, entry.value)) for entry in (smallest, largest))
+    whiskers = _whisker(layer, largest, x, axis) + _whisker(layer, smallest, x, axis)
+    return Mark(x, high, low, height, whiskers)
 
 
-def _whisker(certified: Certified, x: float, axis: LogAxis) -> str:
-    low, high = axis.at(certified.lower), axis.at(certified.upper)
+def _whisker(layer: LayerAudit, certified: Certified, x: float, axis: LogAxis) -> str:
+    low, high = (axis.at(_cleared(layer, end)) for end in (certified.lower, certified.upper))
     if low - high < 0.5:
         return ""
     return f"M{x - 3:.1f} {low:.1f}h6m-3 0V{high:.1f}m-3 0h6"
@@ -270,7 +280,7 @@ def histogram(spectrum: Spectrum) -> Histogram:
         top,
         bottom,
         left + slot if starts_at_zero else None,
-        axis.ticks(),
+        tuple(tick for tick in axis.ticks() if tick.at > left + 1.4 * slot - 1),  # clear of 0
         _linear_ticks(tallest, bottom, scale),
         bars,
         _steps(sides, heights, bottom),

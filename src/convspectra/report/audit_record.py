@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+ADDED_LATER = {"added later": True}
+"""Of a field that the first files do not have: its default is taken for them."""
+
 
 @dataclass(frozen=True)
 class Certified:
@@ -60,7 +63,8 @@ class Conditioning:
     rank_tolerance : float
         max(rows, columns) eps sigma_max, as in ``numpy.linalg.matrix_rank``.
     log_growth : float, optional
-        The mean of log s over all min(rows, columns) singular values; -inf where one is 0.
+        The mean of log s over all min(rows, columns) singular values; -inf where the matrix is
+        singular to working precision, None where the mean is not known.
     log_growth_error : float
         Of that mean: 0 up to rounding, or a standard error.
     log_growth_method : str
@@ -118,7 +122,7 @@ class Spectrum:
     circular : tuple of float
         The same with circular padding; empty where there is none.
     method : str
-        "exact", or "stochastic Lanczos quadrature" with its numbers.
+        How it was computed, such as "exact".
     """
 
     edges: tuple[float, ...]
@@ -162,6 +166,8 @@ class LayerAudit:
         Why it was not audited; "" if it was.
     notes : tuple of str
         What else a reader should know.
+    uses : int
+        Calls at this input size in one forward pass; 0 if there was none.
     """
 
     name: str
@@ -185,6 +191,12 @@ class LayerAudit:
     seconds: float = 0.0
     skipped: str = ""
     notes: tuple[str, ...] = ()
+    uses: int = dataclasses.field(default=1, metadata=ADDED_LATER)
+
+    @property
+    def label(self) -> str:
+        """The name, or the type of a layer without one."""
+        return self.name or self.type
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,8 @@ class Finding:
 class Network:
     """What the layers give together, as if in series and without what stands between them.
 
+    A layer that is called several times counts as often, all at the place of its first call.
+
     Attributes
     ----------
     audited, skipped : int
@@ -220,10 +234,12 @@ class Network:
         normalisation; nan from the first layer on whose growth is not known.
     band : (float, float)
         What exp of that is meant to stay between.
-    leaves_band : str
-        The first layer after which it does not; "" if there is none.
+    leaves_band : str, optional
+        The first layer after which it does not; None if there is none.
     seconds : float
         Sum over the layers.
+    folded : int
+        Number of audited layers with a batch normalisation folded in.
     """
 
     audited: int
@@ -232,8 +248,9 @@ class Network:
     log10_product_folded: float
     growth: tuple[float, ...]
     band: tuple[float, float]
-    leaves_band: str
+    leaves_band: str | None
     seconds: float
+    folded: int = dataclasses.field(default=0, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)
@@ -315,7 +332,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_record(kind: Any, value: dict[str, Any], where: str) -> Any:
     hints = _hints(kind)
-    if set(value) != set(hints):
-        odd = sorted(set(value) ^ set(hints))
+    later = {f.name for f in dataclasses.fields(kind) if f.metadata == ADDED_LATER}
+    odd = sorted((set(value) ^ set(hints)) - (later - set(value)))
+    if odd:
         raise ValueError(f"{where}: expected the fields {sorted(hints)}, these differ: {odd}")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in hints})
+    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})

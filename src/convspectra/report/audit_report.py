@@ -17,10 +17,12 @@ from convspectra.report.audit_record import (
     decode,
     encode,
 )
-from convspectra.report.output import comma_separated, text_table
+from convspectra.report.output import comma_separated, plain, text_table
 
 SCHEMA = "convspectra.audit"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, SCHEMA_MINOR = 1, 1
+"""Another version cannot be read; a minor one has more fields than those before it."""
+INCOMPLETE = "incomplete: the audit was interrupted, and layers are missing"
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,15 @@ class AuditReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as what JSON can hold."""
-        return {"schema": SCHEMA, "version": SCHEMA_VERSION, **encode(self)}
+        numbers = {"version": SCHEMA_VERSION, "minor": SCHEMA_MINOR}
+        return {"schema": SCHEMA, **numbers, **encode(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> AuditReport:
         """The inverse of `to_dict`.
+
+        What an older minor version says of the network and the findings is derived anew from its
+        layers.
 
         Raises
         ------
@@ -74,8 +80,17 @@ class AuditReport:
             raise ValueError(
                 f"expected version {SCHEMA_VERSION} of {SCHEMA}, got {data.get('version')!r}"
             )
-        fields = {name: data[name] for name in data if name not in ("schema", "version")}
-        return decode(cls, fields, "report")
+        minor = data.get("minor", 0)
+        if minor not in range(SCHEMA_MINOR + 1):
+            raise ValueError(
+                f"expected version {SCHEMA_VERSION}.{SCHEMA_MINOR} of {SCHEMA} or an older one, "
+                f"got {SCHEMA_VERSION}.{minor}"
+            )
+        fields = {name: data[name] for name in data if name not in ("schema", "version", "minor")}
+        report = decode(cls, fields, "report")
+        if minor == SCHEMA_MINOR:
+            return report
+        return report_of(report.circumstances, report.layers, report.network.band)
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; `from_json` reads it again without loss."""
@@ -132,10 +147,13 @@ class AuditReport:
         )
 
     def __str__(self) -> str:
-        lines = text_table(audit_table.columns(), [audit_table.row(layer) for layer in self.layers])
+        rows = [audit_table.row(layer) for layer in self.layers]
+        columns = [column.name for column in audit_table.columns_for(self.layers)]
+        incomplete = [] if self.circumstances.complete else [INCOMPLETE]
         facts = [f"{label}: {text}" for label, text in findings.facts(self.network)]
         found = [f"{f.layer}: {f.text}" for f in self.findings]
-        return "\n".join([lines, "", *facts, "", *found])
+        lines = [*incomplete, *facts, "", *found]
+        return "\n".join([text_table(columns, rows), "", *map(plain, lines)])
 
 
 def report_of(

@@ -27,17 +27,26 @@ class Column:
         From a layer to what the column is sorted by: None sorts last. Without, by the text.
     flag : callable
         From a layer to what is wrong with the number: "" for nothing.
+    folded : bool
+        Of the layer with its batch normalisation folded in, and empty for the others.
     """
 
     name: str
     text: Callable[[LayerAudit], str]
     key: Callable[[LayerAudit], float | None] | None = None
     flag: Callable[[LayerAudit], str] = lambda layer: ""
+    folded: bool = False
 
 
 def columns() -> tuple[str, ...]:
     """Names of the columns of `row`."""
     return tuple(column.name for column in COLUMNS)
+
+
+def columns_for(layers: Sequence[LayerAudit]) -> tuple[Column, ...]:
+    """All columns, those of folded numbers only if there are any."""
+    folded = any(layer.folded is not None for layer in layers)
+    return tuple(column for column in COLUMNS if folded or not column.folded)
 
 
 def row(layer: LayerAudit) -> dict[str, str]:
@@ -83,8 +92,14 @@ def _sizes(entries: tuple[Any, ...]) -> str:
     return "x".join("+".join(map(str, e)) if isinstance(e, tuple) else str(e) for e in entries)
 
 
-def _applied(text: Callable[[Conditioning], Any], absent: Any) -> Callable[[LayerAudit], Any]:
-    return lambda layer: absent if layer.applied is None else text(layer.applied)
+def _of(
+    field: str, text: Callable[[Conditioning], Any], absent: Any
+) -> Callable[[LayerAudit], Any]:
+    def found(layer: LayerAudit) -> Any:
+        numbers = getattr(layer, field)
+        return absent if numbers is None else text(numbers)
+
+    return found
 
 
 def _number(
@@ -92,8 +107,36 @@ def _number(
     text: Callable[[Conditioning], str],
     key: Callable[[Conditioning], float | None],
     flag: Callable[[Conditioning], str] = lambda numbers: "",
+    field: str = "applied",
 ) -> Column:
-    return Column(name, _applied(text, words.ABSENT), _applied(key, None), _applied(flag, ""))
+    return Column(
+        name,
+        _of(field, text, words.ABSENT),
+        _of(field, key, None),
+        _of(field, flag, ""),
+        folded=field == "folded",
+    )
+
+
+def _extremes(field: str) -> tuple[Column, Column]:
+    """sigma_max and sigma_min of the layer as applied, or as folded."""
+    prefix = "folded " if field == "folded" else ""
+    return (
+        _number(
+            f"{prefix}sigma_max",
+            words.largest,
+            lambda numbers: numbers.sigma_max.value,
+            lambda numbers: words.flag(numbers.sigma_max),
+            field,
+        ),
+        _number(
+            f"{prefix}sigma_min",
+            words.smallest,
+            lambda numbers: numbers.sigma_min.value,
+            words.smallest_flag,
+            field,
+        ),
+    )
 
 
 def _stride_padding(layer: LayerAudit) -> str:
@@ -105,8 +148,12 @@ def _rank(layer: LayerAudit) -> str:
     return words.ABSENT if layer.applied is None else words.rank(layer, layer.applied)
 
 
+def _condition(numbers: Conditioning) -> str:
+    return words.condition(numbers).removesuffix(words.SINGULAR)  # sigma_min says it
+
+
 def _growth(numbers: Conditioning) -> str:
-    return words.ABSENT if numbers.log_growth is None else words.growth(numbers)
+    return words.growth(numbers).removesuffix(words.SINGULAR)
 
 
 def _circular_minimum(layer: LayerAudit) -> float | None:
@@ -121,16 +168,14 @@ def _circular_text(layer: LayerAudit) -> str:
 def _note(layer: LayerAudit) -> str:
     if layer.skipped or layer.applied is None:
         return f"{words.NOT_COMPUTED}: {layer.skipped or 'no reason given'}"
-    found = (
-        ("sigma_max", words.flag(layer.applied.sigma_max)),
-        ("sigma_min", words.smallest_flag(layer.applied)),
-    )
+    found = ((column.name, column.flag(layer)) for column in EXTREMES)
     flags = [f"{name}: {text}" for name, text in found if text]
-    return "; ".join([*flags, *layer.notes])
+    return "; ".join(filter(None, [*flags, words.times(layer), *layer.notes]))
 
 
+EXTREMES = (*_extremes("applied"), *_extremes("folded"))
 COLUMNS = (
-    Column("name", lambda layer: layer.name),
+    Column("name", lambda layer: layer.label),
     Column("type", lambda layer: layer.type),
     Column("kernel", words.kernel, lambda layer: float(math.prod(layer.kernel))),
     Column("stride / padding", _stride_padding),
@@ -144,21 +189,10 @@ COLUMNS = (
         lambda layer: words.sizes(layer.shape) if any(layer.shape) else words.ABSENT,
         lambda layer: float(math.prod(layer.shape)) if any(layer.shape) else None,
     ),
-    _number(
-        "sigma_max",
-        words.largest,
-        lambda numbers: numbers.sigma_max.value,
-        lambda numbers: words.flag(numbers.sigma_max),
-    ),
-    _number(
-        "sigma_min",
-        words.smallest,
-        lambda numbers: numbers.sigma_min.value,
-        words.smallest_flag,
-    ),
+    *EXTREMES,
     Column("circular sigma_min", _circular_text, _circular_minimum),
-    _number("condition", words.condition, lambda numbers: numbers.condition, words.condition_flag),
-    Column("rank", _rank, _applied(lambda numbers: numbers.rank, None)),
+    _number("condition", _condition, lambda numbers: numbers.condition, words.condition_flag),
+    Column("rank", _rank, _of("applied", lambda numbers: numbers.rank, None)),
     _number("growth", _growth, lambda numbers: numbers.log_growth),
     Column(
         "seconds",
@@ -167,3 +201,22 @@ COLUMNS = (
     ),
     Column("note", _note),
 )
+IMPORTANCE = (
+    "name",
+    "sigma_max",
+    "sigma_min",
+    "condition",
+    "folded sigma_max",
+    "folded sigma_min",
+    "growth",
+    "circular sigma_min",
+    "type",
+    "note",
+    "rank",
+    "kernel",
+    "stride / padding",
+    "input size",
+    "size of M",
+    "seconds",
+)
+"""The columns in the order in which a narrow terminal is filled."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from convspectra.report import audit_numbers as words
 from convspectra.report.audit_record import Conditioning, Finding, LayerAudit, Network
 
 KINDS = ("singular", "exploding", "vanishing", "ill-conditioned", "uncertain", "skipped")
@@ -15,6 +17,7 @@ LEAST_GROWTH = 0.5
 """A layer whose geometric mean singular value is below is said to vanish."""
 LARGEST_CONDITION = 1e4
 BAND = (0.1, 10.0)
+NOTHING = "not known: nothing was audited"
 
 
 def effective(layer: LayerAudit) -> Conditioning | None:
@@ -33,24 +36,23 @@ def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> N
     if not 0 < band[0] < band[1]:
         raise ValueError(f"expected a band of two positive numbers in order, got {band}")
     audited = [layer for layer in layers if layer.applied is not None]
-    growth, total, leaves = [], 0.0, ""
-    for layer in audited:
-        numbers = effective(layer)
-        known = None if numbers is None else numbers.log_growth
-        total += math.nan if known is None else known
-        growth.append(total)
-        # Not a number is in no band and out of none.
-        if not leaves and (total < math.log(band[0]) or total > math.log(band[1])):
-            leaves = layer.name
+    growth = _running_growth(audited)
+    # Not a number is in no band and out of none.
+    outside = (
+        layer.label
+        for layer, total in zip(audited, growth, strict=True)
+        if total < math.log(band[0]) or total > math.log(band[1])
+    )
     return Network(
         audited=len(audited),
         skipped=len(layers) - len(audited),
-        log10_product=_log10_product([layer.applied for layer in audited]),
-        log10_product_folded=_log10_product([effective(layer) for layer in audited]),
-        growth=tuple(growth),
+        log10_product=_log10_product((layer.uses, layer.applied) for layer in audited),
+        log10_product_folded=_log10_product((layer.uses, effective(layer)) for layer in audited),
+        growth=growth,
         band=band,
-        leaves_band=leaves,
+        leaves_band=next(outside, None),
         seconds=math.fsum(layer.seconds for layer in layers),
+        folded=sum(layer.folded is not None for layer in audited),
     )
 
 
@@ -63,25 +65,49 @@ def findings(layers: Sequence[LayerAudit]) -> tuple[Finding, ...]:
 
 def facts(network: Network) -> list[tuple[str, str]]:
     """The network as labels and texts."""
-    low, high = network.band
-    if network.leaves_band:
-        growth = f"leaves {low:g} to {high:g} after {network.leaves_band}"
-    elif any(map(math.isnan, network.growth)):
-        growth = "not known for all layers"
-    else:
-        growth = f"stays within {low:g} to {high:g}"
-    return [
+    which = "audited layers" if network.skipped else "layers"
+    product = f"product of all sigma_max{' of the audited layers' if network.skipped else ''}"
+    found = [
         ("layers", f"{network.audited} audited, {network.skipped} skipped"),
-        ("product of all sigma_max", _power(network.log10_product)),
-        ("the same with batch normalisation folded in", _power(network.log10_product_folded)),
-        ("mean growth along the layers", growth),
+        (product, _product(network, network.log10_product)),
+    ]
+    folded = ""
+    if network.folded:
+        folded = ", with batch normalisation folded in"
+        text = _product(network, network.log10_product_folded)
+        found.append(("the same with batch normalisation folded in", text))
+    return [
+        *found,
+        (f"mean growth along the {which}{folded}", _growth(network)),
         ("time", f"{network.seconds:.1f} s"),
     ]
 
 
-def _log10_product(conditionings: Sequence[Conditioning | None]) -> float:
-    values = [c.sigma_max.value for c in conditionings if c is not None]
-    return math.fsum(math.log10(v) if v > 0 else -math.inf for v in values)
+def _running_growth(layers: Sequence[LayerAudit]) -> tuple[float, ...]:
+    known = [(layer.uses, numbers.log_growth) for layer in layers if (numbers := effective(layer))]
+    return tuple(
+        itertools.accumulate(math.nan if value is None else uses * value for uses, value in known)
+    )
+
+
+def _log10_product(factors: Iterable[tuple[int, Conditioning | None]]) -> float:
+    values = [(uses, numbers.sigma_max.value) for uses, numbers in factors if numbers is not None]
+    return math.fsum(uses * math.log10(v) if v > 0 else -math.inf for uses, v in values)
+
+
+def _growth(network: Network) -> str:
+    low, high = network.band
+    if not network.audited:
+        return NOTHING
+    if network.leaves_band is not None:
+        return f"leaves {low:g} to {high:g} after {network.leaves_band}"
+    if any(map(math.isnan, network.growth)):
+        return "not known for all layers"
+    return f"stays within {low:g} to {high:g}"
+
+
+def _product(network: Network, log10: float) -> str:
+    return _power(log10) if network.audited else NOTHING
 
 
 def _power(log10: float) -> str:
@@ -93,7 +119,7 @@ def _power(log10: float) -> str:
 
 def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
     def finding(urgency: float, kind: str, text: str) -> tuple[float, Finding]:
-        return urgency, Finding(layer.name, kind, text)
+        return urgency, Finding(layer.label, kind, text)
 
     if layer.skipped:
         yield finding(0.0, "skipped", layer.skipped)
@@ -103,16 +129,8 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
     folded = " with its batch normalisation" if layer.folded else ""
     largest, smallest = numbers.sigma_max, numbers.sigma_min
     if numbers.singular:
-        if numbers.rank is None:
-            lost = "at least one direction"
-        else:
-            lost = _counted(min(layer.shape) - numbers.rank)
-        yield finding(
-            1.0,
-            "singular",
-            f"sigma_min is 0 to working precision{folded}: {lost} of {min(layer.shape)} is lost, "
-            "and no gradient comes back along it",
-        )
+        lost = _lost(min(layer.shape), numbers.rank)
+        yield finding(1.0, "singular", f"sigma_min is 0 to working precision{folded}: {lost}")
     elif numbers.condition > LARGEST_CONDITION:
         circular = ""
         if not layer.folded and layer.circular and layer.circular.sigma_min:
@@ -132,7 +150,10 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
             f"sigma_max is {largest.value:.4g}{folded}: some gradients grow by that in this layer",
         )
     growth = numbers.log_growth
-    if growth is not None and -math.inf < growth < math.log(LEAST_GROWTH):
+    if growth is None and largest.converged and smallest.converged:
+        reason = words.growth_method(numbers)
+        yield finding(0.0, "uncertain", f"mean growth{folded} is not known: {reason}")
+    elif growth is not None and -math.inf < growth < math.log(LEAST_GROWTH):
         yield finding(
             -growth,
             "vanishing",
@@ -147,5 +168,10 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
             )
 
 
-def _counted(directions: int) -> str:
-    return "1 direction" if directions == 1 else f"{directions} directions"
+def _lost(full: int, rank: int | None) -> str:
+    """Along how many directions no gradient comes back, in a clause."""
+    if rank is None:
+        return f"at least one direction of {full} is lost, and no gradient comes back along it"
+    if rank == full - 1:
+        return f"1 direction of {full} is lost, and no gradient comes back along it"
+    return f"{full - rank} directions of {full} are lost, and no gradient comes back along them"

@@ -64,10 +64,21 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Mapping[str, object]])
     return "\n".join(lines) + "\n"
 
 
+def plain(text: str) -> str:
+    r"""Text for a terminal: what cannot be printed, such as a control character, is escaped.
+
+    Examples
+    --------
+    >>> print(plain("a\x1b[31m\nb"))
+    a\x1b[31m\nb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     """Rows in columns of equal width, with a header."""
-    widths = [max(len(c), *(len(row[c]) for row in rows), 0) for c in columns]
-    lines = [columns, *([row[c] for c in columns] for row in rows)]
+    lines = [list(columns), *([plain(row[c]) for c in columns] for row in rows)]
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -89,6 +90,8 @@ def parse_rule(text: str) -> Rule:
         threshold = float(match[4])
     except ValueError as error:
         raise ValueError(expected) from error
+    if math.isnan(threshold):
+        raise ValueError(expected)
     return Rule(text.strip(), match[1] is not None, match[2], match[3], threshold)
 
 
@@ -103,16 +106,16 @@ def _violation(rule: Rule, layer: LayerAudit) -> Violation | None:
     value = None if numbers is None else QUANTITIES[rule.quantity](numbers)
     if value is None:
         why = layer.skipped or "it could not be computed"
-        return Violation(rule.text, layer.name, False, f"{rule.quantity} is not known: {why}")
+        return Violation(rule.text, layer.label, False, f"{rule.quantity} is not known: {why}")
     if not isinstance(value, Certified):
         value = Certified(value, value, value, "", "", True)
     compare = OPERATORS[rule.comparison]
     if compare(value.value, rule.threshold):
-        return Violation(rule.text, layer.name, True, f"{rule.quantity} is {value.value:.6g}")
+        return Violation(rule.text, layer.label, True, f"{rule.quantity} is {value.value:.6g}")
     if compare(value.lower, rule.threshold) or compare(value.upper, rule.threshold):
         text = (
             f"{rule.quantity} is {value.value:.6g}, but only known to be in "
             f"[{value.lower:.6g}, {value.upper:.6g}]"
         )
-        return Violation(rule.text, layer.name, False, text)
+        return Violation(rule.text, layer.label, False, text)
     return None
