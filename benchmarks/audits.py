@@ -54,7 +54,6 @@ FULL_PAGE = """# One audit in full: {package}
 - machine: {machine}
 - threads: {threads}
 {facts}
-- time: {seconds}
 
 The same as {{download}}`one page <{name}.html>` and as {{download}}`JSON <{name}.json>`.
 
@@ -95,11 +94,8 @@ def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any])
     network = PRETRAINED[name]
     version, path = network.find(folder)
     options = AuditOptions(spectrum=True)
-    elapsed, report = timed(
-        lambda: audit_targets(
-            network.targets(path), name, sizes((1, *network.input_shape)), options=options
-        )
-    )
+    shape = sizes((1, *network.input_shape))
+    report = audit_targets(network.targets(path), name, shape, options=options)
     out.mkdir(parents=True, exist_ok=True)
     report.to_json(out / f"{name}.json")
     report.to_html(out / f"{name}.html")
@@ -111,7 +107,6 @@ def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any])
         file=path.name,
         version=version,
         facts="\n".join(f"- {label}: {text}" for label, text in findings.facts(report.network)),
-        seconds=seconds(elapsed),
         findings="\n".join(f"- `{f.layer}`: {f.text}" for f in report.findings),
         table=markdown_table(columns, [audit_table.row(layer) for layer in report.layers]),
     )

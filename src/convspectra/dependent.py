@@ -141,7 +141,10 @@ def _dependence(rows: Tensor) -> _Slices:
     padded = torch.nn.functional.pad(rows, (0, max(0, count - columns)))  # to have `count` vectors
     left, s, _ = torch.linalg.svd(padded, full_matrices=False)
     tolerance = max(count, columns) * torch.finfo(rows.dtype).eps * float(s.amax())
-    return _Slices(left, s > tolerance, tolerance)
+    kept = s > tolerance
+    if bool(kept[:, :columns].all()):  # more rows than columns, and nothing to drop besides
+        tolerance = 0.0
+    return _Slices(left, kept, tolerance)
 
 
 def _null_rows(slices: _Slices, points: int, k: int) -> Tensor:
