@@ -41,7 +41,7 @@ YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
 """The change of a layer turns quickly while it is small: up to this age an improvement takes more
 steps of the power method towards it than one.
 """
-REPORT_STEPS, SETTLED = 50, 1e-4
+REPORT_STEPS, SETTLED = 50, 1e-5
 """Steps of tracking until a report's values settle: at most so many, until one of them changes no
 value by more than this part of it, nor is a residual above the root of this.
 """

@@ -20,9 +20,30 @@ from symmetric import (
 from torch import Tensor
 
 from convspectra.solvers import gaussian
-from convspectra.solvers.lanczos import Eigenpairs
+from convspectra.solvers.lanczos import Eigenpairs, lanczos
 
 # --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gap", [1e-3, 3e-3])
+@pytest.mark.parametrize("bulk", [0.74, 0.9])
+def test_of_two_values_near_each_other_the_first_is_given(bulk, gap):
+    spectrum = torch.linspace(bulk, 2, 3000, dtype=torch.float64)
+    spectrum[:2] = torch.tensor([0.7, 0.7 * (1 + gap)])
+    for seed in range(25):
+        found = lanczos(
+            lambda x: x * spectrum,
+            len(spectrum),
+            1,
+            largest=False,
+            tol=1e-4,
+            maxiter=500,
+            like=spectrum,
+            generator=torch.Generator().manual_seed(seed),
+            values_only=True,
+        )
+        assert found.converged
+        assert float(found.values[0]) == pytest.approx(0.7, rel=1e-4)
 
 
 @each_end

@@ -37,8 +37,10 @@ FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
-LOOSEST_ESTIMATE = 1e-4
-"""Estimates of relative errors above this are made too early to be trusted."""
+LOOSEST_ESTIMATE = 1e-8
+"""Estimates of relative errors above this are made too early to be trusted: of two values a part in
+a thousand apart the iteration sees one for a while.
+"""
 SMALL_BASIS = 4_000_000
 """Numbers in a basis that new vectors are made orthogonal to, all of it."""
 CHUNK = 32
