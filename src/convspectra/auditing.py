@@ -20,6 +20,7 @@ from convspectra.journal import append_to_journal, journal_files, read_journal
 from convspectra.layer_audit import AuditOptions, audit_layer, cost, described
 from convspectra.machine import processor, versions
 from convspectra.matrices import DEFAULT_MAX_BYTES
+from convspectra.report.audit_numbers import sizes
 from convspectra.report.audit_record import Circumstances, LayerAudit
 from convspectra.report.audit_report import AuditReport, report_of
 from convspectra.report.findings import BAND
@@ -251,7 +252,7 @@ def _check_device(device: str | torch.device) -> None:
 
 def _shapes(example_input: Any) -> str:
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    return ", ".join("x".join(map(str, x.shape)) for x in inputs if isinstance(x, Tensor))
+    return ", ".join(sizes(x.shape) for x in inputs if isinstance(x, Tensor))
 
 
 def _circumstances(model: str, input_shape: str, complete: bool) -> Circumstances:

@@ -65,11 +65,7 @@ def tap_norm_bound(op: ConvOperator) -> float:
     reads = np.ones((), dtype=np.int64)
     for axis in range(geometry.ndim):
         # S_p has one 1 in a row; its squared norm is the most times that one input is read.
-        most = [
-            int(np.bincount(source[source >= 0], minlength=1).max())
-            for source in geometry.tap_sources(axis)
-        ]
-        reads = np.multiply.outer(reads, np.array(most, dtype=np.int64))
+        reads = np.multiply.outer(reads, geometry.tap_reads(axis))
     taps = weight.reshape(*weight.shape[:2], -1).movedim(2, 0).unflatten(1, (op.groups, -1))
     norms = torch.linalg.matrix_norm(taps, 2).amax(1)
     by_taps = float(norms @ torch.from_numpy(reads.ravel() ** 0.5).to(norms))

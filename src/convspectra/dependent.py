@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,10 +170,5 @@ def _combined(weight: Tensor, slices: _Slices, axis: int) -> Tensor:
 def _layout_norm(op: ConvOperator) -> float:
     """A bound on ||P||: the root of the taps times the most that one of them reads one input."""
     geometry = op.geometry
-    reads = 1
-    for axis in range(geometry.ndim):
-        reads *= max(
-            int(np.bincount(source[source >= 0], minlength=1).max())
-            for source in geometry.tap_sources(axis)
-        )
+    reads = math.prod(int(geometry.tap_reads(axis).max()) for axis in range(geometry.ndim))
     return math.sqrt(math.prod(geometry.kernel_size) * reads)

@@ -81,6 +81,13 @@ class ConvGeometry:
         sources: IntArray = self.padded_sources(axis)[taps[:, None] + outputs[None, :]]
         return sources
 
+    def tap_reads(self, axis: int) -> IntArray:
+        """The most times that tap p reads one input position, (k,)."""
+        most = [
+            np.bincount(source[source >= 0], minlength=1).max() for source in self.tap_sources(axis)
+        ]
+        return np.array(most, dtype=np.int64)
+
     def tap_gram(self, axis: int) -> IntArray:
         """Gram matrix of the taps, (k, k): number of outputs for which p and p' read one pixel.
 

@@ -75,7 +75,7 @@ def audit_layer(
         try:
             found = _computed(found, op, target, options)
         except _FAILURES as error:
-            found = replace(found, skipped=str(error).splitlines()[0])
+            found = replace(found, skipped=_reason(error))
     return replace(found, seconds=time.perf_counter() - start)
 
 
@@ -142,8 +142,12 @@ def _computed(
 
 
 def _noted(found: LayerAudit, what: str, error: Exception) -> LayerAudit:
-    reason = str(error).splitlines()[0]
-    return replace(found, notes=(*found.notes, f"{what}: not computed, {reason}"))
+    note = f"{what}: not computed, {_reason(error)}"
+    return replace(found, notes=(*found.notes, note))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from convspectra.commands.shared import input_shape, print_paths, print_report, say
 from convspectra.journal import journal_files, remove_journal
 from convspectra.report import findings
-from convspectra.report.audit_numbers import largest, smallest
+from convspectra.report.audit_numbers import largest, sizes, smallest
 from convspectra.report.audit_record import LayerAudit
 from convspectra.report.audit_report import AuditReport
 from convspectra.report.rules import Rule, parse_rule, violations
@@ -119,7 +119,7 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
         report = auditing.audit_targets(
             targets,
             name,
-            ", ".join("x".join(map(str, (1, *shape))) for shape in parsed.input),
+            ", ".join(sizes((1, *shape)) for shape in parsed.input),
             options=layer_audit.AuditOptions(parsed.spectrum, not parsed.no_fold, max_bytes),
             band=tuple(parsed.band),
             workers=parsed.workers,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from convspectra.loading.errors import LoadError, refusing
 from convspectra.loading.exported_check import check_export
+from convspectra.report.audit_numbers import sizes
 from convspectra.targets import Target, module_targets, trace_targets
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -179,7 +180,7 @@ def _run(
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
-    written = ", ".join("x".join(map(str, (1, *shape))) for shape in shapes)
+    written = ", ".join(sizes((1, *shape)) for shape in shapes)
     with refusing(
         subject,
         f"the model does not run on zeros of {written or 'no shape'}",
