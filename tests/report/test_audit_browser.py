@@ -1,6 +1,7 @@
 """The page of an audit in a browser: what its script does, and that nothing else happens."""
 
 import dataclasses
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from made_up_audit import CIRCUMSTANCES, FINDINGS, HOSTILE, NETWORK, hostile_aud
 from convspectra.report.audit_html import fragment, page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -111,24 +113,35 @@ def test_filter_by_text_and_kind(report):
     assert shown(report) == ["stage1.down", "stage1.conv", "stage2.conv", "head.pool"]
     report.get_by_label("Name or type").fill("nothing like it")
     assert shown(report) == []
-    assert report.get_by_text("No layer matches.").is_visible()
+    expect(report.get_by_text("No layer matches.")).to_be_visible()
 
 
 def test_pages_of_layers(report):
     report.locator("#row-3 a").click()
-    assert report.get_by_role("heading", name="stage1.conv").is_visible()
-    assert not report.locator("#summary").is_visible()
-    assert report.title() == "stage1.conv: Conditioning of PlainNet"
-    assert focused(report) == "stage1.conv"
+    expect(report.get_by_role("heading", name="stage1.conv")).to_be_visible()
+    expect(report.locator("#summary")).to_be_hidden()
+    expect(report).to_have_title("stage1.conv: Conditioning of PlainNet")
+    expect(report.locator("#layer-3 h2")).to_be_focused()
     report.get_by_role("link", name="Next").click()
-    assert report.get_by_role("heading", name="stage2.conv").is_visible()
-    assert not report.get_by_role("heading", name="stage1.conv").is_visible()
+    expect(report.get_by_role("heading", name="stage2.conv")).to_be_visible()
+    expect(report.get_by_role("heading", name="stage1.conv")).to_be_hidden()
     report.get_by_role("link", name="Previous").click()
-    assert report.get_by_role("heading", name="stage1.conv").is_visible()
+    expect(report.get_by_role("heading", name="stage1.conv")).to_be_visible()
     report.keyboard.press("Escape")
-    assert report.locator("#summary").is_visible()
-    assert focused(report) == "stage1.conv"
-    assert report.title() == "Conditioning of PlainNet"
+    expect(report.locator("#summary")).to_be_visible()
+    expect(report.locator("#row-3 a")).to_be_focused()
+    expect(report).to_have_title("Conditioning of PlainNet")
+
+
+def test_the_focus_stays_where_it_was_put(report):
+    report.locator("#row-3 a").click()
+    expect(report.locator("#layer-3 h2")).to_be_focused()
+    report.keyboard.press("Escape")
+    link = report.locator("#row-3 a")
+    expect(link).to_be_focused()
+    frames = "new Promise(next => requestAnimationFrame(() => requestAnimationFrame(next)))"
+    report.evaluate(frames)
+    expect(link).to_be_focused()
 
 
 def test_the_plot_is_read_with_the_arrow_keys(report):
@@ -140,14 +153,14 @@ def test_the_plot_is_read_with_the_arrow_keys(report):
     report.keyboard.press("End")
     assert "not a convolution" in report.locator("#readout").inner_text()
     report.keyboard.press("Enter")
-    assert report.get_by_role("heading", name="head.pool").is_visible()
+    expect(report.get_by_role("heading", name="head.pool")).to_be_visible()
 
 
 def test_the_first_tab_leads_past_the_plot(report):
     report.keyboard.press("Tab")
     assert focused(report) == "Skip to the table of layers"
     report.keyboard.press("Enter")
-    assert report.url.endswith("#layers")
+    expect(report).to_have_url(re.compile("#layers$"))
 
 
 def background(tab):
@@ -170,8 +183,8 @@ def test_without_script_layers_still_have_pages(show):
     text = page(small_audit(), NETWORK, FINDINGS, CIRCUMSTANCES)
     tab = show(text, java_script_enabled=False)
     tab.locator("#row-3 a").click()
-    assert tab.locator("#layer-3").is_visible()
-    assert not tab.locator("#summary").is_visible()
+    expect(tab.locator("#layer-3")).to_be_visible()
+    expect(tab.locator("#summary")).to_be_hidden()
 
 
 def test_a_narrow_screen_does_not_scroll_sideways(show):
@@ -190,6 +203,7 @@ def test_hostile_names_are_inert(show):
     header(tab, "name").click()
     for number in range(1, len(layers) + 1):
         tab.evaluate(f"location.hash = '#layer-{number}'")
+        expect(tab.locator(f"#layer-{number} h2")).to_be_visible()
         assert tab.locator(f"#layer-{number} h2").inner_text() == layers[number - 1].name
     assert tab.locator("script").count() == 1
     assert tab.locator("img").count() == 0

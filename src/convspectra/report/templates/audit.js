@@ -32,6 +32,8 @@
     });
   }
 
+  // A browser may clear the focus when it draws the target, so ours is set with that frame.
+  const focus = (element) => requestAnimationFrame(() => element.focus({ preventScroll: true }));
   const title = document.title;
   function follow() {
     const target = location.hash && document.getElementById(location.hash.slice(1));
@@ -39,10 +41,10 @@
     const heading = layer && target.querySelector("h2");
     document.title = layer ? `${heading.textContent}: ${title}` : title;
     if (layer) {
-      heading.focus({ preventScroll: true });
+      focus(heading);
       scrollTo(0, 0);
     } else if (target && target.matches("tr")) {
-      target.querySelector("a").focus({ preventScroll: true });
+      focus(target.querySelector("a"));
       target.scrollIntoView({ block: "center" });
     }
   }
