@@ -23,8 +23,9 @@ from torch import Tensor
 
 from convspectra.batched_lu import inverse_and_logabsdet
 from convspectra.cut_torus import block_toeplitz
-from convspectra.gram import CirculantGram, norm_estimates, rounded_up
+from convspectra.gram import CirculantGram, rounded_up
 from convspectra.operator import ConvOperator
+from convspectra.solvers.leading import leading_eigenpairs
 from convspectra.symbol import half_count, smallest_periods
 
 LOWEST = 8.0
@@ -50,7 +51,7 @@ def circulant_norm_bound(op: ConvOperator) -> float:
     gram = CirculantGram(op)
     blocks = gram.blocks.flatten(0, 1)
     shortest = min(smallest_periods(op.geometry))
-    low = float(norm_estimates(blocks).amax()) * (1 - min(LOWEST / shortest**2, 0.5))
+    low = float(leading_eigenpairs(blocks)[0].amax()) * (1 - min(LOWEST / shortest**2, 0.5))
     below = blocks.neg()
     below.diagonal(dim1=-2, dim2=-1).add_(low)
     _, info = torch.linalg.cholesky_ex(below)

@@ -1,8 +1,8 @@
 """The smaller Gram matrix of a layer, G, and that of a circulant around it, block by block.
 
 The circulant's Gram matrices bound the largest eigenvalues of G from above (Cauchy's interlacing),
-and their inverses, restricted to the points of the layer, are preconditioners at either end of the
-spectrum: two FFTs and one product per frequency.
+and what is near their inverses, restricted to the points of the layer, are preconditioners at
+either end of the spectrum: two FFTs and one product per frequency.
 
 Note [Rounding of bounds]. A Cholesky factorisation of ``t I - S'S``, n x n, that runs through says
 that this matrix is positive up to the rounding of the symbol, 8 eps of the sum of its absolute
@@ -24,12 +24,12 @@ from convspectra.circulant import CirculantEmbedding
 from convspectra.operator import ConvOperator
 from convspectra.request import Product
 from convspectra.solvers.lanczos import lanczos
+from convspectra.solvers.leading import leading_eigenpairs
 from convspectra.symbol import half_multiplicity
 
 REGULARISATION = 1e-3
 """Added to the circulant's Gram matrices, relative to their norm: they may be singular, and with
 less than this LOBPCG is lost in their null space."""
-POWER_STEPS = 14
 LIKELY = 8
 """Matrices whose eigenvalues are computed at once to find the largest of all."""
 FEW_POINTS = 16
@@ -39,6 +39,10 @@ WINDOW = 2.0
 points of the shortest axis, relatively: what a window over the points costs."""
 LEAST_MARGIN = 1e-3
 """Nearer to the largest eigenvalue a preconditioner in single precision amplifies rounding."""
+PROOF_MARGIN = 1e-4
+"""What a factorisation in single precision needs to run through, relatively."""
+OTHERS = 0.75
+"""Eigenvalues of a block beside its leading ones are taken for this much of the least of those."""
 
 
 class CirculantGram:
@@ -48,17 +52,19 @@ class CirculantGram:
     ----------
     op : ConvOperator
         Not transposed, float64 or float32: in float32 everything is.
+    fast : bool
+        As for `CirculantEmbedding`: where there are many Fourier transforms to come.
 
     Notes
     -----
     Cost: one product of every symbol with itself. Memory: one such matrix per frequency.
     """
 
-    def __init__(self, op: ConvOperator) -> None:
+    def __init__(self, op: ConvOperator, *, fast: bool = False) -> None:
         self.tall, self._wide = Product.tall(op)
         if op.geometry.ndim == 0:
             op = ConvOperator(op.weight[:, :, None], 1)
-        self._embedding = embedding = CirculantEmbedding(op)
+        self._embedding = embedding = CirculantEmbedding(op, fast=fast)
         self._embed = embedding.embed_output if self._wide else embedding.embed_input
         self._restrict = embedding.restrict_output if self._wide else embedding.restrict_input
         self._shape = op.output_shape if self._wide else op.input_shape
@@ -69,7 +75,7 @@ class CirculantGram:
 
         Cost: an inversion of every block, once.
         """
-        return lambda x: self._multiply(self._inverse_blocks, x)
+        return lambda x: self._filtered(lambda rows: rows @ self._inverse_blocks.mT, x)
 
     @functools.cached_property
     def _inverse_blocks(self) -> Tensor:
@@ -79,18 +85,30 @@ class CirculantGram:
         return 0.5 * (inverse + inverse.mH)
 
     def inverse_near_norm(self) -> tuple[Callable[[Tensor], Tensor], float]:
-        """A preconditioner for the largest, (t - the circulant's Gram matrix)^{-1}, and its proof.
+        """A preconditioner for the largest, near (t - the circulant's Gram matrix)^{-1}; a bound.
 
-        The second is an upper bound on sigma_max: t is above the circulant's Gram matrix because
-        that has a Cholesky factorisation. The preconditioner is in single precision, whatever the
-        vectors are. Cost: a Cholesky factorisation and an inversion of every block.
+        The second is an upper bound on sigma_max: a little more than the circulant's norm, which
+        Cholesky factorisations prove. The first has the leading eigenvectors of every block only;
+        the iteration takes hardly a step more for that. In single precision, whatever the vectors
+        are.
         """
         margin = max(WINDOW / min(self._embedding.periods) ** 2, LEAST_MARGIN)
+        values, vectors = self.leading
         single = self.blocks.flatten(0, 1).to(torch.complex64)
-        top, factors = _largest_eigenvalues(single, self._copies(0.0), 1, margin)
-        inverse = torch.cholesky_inverse(factors).unflatten(0, self.blocks.shape[:2])
-        bound = rounded_up(top * (1 + margin), single, self.tall.op.weight)
-        return lambda x: self._multiply(inverse, x.float()).to(x.dtype), float(bound)
+        top = _largest_eigenvalues(single, values[:, -1], self._copies(0.0), 1, PROOF_MARGIN)
+        bound = rounded_up(top * (1 + PROOF_MARGIN), single, self.tall.op.weight)
+        t = (1 + margin) * float(top)
+        elsewhere = 1 / (t - OTHERS * values[:, :1])
+        more = 1 / (t - values.clamp_max(float(top))) - elsewhere
+        into, out, elsewhere = (
+            part.resolve_conj().contiguous().unflatten(0, self.blocks.shape[:2])
+            for part in (vectors.conj() * more[:, None], vectors.mT, elsewhere[:, None])
+        )
+
+        def multiply(rows: Tensor) -> Tensor:
+            return elsewhere * rows + (rows @ into) @ out
+
+        return lambda x: self._filtered(multiply, x.float()).to(x.dtype), float(bound)
 
     def upper_bounds(self, count: int) -> Tensor:
         """What the `count` largest singular values of M are at most, descending, float64.
@@ -98,10 +116,13 @@ class CirculantGram:
         Rigorous up to the rounding of the symbols, which is allowed for. Cost: a Cholesky
         factorisation of every block, and the eigenvalues of a few.
         """
-        squares, _ = _largest_eigenvalues(self.blocks.flatten(0, 1), self._copies(0.0), count)
+        squares = _largest_eigenvalues(
+            self.blocks.flatten(0, 1), self.leading[0][:, -1], self._copies(0.0), count
+        )
         if self.is_small:
             blocks = self._gram(0.5).flatten(0, 1)
-            twisted, _ = _largest_eigenvalues(blocks, self._copies(0.5), count)
+            estimates = leading_eigenpairs(blocks)[0][:, -1]
+            twisted = _largest_eigenvalues(blocks, estimates, self._copies(0.5), count)
             squares = torch.minimum(squares, twisted)
         return rounded_up(squares, self.blocks.flatten(0, 1), self.tall.op.weight)
 
@@ -127,6 +148,11 @@ class CirculantGram:
         )
         return run.bound <= 0, 2 * run.products
 
+    @functools.cached_property
+    def leading(self) -> tuple[Tensor, Tensor]:
+        """`leading_eigenpairs` of the blocks, (groups * frequencies, ...), in single precision."""
+        return leading_eigenpairs(self.blocks.flatten(0, 1).to(torch.complex64))
+
     @property
     def is_small(self) -> bool:
         """Whether a twist of the torus makes a difference to `upper_bounds`."""
@@ -150,9 +176,9 @@ class CirculantGram:
         last = half_multiplicity(self._embedding.periods[-1], phase).to(self._device)
         return last.repeat(self.blocks.shape[0] * math.prod(self._embedding.periods[:-1]))
 
-    def _multiply(self, blocks: Tensor, x: Tensor) -> Tensor:
+    def _filtered(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         embedded = self._embed(x.reshape(-1, *self._shape))
-        return self._restrict(self._embedding.multiply(blocks, embedded)).flatten(1)
+        return self._restrict(self._embedding.filtered(function, embedded)).flatten(1)
 
 
 def gram_cost(op: ConvOperator) -> tuple[float, float]:
@@ -179,28 +205,16 @@ def rounded_up(squares: Tensor, blocks: Tensor, weight: Tensor) -> Tensor:
     return (squares + torch.finfo(blocks.dtype).eps * slack).sqrt()
 
 
-def norm_estimates(gram: Tensor) -> Tensor:
-    """Norms of Hermitian matrices (..., n, n) from below, by power steps."""
-    generator = torch.Generator(device=gram.device).manual_seed(0)
-    shape = (*gram.shape[:-2], 1, gram.shape[-1])
-    row = torch.randn(shape, dtype=gram.dtype, device=gram.device, generator=generator)
-    for _ in range(POWER_STEPS):
-        row = (row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)) @ gram
-        row = torch.nan_to_num(row)
-    norms: Tensor = torch.linalg.vector_norm(row, dim=-1)[..., 0]
-    return norms
-
-
 def _largest_eigenvalues(
-    gram: Tensor, copies: Tensor, count: int, margin: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    gram: Tensor, estimates: Tensor, copies: Tensor, count: int, margin: float = 0.0
+) -> Tensor:
     """The `count` largest eigenvalues of all Gram matrices (b, n, n), each as often as its copies.
 
-    Those of the matrices with the largest norms are computed; the others have no larger ones where
-    ``t I - G`` has a Cholesky factorisation for the last of these, t. With a margin t is larger by
-    this fraction and all matrices are factored; the second result are the factors.
+    Those of the matrices with the largest estimates of their norm are computed; the others have
+    none larger than the last of these, t, by more than the margin, a fraction of it, where ``(1 +
+    margin) t I - G`` has a Cholesky factorisation.
     """
-    order = torch.argsort(norm_estimates(gram), descending=True)
+    order = torch.argsort(estimates, descending=True)
     likely = max(LIKELY, count)
     chosen, rest = order[:likely], order[likely:]
     found = torch.zeros(count, dtype=torch.float64, device=gram.device)
@@ -208,13 +222,9 @@ def _largest_eigenvalues(
         values = torch.linalg.eigvalsh(gram[chosen].to(torch.complex128))
         values = values.repeat_interleave(copies[chosen].long(), dim=0).flatten()
         found = torch.cat([found, values]).sort(descending=True).values[:count]
-        below = gram.neg() if margin else gram[rest].neg_()
+        below = gram[rest].neg_()
         below.diagonal(dim1=-2, dim2=-1).add_(float(found[-1]) * (1 + margin))
-        factors, info = torch.linalg.cholesky_ex(below)
-        failed = info != 0
+        failed = torch.linalg.cholesky_ex(below).info != 0
         if not bool(failed.any()):
-            return found, factors
-        if margin:
-            chosen = torch.nonzero(failed).flatten()
-        else:
-            chosen, rest = rest[failed], rest[~failed]
+            return found
+        chosen, rest = rest[failed], rest[~failed]

@@ -20,7 +20,7 @@ from convspectra.solvers.result import Eigenpairs, SingularTriplets
 STEPS = 300
 SINGLE_TOLERANCE = 1e-7
 """Least tolerance on a norm for which single precision finds the vector."""
-SINGLE_RESIDUAL = 2e-5
+SINGLE_RESIDUAL = 5e-6
 """Residual down to which single precision goes when double is to follow."""
 PRODUCTS_SAVED = 150
 """Products with M that the circulant's Gram matrices may cost as much as, for every vector."""
@@ -49,7 +49,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
     op, k = request.op, request.k
     norm_only = k == 1 and request.values_only and request.tol >= SINGLE_TOLERANCE
     single = op.with_weight(op.weight.float())
-    gram = CirculantGram(single if norm_only else op)
+    gram = CirculantGram(single if norm_only else op, fast=True)
     precondition, norm_bound = gram.inverse_near_norm()
     bounds = op.weight.new_tensor([norm_bound] * 2) if norm_only else gram.upper_bounds(k + 1)
     tol = 2 * request.tol if request.values_only else request.tol
@@ -95,7 +95,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
 
 def lobpcg_smallest(request: Request) -> SingularTriplets:
     """The smallest triplets, with the circulant's Gram matrix for a preconditioner."""
-    gram = CirculantGram(request.op)
+    gram = CirculantGram(request.op, fast=True)
     tall = gram.tall
     triplets = lobpcg(
         tall.apply,

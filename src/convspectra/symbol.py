@@ -82,20 +82,21 @@ def symbols(op: ConvOperator, frequencies: Sequence[Tensor]) -> Tensor:
     -----
     Cost: about ``h g`` times the frequencies times the first kernel size, in complex operations.
     """
-    geometry = op.geometry
+    geometry, ndim = op.geometry, op.geometry.ndim
     blocks = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
-    result = torch.complex(blocks, torch.zeros_like(blocks))
-    for axis in reversed(range(geometry.ndim)):
+    result = torch.complex(blocks, torch.zeros_like(blocks)).permute(0, *range(3, 3 + ndim), 1, 2)
+    # From the left, so that the entries of a symbol stay side by side.
+    for axis in reversed(range(ndim)):
         taps = torch.arange(geometry.kernel_size[axis]) * geometry.dilation[axis]
         stride = geometry.stride[axis]
-        phase = (taps // stride)[:, None] * frequencies[axis]
-        waves = torch.polar(torch.ones_like(phase), phase)
-        in_phase = (taps[:, None] % stride == torch.arange(stride)).to(waves.dtype)
-        table = (waves[:, :, None] * in_phase[:, None, :]).to(result)
-        # The taps of this axis are contracted; its frequencies and phases go to the end.
-        result = torch.tensordot(result, table, dims=([3 + axis], [0]))
-    ndim = geometry.ndim
-    # Now (groups, h, g, f_last, s_last, ..., f_first, s_first).
-    of_axis = [3 + 2 * (ndim - 1 - axis) for axis in range(ndim)]
-    result = result.permute(0, *of_axis, 1, 2, *(i + 1 for i in of_axis))
-    return result.flatten(1 + ndim + 1) if ndim else result
+        waves = frequencies[axis][:, None] * (taps // stride)
+        in_phase = torch.arange(stride)[:, None] == taps % stride
+        table = torch.polar(torch.ones_like(waves), waves)[:, None] * in_phase
+        before, behind = result.shape[: 1 + axis], result.shape[2 + axis :]
+        rows = result.reshape(*before, len(taps), -1)
+        result = table.flatten(0, 1).to(result) @ rows
+        result = result.reshape(*before, *table.shape[:2], *behind)
+    # Now (groups, f_first, s_first, ..., f_last, s_last, h, g).
+    of_axis = range(1, 1 + 2 * ndim, 2)
+    order = [0, *of_axis, 1 + 2 * ndim, 2 + 2 * ndim, *(i + 1 for i in of_axis)]
+    return result.permute(order).flatten(2 + ndim)

@@ -17,7 +17,7 @@ from convspectra.solvers.result import Eigenpairs
 
 GUARD_VECTORS = 2
 """Vectors beside the k wanted: the last of those converges by its distance to the next beyond."""
-BASIS_BLOCKS = 4
+BASIS_BLOCKS = 8
 BASIS_LEAST = 48
 """Most vectors of the basis: so many blocks of the start, and so many at the least."""
 ROUNDING_UNITS = 16
@@ -80,7 +80,7 @@ def davidson(
     Notes
     -----
     Cost per step: one product for every pair that has not converged, and ``8 n`` flops for each of
-    those and each vector of the basis, of which there are at most 48 or 4 (k + 2).
+    those and each vector of the basis, of which there are at most 48 or 8 (k + 2).
     """
     eps = float(torch.finfo(like.dtype).eps)
     block = min(size, k + (GUARD_VECTORS if k > 1 else 0))

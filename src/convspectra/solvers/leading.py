@@ -1,0 +1,71 @@
+"""The leading eigenpairs of many Hermitian matrices at once, roughly, by a Chebyshev filter.
+
+The filter damps all eigenvalues in [0, a] alike and lets those above grow as the Chebyshev
+polynomial of its degree does (Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COUNT = 4
+POWER_STEPS = 3
+DEGREE = 5
+DAMPED = 0.8
+"""What is below this much of the largest eigenvalue that the power steps see is damped."""
+
+
+def leading_eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Ritz pairs near the largest eigenvalues of each matrix.
+
+    Those of matrices whose norm is well below the largest of all are poor.
+
+    Parameters
+    ----------
+    matrices : Tensor
+        (b, n, n), Hermitian and positive semidefinite.
+
+    Returns
+    -------
+    values : Tensor
+        (b, min(n, 4)), real, ascending; up to rounding no larger than the eigenvalues.
+    vectors : Tensor
+        Orthonormal columns, (b, n, min(n, 4)).
+
+    Notes
+    -----
+    Cost: nine products of every matrix with four vectors.
+    """
+    batch, order = matrices.shape[:2]
+    generator = torch.Generator(device=matrices.device).manual_seed(0)
+    start = torch.randn(
+        min(COUNT, order),
+        order,
+        dtype=matrices.dtype,
+        device=matrices.device,
+        generator=generator,
+    )
+    # BLAS is faster with few vectors on the left.
+    rows = start.expand(batch, -1, -1)
+    for _ in range(POWER_STEPS):
+        rows = _unit(rows) @ matrices
+    tiny = torch.finfo(rows.dtype).tiny
+    damped = DAMPED * max(float(_lengths(rows).amax()), tiny**0.5)
+    before = _unit(rows)
+    now = (2 / damped) * (before @ matrices) - before
+    for _ in range(DEGREE - 1):
+        before, now = now, (4 / damped) * (now @ matrices) - 2 * now - before
+    basis = torch.linalg.qr(_unit(now).mH).Q
+    values, turn = torch.linalg.eigh((basis.mH @ matrices) @ basis)
+    return values, basis @ turn
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(torch.view_as_real(rows).flatten(-2), dim=-1)
+    return lengths
+
+
+def _unit(rows: Tensor) -> Tensor:
+    tiny = torch.finfo(rows.dtype).tiny
+    return rows / _lengths(rows).clamp_min(tiny)[..., None]
