@@ -55,6 +55,7 @@ class Arm:
     weight_decay: float = 0.0
     after: Callable[[int], object] = lambda step: None
     seconds: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
     setup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -66,11 +67,14 @@ class Arm:
         """One step of SGD on the loss and the penalty."""
         self.optimizer.zero_grad()
         loss = cross_entropy(self.network(images), labels)
+        alone = 0.0
         if self.penalty is not None:
-            loss = loss + self.penalty()
+            alone, penalty = timed(self.penalty)
+            loss = loss + penalty
         loss.backward()
         self.optimizer.step()
-        self.after(len(self.seconds))
+        alone += timed(partial(self.after, len(self.seconds)))[0]
+        self.alone.append(alone)
 
 
 def three_by_threes(network: nn.Module) -> list[nn.Conv2d]:
@@ -241,6 +245,7 @@ def row(arm: Arm, plain: Arm, example: Tensor) -> dict[str, Any]:
         "ratio": statistics.mean(arm.seconds) / mean,
         "standard error": statistics.stdev(more) / math.sqrt(len(more)) / mean,
         "median ratio": statistics.median(arm.seconds) / statistics.median(plain.seconds),
+        "alone, ms": 1e3 * statistics.mean(arm.alone),
         "first call": arm.setup,
         "sigma_max": max(largest for largest, _ in values),
         "sigma_min": min(smallest for _, smallest in values),
@@ -259,8 +264,9 @@ def page(result: dict[str, Any]) -> str:
         "",
         "Ratios are to `plain` of the same group, which takes turns with it; `ratio` is of the "
         "means, refreshes included, with its standard error from the differences of single steps; "
-        "`first call` in seconds is not in it. Singular values are the worst over the layers at "
-        "the end, exact ones.",
+        "`first call` in seconds is not in it. `alone` is the part of a step that is spent in the "
+        "penalty: all of it where it stands apart from the loss, without the backward pass where "
+        "it is added. Singular values are the worst over the layers at the end, exact ones.",
         "",
         f"| arm | {' | '.join(columns)} |",
         "|" + "---|" * (len(columns) + 1),
