@@ -666,6 +666,31 @@ def test_patterns_that_leave_nothing_are_refused():
 # --- weights that are no longer finite ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["frobenius", "stein", "circular_stein", "orthogonality"])
+def test_a_penalty_that_follows_nothing_reports_from_the_last_refresh(name):
+    model = net()
+    reg = regularizer(model, name)
+    before = reg()
+    assert {layer.sigma_max for layer in reg.report().layers} == {None}
+    reg.refresh()
+    expected = gradients(model, before)
+    assert close(gradients(model, reg()), expected, 1e-12), "the penalty reads nothing of it"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    reg()
+    for layer, found in zip(reg.layers, reg.report().layers, strict=True):
+        values = torch.linalg.svdvals(layer.operator().to_dense().detach().double())
+        assert found.age == 1
+        assert found.sigma_max == pytest.approx(float(values[0]), rel=1e-3)
+        assert found.sigma_min == pytest.approx(float(values[-1]), rel=1e-2)
+        assert found.sigma_max_lower <= float(values[0]) <= found.sigma_max_upper
+        assert found.sigma_min_lower <= float(values[-1]) <= found.sigma_min_upper
+    again = regularizer(copy.deepcopy(model), name)
+    again.load_state_dict(reg.state_dict())
+    assert again.report().layers == reg.report().layers
+
+
 @each_penalty
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_weight_that_is_no_longer_finite_is_named_with_the_step(name, bad):

@@ -236,8 +236,8 @@ class SpectralRegularizer:
         A layer that is followed is not computed anew; its values are those of its vectors after
         more steps of tracking, up to 50, until they settle. These are not kept. Without `settle`
         they are the values that the penalty reads, at the cost of one product for each. With a
-        penalty that follows nothing ("frobenius" is one) the values are None: `refresh` does not
-        change that.
+        penalty that follows nothing ("frobenius" is one) the values are None until `refresh` was
+        called; a report then starts from what that found.
         """
         own = {
             i: self._terms.report(i, self._step, self._skipped[i], settle)

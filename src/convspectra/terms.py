@@ -19,7 +19,7 @@ from convspectra.gradients import Gradient, KnownGradient
 from convspectra.layers import Layer, is_convolution, named
 from convspectra.objectives import Objective
 from convspectra.operator import ConvOperator, block_diagonal
-from convspectra.regularizer_report import LayerReport, unknown
+from convspectra.regularizer_report import LayerReport
 from convspectra.tracked import Stack
 
 Penalty: TypeAlias = Callable[[ConvOperator], Tensor]
@@ -80,9 +80,9 @@ class TrackedTerms:
     ) -> None:
         self._layers, self._objective = layers, objective
         self._improve_interval, self._refresh_interval = improve_interval, refresh_interval
-        reads = objective.smallest + objective.largest > 0
-        # Where one end is read both are followed: condition numbers cost little more then.
-        smallest, largest = (max(n, int(reads)) for n in (objective.smallest, objective.largest))
+        self._reads = objective.smallest + objective.largest > 0
+        # Both ends, whatever is read: condition numbers cost little more then.
+        smallest, largest = (max(n, 1) for n in (objective.smallest, objective.largest))
         kinds: dict[Hashable, list[int]] = {}
         for i in range(len(layers)):
             small = layers[i].operator().weight.numel() <= STACKED_ENTRIES
@@ -112,7 +112,7 @@ class TrackedTerms:
         """See `Terms`."""
         for i in factors:
             stack, position = self._place[i]
-            if stack.references[position] is None:
+            if self._reads and stack.references[position] is None:
                 self.refresh(i, step)
         moved = moving and step != self._reached
         if moved:
@@ -125,13 +125,14 @@ class TrackedTerms:
             if not active:
                 continue
             scale = [factors[kind[position]] for position in active]
+            turned = self._reads and (step + turn) % self._improve_interval == 0
             found = stack.evaluate(
                 self._objective,
                 [weights[i] for i in kind],
                 {position: self._squares[kind[position]] for position in active},
                 scale,
                 moving=moving,
-                improving=step if moved and (step + turn) % self._improve_interval == 0 else None,
+                improving=step if moved and turned else None,
             )
             total = total + found.value
             for position, gradient in zip(active, found.gradients, strict=False):
@@ -141,7 +142,7 @@ class TrackedTerms:
 
     def _refresh_in_turn(self, active: Collection[int], step: int) -> None:
         """The layers whose turns came since the last step, whoever computes them."""
-        if self._objective.smallest + self._objective.largest == 0:
+        if not self._reads:
             return
         count = len(self._layers)
         first, last = (n * count // self._refresh_interval for n in (self._reached, step))
@@ -186,6 +187,7 @@ class ExactTerms:
 
     def __init__(self, layers: Sequence[Layer], penalty: Penalty) -> None:
         self._layers, self._penalty = layers, penalty
+        self._stacks = [Stack([layer], 1, 1) for layer in layers]
 
     def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
         """See `Terms`."""
@@ -250,21 +252,27 @@ class ExactTerms:
         return self._penalty(op) / (1 if self._penalty in PER_LAYER else count)
 
     def refresh(self, index: int, step: int) -> None:
-        """Nothing is kept."""
+        """See `Terms`. For the reports: the penalty reads nothing of it."""
+        with named(self._layers[index]):
+            self._stacks[index].refresh(0, step)
 
     def resume(self, step: int) -> None:
         """Nothing depends on the step."""
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """See `Terms`."""
-        return unknown(self._layers[index], skipped)
+        return self._stacks[index].report(0, step, skipped, settle)
 
     def state(self, index: int) -> dict[str, Any] | None:
         """See `Terms`."""
-        return None
+        return self._stacks[index].state(0)
 
     def load(self, index: int, state: dict[str, Any] | None) -> None:
-        """Nothing is kept."""
+        """See `Terms`."""
+        with named(self._layers[index]):
+            self._stacks[index].load(0, state)
 
     def to(self, device: torch.device) -> None:
-        """Nothing is kept."""
+        """See `Terms`."""
+        for stack in self._stacks:
+            stack.to(device)

@@ -137,8 +137,6 @@ class Stack:
         found = []
         failed = False
         for end, (count, which) in enumerate(((self.smallest, "SM"), (self.largest, "LM"))):
-            if count == 0:
-                continue
             try:
                 result = svds(op, count, which, tol=REFRESH_TOLERANCE)
             except (ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
@@ -156,8 +154,7 @@ class Stack:
             return
         weight = op.weight.detach().clone()
         self.references[index] = Reference(weight, lower, upper, step, int(failed))
-        if found:
-            self._store(index, torch.cat(found))
+        self._store(index, torch.cat(found))
 
     def _store(self, index: int, vectors: Tensor) -> None:
         dtype = working_dtype(self.template.dtype)
@@ -209,7 +206,7 @@ class Stack:
         # The vectors that the penalty reads, without those for the report.
         low, high = objective.smallest, objective.largest
         columns = [*range(low), *range(self.smallest, self.smallest + high)]
-        if self.ends is None:
+        if self.ends is None or not columns:
             vectors = images = mean_square.new_zeros(len(active), 0, 1)
         else:
             if self.ends.vectors.device != weights[0].device:
@@ -336,10 +333,9 @@ class Stack:
         reference = self.references[index]
         if reference is None:
             return None
-        state: dict[str, Any] = dict(vars(reference))
-        if self.ends is not None:
-            state |= {name: value[index].clone() for name, value in vars(self.ends).items()}
-        return state
+        assert self.ends is not None
+        ends = {name: value[index].clone() for name, value in vars(self.ends).items()}
+        return dict(vars(reference)) | ends
 
     def load(self, index: int, state: dict[str, Any] | None) -> None:
         """Take up what `state` gave; a ValueError if it follows other singular values."""
@@ -348,20 +344,18 @@ class Stack:
             return
         state = dict(state)
         weight = self.template.weight
-        tensors = {name: state.pop(name, None) for name in ENDS}
+        tensors = {name: state.pop(name).to(weight.device) for name in ENDS}
         vectors = tensors["vectors"]
-        rows = 0 if vectors is None else len(vectors)
-        if rows != self.smallest + self.largest:
+        if len(vectors) != self.smallest + self.largest:
             raise ValueError(
                 f"expected a state with {self.smallest + self.largest} singular vectors, got "
-                f"{rows}; it is that of another penalty"
+                f"{len(vectors)}; it is that of another penalty"
             )
         self.references[index] = Reference(**state | {"weight": state["weight"].to(weight.device)})
-        if vectors is not None:
-            self._store(index, vectors.to(weight.device))
-            assert self.ends is not None
-            for name, value in tensors.items():
-                getattr(self.ends, name)[index] = value.to(weight.device)
+        self._store(index, vectors)
+        assert self.ends is not None
+        for name, value in tensors.items():
+            getattr(self.ends, name)[index] = value
 
     def to(self, device: torch.device) -> None:
         """Move the vectors and the weights of the last exact computations."""
