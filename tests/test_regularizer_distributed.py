@@ -437,6 +437,15 @@ def test_a_model_sharded_by_fsdp2_is_refused(gloo):
         regularizer(model)
 
 
+def test_a_model_sharded_by_fsdp2_is_refused_after_a_forward_pass_too(gloo):
+    model = net()
+    shard(model)
+    model(torch.zeros(1, 2, *SIZE, dtype=torch.float64))
+    assert not any(hasattr(parameter, "placements") for parameter in model.parameters())
+    with pytest.raises(ValueError, match=rf"^parameter 'a\.weight' {SHARDED}"):
+        regularizer(model)
+
+
 def test_a_layer_sharded_by_fsdp2_is_refused(gloo):
     model = net()
     shard(model.c)

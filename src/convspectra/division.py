@@ -75,6 +75,8 @@ def divide(costs: Sequence[float], group: Any) -> Division:
 def refuse_sharded(model: torch.nn.Module, chosen: Callable[[str, torch.nn.Module], bool]) -> None:
     """Raise a ValueError where the weights of chosen modules are in pieces on several ranks."""
     for name, module in model.named_modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            module.reshard()  # after a forward pass its weights look whole
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 f"module {name!r} is wrapped by FullyShardedDataParallel, whose ranks hold pieces "
