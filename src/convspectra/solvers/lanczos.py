@@ -41,8 +41,8 @@ LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
 """
-SMALL_BASIS = 4_000_000
-"""Numbers in a basis that new vectors are made orthogonal to, all of it."""
+SMALL_BASIS = 1_000_000
+"""Numbers in a basis that new vectors are made orthogonal to, all of it: they stay in a cache."""
 CHUNK = 32
 
 
