@@ -291,7 +291,7 @@ def check_move(model: nn.Module, reg: SpectralRegularizer, device: str) -> None:
     assert reg.step_count <= 1
     layers = reg.state_dict()["layers"]
     tensors = [value for value in layers["a@5x6"].values() if isinstance(value, Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 6
     assert all(tensor.device.type == device for tensor in tensors)
     for one, other in zip(reg.report().records(), records, strict=True):
         assert one["sigma_min"] == pytest.approx(other["sigma_min"], rel=1e-5)

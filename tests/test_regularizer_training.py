@@ -472,7 +472,7 @@ def test_a_report_settles_or_gives_what_the_penalty_reads(name):
     )
     assert value == pytest.approx(sign * reg.weight * sum(read), rel=1e-9)
     exact = [getattr(cs, name)(layer.operator()) for layer in reg.layers]
-    assert settled == pytest.approx(exact, rel=1e-3)
+    assert settled == pytest.approx(exact, rel=2e-3)
     assert all(sign * new >= sign * old for new, old in zip(settled, read, strict=True))
     assert max(abs(one / s - 1) for one, s in zip(read, exact, strict=True)) > 1e-6
     assert [getattr(layer, name) for layer in reg.report(settle=False).layers] != settled
@@ -505,7 +505,7 @@ def test_the_step_counts_once_for_each_decoupled_step():
     for step in range(4):
         gradients(model, model(batch()).square().mean())
         optimizer.step()
-        values.append(reg.step(0.5))
+        values.append(reg.step(0.05))
         assert reg.step_count == step
     assert values[-1] < values[0]
 

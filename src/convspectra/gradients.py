@@ -111,6 +111,22 @@ class SpectralGradient:
             add_weight_gradient(total, x, y, self.layer.geometry, self.layer.groups)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The weighted sum of the penalties of some layers, and its gradients.
+
+    Attributes
+    ----------
+    value : Tensor
+        0-dim, float64.
+    gradients : list of Gradient
+        One a layer; none if they were not asked for.
+    """
+
+    value: Tensor
+    gradients: list[Gradient]
+
+
 def give_gradient(
     value: Tensor, weights: Sequence[Tensor], gradients: Sequence[Gradient | None]
 ) -> Tensor:

@@ -63,9 +63,11 @@ class SpectralRegularizer:
     penalty_options : mapping, optional
         Keyword arguments of the penalty: ``lower``, ``upper`` and ``k`` of "band", ``k`` of
         "sigma_min" and "sigma_max".
-    improve_interval, refresh_interval : int
-        Steps after which the vectors of a layer are improved by one step of tracking, and in which
-        every layer is computed exactly once; the layers take turns at both.
+    improve_interval : int
+        Least number of steps after which the vectors of a layer are improved by one step of
+        tracking; up to four times as many where that changes little.
+    refresh_interval : int
+        Steps in which every layer is computed exactly once, in turns.
     nonfinite : {"raise", "skip"}
         What to do with a layer whose weight is no longer finite: name it in an error, or leave it
         out of that step and count it in the report.
@@ -84,9 +86,9 @@ class SpectralRegularizer:
     -----
     The first call computes every layer exactly, as `svds` does. After it a step costs, per layer
     that is followed, one product with M and one weight gradient for each singular value that the
-    penalty reads, some fifteen products divided by improve_interval, all in the dtype of the
-    weights (at least float32), and 1 / refresh_interval of an exact computation. Memory: a copy of
-    the weights and ``2 (smallest + largest) + 1`` arrays of the smaller side of each layer. On CUDA
+    penalty reads, some ten products at an improvement, all in the dtype of the weights (at least
+    float32), and 1 / refresh_interval of an exact computation. Memory: a copy of the weights and
+    ``2 (smallest + largest) + 1`` arrays of the smaller side of each layer. On CUDA
     products of float32 are what ``torch.backends.cudnn.allow_tf32`` makes of them. The paper (arXiv
     2102.04294) adds such terms to the loss of training.
 
@@ -111,7 +113,7 @@ class SpectralRegularizer:
         layer_weights: LayerWeights | None = None,
         schedule: Callable[[int], float] | None = None,
         penalty_options: Mapping[str, Any] | None = None,
-        improve_interval: int = 6,
+        improve_interval: int = 1,
         refresh_interval: int = 4000,
         nonfinite: str = "raise",
         process_group: Any = DEFAULT_GROUP,

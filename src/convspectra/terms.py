@@ -79,7 +79,7 @@ class TrackedTerms:
         refresh_interval: int,
     ) -> None:
         self._layers, self._objective = layers, objective
-        self._improve_interval, self._refresh_interval = improve_interval, refresh_interval
+        self._refresh_interval = refresh_interval
         self._reads = objective.smallest + objective.largest > 0
         # Both ends, whatever is read: condition numbers cost little more then.
         smallest, largest = (max(n, 1) for n in (objective.smallest, objective.largest))
@@ -89,11 +89,10 @@ class TrackedTerms:
             stackable = small and is_convolution(layers[i].name, layers[i].module)
             kinds.setdefault(layers[i].kind() if stackable else i, []).append(i)
         parts = [[i for i in kind if i in own] for kind in kinds.values()]
-        # A stack takes its turn among those of all ranks: what one does must not depend on their
-        # number.
-        self._turns = [turn for turn, part in enumerate(parts) if part]
         self._stacks = [
-            (Stack([layers[i] for i in part], smallest, largest), part) for part in parts if part
+            (Stack([layers[i] for i in part], smallest, largest, improve_interval), part)
+            for part in parts
+            if part
         ]
         self._place = {
             i: (stack, position) for stack, kind in self._stacks for position, i in enumerate(kind)
@@ -120,19 +119,18 @@ class TrackedTerms:
             self._reached = step
         total = weights[0].new_zeros((), dtype=torch.float64)
         gradients: dict[int, Gradient] = {}
-        for turn, (stack, kind) in zip(self._turns, self._stacks, strict=True):
+        for stack, kind in self._stacks:
             active = [position for position, i in enumerate(kind) if i in factors]
             if not active:
                 continue
             scale = [factors[kind[position]] for position in active]
-            turned = self._reads and (step + turn) % self._improve_interval == 0
             found = stack.evaluate(
                 self._objective,
                 [weights[i] for i in kind],
                 {position: self._squares[kind[position]] for position in active},
                 scale,
                 moving=moving,
-                improving=step if moved and turned else None,
+                step=step if moved and self._reads else None,
             )
             total = total + found.value
             for position, gradient in zip(active, found.gradients, strict=False):
@@ -187,7 +185,7 @@ class ExactTerms:
 
     def __init__(self, layers: Sequence[Layer], penalty: Penalty) -> None:
         self._layers, self._penalty = layers, penalty
-        self._stacks = [Stack([layer], 1, 1) for layer in layers]
+        self._stacks = [Stack([layer], 1, 1, 1) for layer in layers]
 
     def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
         """See `Terms`."""

@@ -4,8 +4,9 @@ Note [Tracking]. Between exact computations the singular vectors are improved by
 after every few changes of the weights, in a subspace that also has the direction in which M has
 changed the most since the last exact computation. Steps of training add up to a change of low rank:
 soon the largest value is the one that it made, and the old vectors, of a cluster, do not see it
-come. What can be followed is a matter of size: a step of training moves M by dM, and no value moves
-by more than ||dM|| (Weyl), so that values well above ||dM|| are followed closely, while the vectors
+come. How often a layer is improved depends on how much its last improvement changed.
+What can be followed is a matter of size: a step of training moves M by dM, and no value moves by
+more than ||dM|| (Weyl), so that values well above ||dM|| are followed closely, while the vectors
 of values below it turn by any angle within one step.
 Zero-padded layers straight from a random initialisation are of the second kind; those that
 `precondition` left are of the first. In both the value given is ||M v|| for a unit vector v, up to
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor
 
 from convspectra.bounds import tap_norm_bound
-from convspectra.gradients import Gradient, SpectralGradient
+from convspectra.gradients import Evaluation, SpectralGradient
 from convspectra.layers import Layer
 from convspectra.matrices import squared_frobenius_norm_now
 from convspectra.modules import convolution_options
 from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
+from convspectra.reference import Reference
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
 from convspectra.solvers.quadrature import random_directions
 from convspectra.solvers.tracking import Ends, Product, improved, towards_norm
@@ -51,45 +53,6 @@ ENDS = tuple(field.name for field in fields(Ends))
 
 
 @dataclass
-class Reference:
-    """What the last exact computation of a layer found, and what happened since.
-
-    Attributes
-    ----------
-    weight : Tensor
-        The weight at that time.
-    lower, upper : list of float
-        Enclosures of sigma_min and sigma_max at that time.
-    step : int
-        When it was.
-    failures : int
-        Exact computations that did not converge; the vectors at hand were kept.
-    """
-
-    weight: Tensor
-    lower: list[float]
-    upper: list[float]
-    step: int
-    failures: int = 0
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The weighted sum of the penalties of the layers of a stack, and its gradients.
-
-    Attributes
-    ----------
-    value : Tensor
-        0-dim, float64.
-    gradients : list of Gradient
-        One a layer; none if they were not asked for.
-    """
-
-    value: Tensor
-    gradients: list[Gradient]
-
-
-@dataclass
 class Stack:
     """Layers of one kind, whose weights become the groups of one layer.
 
@@ -98,11 +61,14 @@ class Stack:
     layers : sequence of Layer
     smallest, largest : int
         How many singular values to follow at each end.
+    interval : int
+        Least steps between two improvements of a layer's vectors.
     """
 
     layers: Sequence[Layer]
     smallest: int
     largest: int
+    interval: int
     ends: Ends | None = None
     references: list[Reference | None] = field(default_factory=list)
 
@@ -153,7 +119,9 @@ class Stack:
             reference.failures += 1
             return
         weight = op.weight.detach().clone()
-        self.references[index] = Reference(weight, lower, upper, step, int(failed))
+        self.references[index] = Reference(
+            weight, lower, upper, step, int(failed), self.interval, due=step + self.interval
+        )
         self._store(index, torch.cat(found))
 
     def _store(self, index: int, vectors: Tensor) -> None:
@@ -161,12 +129,16 @@ class Stack:
         if self.ends is None:
             shape = (len(self.layers), *vectors.shape)
             zeros = torch.zeros(shape, dtype=dtype, device=vectors.device)
-            self.ends = Ends(zeros, zeros.clone(), zeros[:, :1].clone(), zeros[:, :, 0].clone())
+            sizes = zeros[:, :, 0]
+            self.ends = Ends(
+                zeros, zeros.clone(), zeros[:, :1].clone(), sizes.clone(), sizes.clone()
+            )
         # One seed: a layer starts alike whatever is in its stack, and whatever was before.
         generator = torch.Generator(device=vectors.device).manual_seed(0)
         self.ends.vectors[index] = vectors.to(dtype)
         self.ends.directions[index] = 0
         self.ends.change[index] = random_directions(1, vectors.shape[1], vectors, generator)
+        self.ends.values[index] = 0
         self.ends.residuals[index] = 0
 
     # --- at every step ---------------------------------------------------------------------------
@@ -184,9 +156,9 @@ class Stack:
         factors: Sequence[float],
         *,
         moving: bool,
-        improving: int | None,
+        step: int | None,
     ) -> Evaluation:
-        """The weighted penalties of some layers, after a step towards their vectors if asked for.
+        """The weighted penalties of some layers, after improvements of their vectors that are due.
 
         Parameters
         ----------
@@ -196,8 +168,8 @@ class Stack:
             What `mean_square` gave for the layers to evaluate, by position.
         factors : sequence of float
             Of the same layers.
-        improving : int, optional
-            The step, if the vectors are to be improved.
+        step : int, optional
+            None if no vectors are to be improved.
         """
         active = list(squares)
         mean_square = torch.stack(list(squares.values()))
@@ -212,14 +184,8 @@ class Stack:
             if self.ends.vectors.device != weights[0].device:
                 self.to(weights[0].device)
                 tall = _tall(self.template)
-            stacked = _tall(self._stacked([weights[i] for i in active]))
-            with torch.no_grad():
-                if improving is None:
-                    vectors = self.ends.vectors[active][:, columns]
-                    images = _apply(stacked.apply, stacked.input_shape, vectors)
-                else:
-                    images = self._improve(stacked, weights, active, improving)[:, columns]
-                    vectors = self.ends.vectors[active][:, columns]
+            images = self._images(weights, active, columns, step)
+            vectors = self.ends.vectors[active][:, columns]
         sigma = torch.linalg.vector_norm(images, dim=2)
         value, slopes = weighted(objective, scale, mean_square, sigma[:, :low], sigma[:, low:])
         if not moving:
@@ -295,36 +261,76 @@ class Stack:
 
     def _stacked(self, weights: Sequence[Tensor]) -> ConvOperator:
         dtype = working_dtype(weights[0].dtype)
-        ops = [
-            self.template.with_weight(weight.detach().to(dtype), check=False) for weight in weights
-        ]
+        ops = [self.template.with_weight(w.detach().to(dtype), check=False) for w in weights]
         return ops[0] if len(ops) == 1 else block_diagonal(ops)
 
-    def _improve(
-        self, tall: ConvOperator, weights: Sequence[Tensor], active: Sequence[int], step: int
+    @torch.no_grad()
+    def _images(
+        self, weights: Sequence[Tensor], active: Sequence[int], columns: list[int], step: int | None
     ) -> Tensor:
-        """A step of tracking; M on the vectors after it, (active, smallest + largest, m)."""
+        """M on these vectors of each active layer, after the improvements that are due."""
         ends = self.ends
         assert ends is not None
-        chosen = list(active)
-        changes, young = [], []
-        for i in chosen:
-            reference = self.references[i]
-            assert reference is not None
-            dtype = working_dtype(weights[i].dtype)
-            changes.append(weights[i].detach().to(dtype) - reference.weight.to(dtype))
-            young.append(step - reference.step <= YOUNG)
+        found: dict[int, Tensor] = {}
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for i in active:
+            reference = self._reference(i)
+            due = step is not None and reference.due <= step
+            kinds.setdefault((due, due and reference.follows_change), []).append(i)
+        for (due, with_change), part in kinds.items():
+            stacked = _tall(self._stacked([weights[i] for i in part]))
+            if due and step is not None:
+                changing = [weights[i] for i in part] if with_change else []
+                images = self._improve(stacked, changing, part, step)[:, columns]
+            else:
+                vectors = ends.vectors[part][:, columns]
+                images = _apply(stacked.apply, stacked.input_shape, vectors)
+            found |= dict(zip(part, images, strict=True))
+        return torch.stack([found[i] for i in active])
+
+    def _improve(
+        self, tall: ConvOperator, weights: Sequence[Tensor], chosen: list[int], step: int
+    ) -> Tensor:
+        """A step of tracking; M on the vectors after it, (chosen, smallest + largest, m).
+
+        With the weights, in the direction of their change, too.
+        """
+        ends = self.ends
+        assert ends is not None
         part = Ends(*(value[chosen] for value in vars(ends).values()))
+        if weights:
+            part = replace(part, change=self._change(weights, chosen, part.change, step))
+        part, images = improved(*_products(tall), part, self.smallest, with_change=bool(weights))
+        for name, value in vars(part).items():
+            getattr(ends, name)[chosen] = value
+        ratios = torch.linalg.vector_norm(images, dim=2) / part.values
+        low, high = (ratios - 1).abs().nan_to_num().split([self.smallest, self.largest], dim=1)
+        moved = torch.stack([low.amax(1), high.amax(1)], 1).tolist()
+        for i, (smallest, largest) in zip(chosen, moved, strict=True):
+            self._reference(i).take_turn(step, smallest, largest, self.interval)
+        return images
+
+    def _change(
+        self, weights: Sequence[Tensor], chosen: list[int], direction: Tensor, step: int
+    ) -> Tensor:
+        """The direction in which each layer has changed the most, followed by a step or more."""
+        changes, young = [], []
+        for weight, i in zip(weights, chosen, strict=True):
+            dtype, reference = working_dtype(weight.dtype), self._reference(i)
+            changes.append(weight.detach().to(dtype) - reference.weight.to(dtype))
+            young.append(step - reference.step <= YOUNG)
         change = _products(_tall(self._stacked(changes)))
-        direction = towards_norm(*change, part.change, 1)
+        direction = towards_norm(*change, direction, 1)
         if any(young):  # one by one: what a layer does must not depend on others in its stack
             more = towards_norm(*change, direction, MORE_STEPS_WHEN_YOUNG)
             mask = torch.tensor(young, device=more.device)[:, None, None]
             direction = torch.where(mask, more, direction)
-        part, images = improved(*_products(tall), replace(part, change=direction), self.smallest)
-        for name, value in vars(part).items():
-            getattr(ends, name)[chosen] = value
-        return images
+        return direction
+
+    def _reference(self, index: int) -> Reference:
+        reference = self.references[index]
+        assert reference is not None
+        return reference
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def start(matrices: Tensor, block: int, seed: int = 50) -> Ends:
     x = x / x.norm(dim=2, keepdim=True)
     change = random(count, 1, n, seed=seed + 1).to(matrices.dtype)
     change = change / change.norm(dim=2, keepdim=True)
-    return Ends(x, torch.zeros_like(x), change, torch.full_like(x[:, :, 0], math.inf))
+    unknown = torch.full_like(x[:, :, 0], math.inf)
+    return Ends(x, torch.zeros_like(x), change, unknown, unknown)
 
 
 def step(matrices: Tensor, ends: Ends, smallest: int) -> Ends:
@@ -209,12 +211,7 @@ def test_a_large_change_of_rank_1_is_seen_at_once():
     u, v = (random(2, n, 1, seed=n) for n in (404, 400))
     change = 2 * u / u.norm(dim=1, keepdim=True) @ (v / v.norm(dim=1, keepdim=True)).mT
     ends = start(matrices, 2)
-    ends = Ends(
-        ends.vectors,
-        ends.directions,
-        towards_norm(*products(change), ends.change, 1),
-        ends.residuals,
-    )
+    ends = replace(ends, change=towards_norm(*products(change), ends.change, 1))
     torch.testing.assert_close(ends.change.abs(), v.mT.abs() / v.norm(dim=1, keepdim=True))
     largest = truth(matrices + change, 0, 1)[:, 0]
     seen = values(matrices + change, step(matrices + change, ends, 1))[:, 1]
@@ -240,7 +237,7 @@ def test_a_change_along_a_vector_does_not_disturb_it(end):
     for _ in range(5):
         change = ends.vectors[:, end : end + 1] + 1e-4 * random(1, 1, 40).float()
         change = change / change.norm(dim=2, keepdim=True)
-        ends = Ends(ends.vectors, ends.directions, change, ends.residuals)
+        ends = replace(ends, change=change)
         ends = step(matrices, ends, 1)
     np.testing.assert_allclose(values(matrices, ends), before, rtol=1e-2)
 
@@ -272,7 +269,8 @@ def test_a_block_that_starts_as_copies_of_one_vector(dtype):
     matrices = with_values(SPECTRA["five"], dtype=dtype)
     ends = start(matrices, 1)
     x = ends.vectors.expand(1, 6, 5)
-    ends = Ends(x, torch.zeros_like(x), ends.vectors, torch.full((1, 6), math.inf))
+    unknown = torch.full((1, 6), math.inf)
+    ends = Ends(x, torch.zeros_like(x), ends.vectors, unknown, unknown)
     ends = step(matrices, ends, 3)
     norms = ends.vectors.norm(dim=2)[0]
     assert norms.isfinite().all()
@@ -335,3 +333,31 @@ def test_single_precision_is_kept():
     matrices = with_values(SPECTRA["simple"], dtype=torch.float32)
     ends = step(matrices, start(matrices, 2), 1)
     assert ends.vectors.dtype == ends.directions.dtype == ends.residuals.dtype == torch.float32
+
+
+def test_without_the_change_nothing_of_it_is_multiplied_or_known():
+    matrices = with_values(SPECTRA["five"])
+    ends = start(matrices, 2)
+    asked = []
+
+    def counted(function):
+        def apply(x):
+            asked.append(x.shape[1])
+            return function(x)
+
+        return apply
+
+    apply, apply_adjoint = map(counted, products(matrices))
+    after, images = improved(apply, apply_adjoint, ends, 1, with_change=False)
+    assert asked == [4, 2, 2]
+    assert torch.equal(after.change, ends.change)
+    other, _ = improved(*products(matrices), replace(ends, change=-ends.directions), 1)
+    assert torch.allclose((matrices @ other.vectors.mT).norm(dim=1), images.norm(dim=2), rtol=1e-6)
+
+
+def test_values_are_those_before_the_step():
+    matrices = with_values(SPECTRA["five"])
+    ends = start(matrices, 2)
+    after = step(matrices, ends, 1)
+    expected = (matrices @ ends.vectors.mT).norm(dim=1)
+    torch.testing.assert_close(after.values, expected)

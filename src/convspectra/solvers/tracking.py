@@ -35,14 +35,15 @@ class Ends:
         Of the last step, of the same shape; zero rows where there was none.
     change : Tensor
         (count, 1, n), unit rows: what `towards_norm` found of the change of the matrices.
-    residuals : Tensor
-        ``||A'A x - rho x|| / rho`` of the vectors before the last step, (count, smallest +
-        largest).
+    values, residuals : Tensor
+        ``sqrt(rho) = ||A x||`` and ``||A'A x - rho x|| / rho`` of the vectors before the last step,
+        (count, smallest + largest).
     """
 
     vectors: Tensor
     directions: Tensor
     change: Tensor
+    values: Tensor
     residuals: Tensor
 
 
@@ -58,7 +59,7 @@ def towards_norm(apply: Product, apply_adjoint: Product, x: Tensor, steps: int) 
 
 
 def improved(
-    apply: Product, apply_adjoint: Product, ends: Ends, smallest: int
+    apply: Product, apply_adjoint: Product, ends: Ends, smallest: int, with_change: bool = True
 ) -> tuple[Ends, Tensor]:
     """The Rayleigh-Ritz vectors in a subspace around the ones at hand, and their images.
 
@@ -75,6 +76,8 @@ def improved(
         float32 or float64.
     smallest : int
         How many of the vectors belong to the smallest singular values.
+    with_change : bool
+        Whether c is in the subspace.
 
     Returns
     -------
@@ -91,11 +94,13 @@ def improved(
     x = ends.vectors
     block = x.shape[1]
     tiny = torch.finfo(x.dtype).tiny
-    known = torch.cat([x, _apart(ends.change, x), _apart(ends.directions, x)], 1)
+    change = ends.change if with_change else ends.change[:, :0]
+    known = torch.cat([x, _apart(change, x), _apart(ends.directions, x)], 1)
     images = apply(known)
     # Residuals of the vectors and of the change; A'A c itself may be all but parallel to c.
-    rho = images[:, : block + 1].square().sum(2, keepdim=True)
-    residuals = apply_adjoint(images[:, : block + 1]) - rho * known[:, : block + 1]
+    wanted = block + change.shape[1]
+    rho = images[:, :wanted].square().sum(2, keepdim=True)
+    residuals = apply_adjoint(images[:, :wanted]) - rho * known[:, :wanted]
     size = torch.linalg.vector_norm(residuals[:, :block], dim=2, keepdim=True)
     new = _unit(residuals)
     basis, images = torch.cat([known, new], 1), torch.cat([images, apply(new)], 1)
@@ -115,6 +120,7 @@ def improved(
         vectors=vectors / norms,
         directions=_unit(moved @ basis),
         change=ends.change,
+        values=rho[:, :block].squeeze(2).sqrt(),
         residuals=(size / rho[:, :block].clamp_min(tiny)).squeeze(2),
     )
     return after, coefficients / norms @ images
@@ -146,7 +152,8 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _apart(rows: Tensor, x: Tensor) -> Tensor:
     """The directions of unit rows less their components along x; 0 where nothing else is left."""
-    rest = rows - (rows @ x.mT) @ x
-    inside = torch.linalg.vector_norm(rest, dim=2, keepdim=True) <= DEPENDENT[x.dtype]
-    rest = _unit(rest.masked_fill(inside, 0.0))
-    return _unit(rest - (rest @ x.mT) @ x)
+    for nothing in (DEPENDENT[x.dtype], 0.5):
+        rows = torch.baddbmm(rows, rows @ x.mT, x, alpha=-1)
+        norms = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+        rows = rows * torch.where(norms <= nothing, 0.0, 1 / norms)
+    return rows
