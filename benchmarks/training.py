@@ -42,6 +42,7 @@ RATE = 0.01
 WEIGHT = 1e-2
 PEER_WEIGHT = 1e-2
 PROJECTION_INTERVAL = 100
+GROUPS = ("conditioning", "frobenius", "peers")
 
 Penalty = Callable[[], Tensor]
 
@@ -256,13 +257,15 @@ def row(arm: Arm, plain: Arm, example: Tensor) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    columns = [name for name in result["rows"][0] if name != "arm"]
+    rows = [row for group in result["groups"].values() for row in group["rows"]]
+    columns = [name for name in rows[0] if name != "arm"]
+    commands = dict.fromkeys(group["command"] for group in result["groups"].values())
     lines = [
         "# What a penalty costs in training",
         "",
         f"ResNet-18, images of {SIZE} x {SIZE} ({result['images']}), batch 128, SGD at 0.01 with "
         f"momentum, all 3 x 3 layers; start: {result['start']}. {result['machine']}.",
-        f"Made by `{result['command']}`.",
+        f"Made by {' and '.join(f'`{command}`' for command in commands)}.",
         "",
         "Ratios are to `plain` of the same group, which takes turns with it; `ratio` is of the "
         "means, refreshes included, with its standard error from the differences of single steps; "
@@ -273,7 +276,7 @@ def page(result: dict[str, Any]) -> str:
         f"| arm | {' | '.join(columns)} |",
         "|" + "---|" * (len(columns) + 1),
     ]
-    for row in result["rows"]:
+    for row in rows:
         cells = (f"{row[column]:.4g}" for column in columns)
         lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
     lines += [
@@ -307,6 +310,13 @@ def main() -> None:
     parser.add_argument("--frobenius-steps", type=int, default=100, help="with frobenius")
     parser.add_argument("--peer-steps", type=int, default=20, help="with what others use")
     parser.add_argument("--check", type=int, default=20, help="steps between exact computations")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        choices=GROUPS,
+        default=list(GROUPS),
+        help="of arms that take turns; the others stay as they are in the folder",
+    )
     parser.add_argument("--from-scratch", action="store_true", help="do not precondition")
     parser.add_argument("--cache", type=Path, default=Path("out/resnet18.pt"))
     parser.add_argument("--out", type=Path, help="folder of training.json and .md")
@@ -322,39 +332,49 @@ def main() -> None:
         return x.expand(-1, 3, -1, -1), images.train_labels[chosen]
 
     start = resnet18() if options.from_scratch else preconditioned(example, options.cache)
-    arms, reg = with_conditioning(start, example)
-    checks: list[dict[str, float]] = []
     console = Console()
-
-    def look(step: int) -> None:
-        if step % options.check == 0:
-            checks.append({"step": step, **errors(reg, arms[1].network, example)})
-            console.print(checks[-1])
-
-    run(arms, options.steps, batch, look)
-    frobenius, peers = with_frobenius(start, example), peers_of(start, example)
-    run(frobenius, options.frobenius_steps, batch)
-    run(peers, options.peer_steps, batch)
-    rows = []
-    for group in (arms, frobenius, peers):
-        for arm in group:
-            rows.append(row(arm, group[0], example))
-            console.print(rows[-1])
-    result = {
-        "command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]),
+    name = "training_from_scratch" if options.from_scratch else "training"
+    file = None if options.out is None else options.out / f"{name}.json"
+    result: dict[str, Any] = {"groups": dict.fromkeys(GROUPS), "checks": []}
+    if file is not None and file.is_file():
+        result = json.loads(file.read_text())
+    result |= {
         "machine": machine(),
         "images": images.name,
         "start": "default initialisation" if options.from_scratch else "preconditioned",
-        "rows": rows,
-        "checks": checks,
-        "one layer": one_layer(),
     }
+    command = " ".join(["python -m benchmarks.training", *sys.argv[1:]])
+
+    def keep(group: str, arms: list[Arm]) -> None:
+        rows = [row(arm, arms[0], example) for arm in arms]
+        console.print(rows)
+        result["groups"][group] = {"command": command, "rows": rows}
+
+    if "conditioning" in options.groups:
+        arms, reg = with_conditioning(start, example)
+        result["checks"] = []
+
+        def look(step: int) -> None:
+            if step % options.check == 0:
+                result["checks"].append({"step": step, **errors(reg, arms[1].network, example)})
+                console.print(result["checks"][-1])
+
+        run(arms, options.steps, batch, look)
+        keep("conditioning", arms)
+    if "frobenius" in options.groups:
+        frobenius = with_frobenius(start, example)
+        run(frobenius, options.frobenius_steps, batch)
+        keep("frobenius", frobenius)
+    if "peers" in options.groups:
+        peers = peers_of(start, example)
+        run(peers, options.peer_steps, batch)
+        keep("peers", peers)
+    result["one layer"] = one_layer()
     console.print(result["one layer"])
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / ("training_from_scratch" if options.from_scratch else "training")
-        path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        path.with_suffix(".md").write_text(page(result))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        file.with_suffix(".md").write_text(page(result))
 
 
 if __name__ == "__main__":

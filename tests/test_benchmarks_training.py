@@ -76,11 +76,13 @@ def test_the_page_has_every_row():
         1.25,
     )
     result = {
-        "command": "a command",
         "machine": "a machine",
         "images": "images",
         "start": "preconditioned",
-        "rows": [{"arm": "plain"} | row, {"arm": "SRIP"} | row],
+        "groups": {
+            "conditioning": {"command": "a command", "rows": [{"arm": "plain"} | row]},
+            "peers": {"command": "another", "rows": [{"arm": "SRIP"} | row]},
+        },
         "checks": [
             {"step": 20, "a": 1e-3, "b": 2e-3, "c": 0.01, "d": 0.02, "outside": 0, "e": 1, "f": 2}
         ],
@@ -89,4 +91,4 @@ def test_the_page_has_every_row():
     lines = training.page(result).splitlines()
     assert "| SRIP" + 8 * " | 1.25" + " |" in lines
     assert "| 20 | 0.001 | 0.002 | 0.01 | 0.02 | 0 | 1 | 2 |" in lines
-    assert any("a command" in line for line in lines)
+    assert "Made by `a command` and `another`." in lines

@@ -23,7 +23,7 @@ def test_what_moves_comes_sooner_and_what_does_not_later(end, part, interval):
 
 
 @pytest.mark.parametrize("least", [1, 3])
-def test_the_interval_stays_between_the_least_and_four_times_that(least):
+def test_the_interval_stays_between_the_least_and_the_longest(least):
     one = reference(least)
     for step in range(5):
         one.take_turn(step, 0.0, 0.0, least)

@@ -12,7 +12,7 @@ MUCH, LITTLE = 0.5, 0.12
 """Parts of these that an improvement changes, above which the next comes in half the time, and up
 to which it comes in twice the time.
 """
-LONGEST = 4
+LONGEST = 6
 """The longest time between two improvements, in least ones."""
 CHANGE_EVERY = 2
 """Every so many improvements the direction of the change is followed, too."""

@@ -65,7 +65,7 @@ class SpectralRegularizer:
         "sigma_min" and "sigma_max".
     improve_interval : int
         Least number of steps after which the vectors of a layer are improved by one step of
-        tracking; up to four times as many where that changes little.
+        tracking; up to six times as many where that changes little.
     refresh_interval : int
         Steps in which every layer is computed exactly once, in turns.
     nonfinite : {"raise", "skip"}
