@@ -257,9 +257,10 @@ def row(arm: Arm, plain: Arm, example: Tensor) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    rows = [row for group in result["groups"].values() for row in group["rows"]]
+    groups = [result["groups"][name] for name in GROUPS if name in result["groups"]]
+    rows = [row for group in groups for row in group["rows"]]
     columns = [name for name in rows[0] if name != "arm"]
-    commands = dict.fromkeys(group["command"] for group in result["groups"].values())
+    commands = dict.fromkeys(group["command"] for group in groups)
     lines = [
         "# What a penalty costs in training",
         "",
@@ -335,7 +336,7 @@ def main() -> None:
     console = Console()
     name = "training_from_scratch" if options.from_scratch else "training"
     file = None if options.out is None else options.out / f"{name}.json"
-    result: dict[str, Any] = {"groups": dict.fromkeys(GROUPS), "checks": []}
+    result: dict[str, Any] = {"groups": {}, "checks": []}
     if file is not None and file.is_file():
         result = json.loads(file.read_text())
     result |= {
