@@ -40,6 +40,8 @@ from experiments.stable_gradients.networks import as_applied
 SIZE = 32
 RATE = 0.01
 WEIGHT = 1e-2
+EVERY = 4
+"""Steps from one to the next with the penalty, where it comes now and then."""
 PEER_WEIGHT = 1e-2
 PROJECTION_INTERVAL = 100
 GROUPS = ("conditioning", "frobenius", "peers")
@@ -83,9 +85,16 @@ def three_by_threes(network: nn.Module) -> list[nn.Conv2d]:
     return [m for name, m in network.named_modules() if is_three_by_three(name, m)]  # type: ignore[misc]
 
 
-def regularizer(network: nn.Module, example: Tensor, name: str) -> cs.SpectralRegularizer:
+def regularizer(
+    network: nn.Module, example: Tensor, name: str, every: int = 1
+) -> cs.SpectralRegularizer:
     return cs.SpectralRegularizer(
-        network, example, penalty=name, weight=WEIGHT, include=is_three_by_three
+        network,
+        example,
+        penalty=name,
+        weight=WEIGHT,
+        include=is_three_by_three,
+        schedule=cs.Schedule(every=every),
     )
 
 
@@ -105,11 +114,18 @@ def plain(start: nn.Sequential) -> Arm:
 
 def with_frobenius(start: nn.Sequential, example: Tensor) -> list[Arm]:
     """In the loss, apart from it, and what people have in its place."""
-    network, decoupled = copy.deepcopy(start), copy.deepcopy(start)
+
+    def in_the_loss(every: int) -> Arm:
+        network = copy.deepcopy(start)
+        name = "frobenius" if every == 1 else f"frobenius, every {every} steps"
+        return Arm(name, network, regularizer(network, example, "frobenius", every))
+
+    decoupled = copy.deepcopy(start)
     reg = regularizer(decoupled, example, "frobenius")
     return [
         plain(start),
-        Arm("frobenius", network, regularizer(network, example, "frobenius")),
+        in_the_loss(1),
+        in_the_loss(EVERY),
         Arm("frobenius, decoupled", decoupled, after=lambda step: reg.step(RATE)),
         Arm("weight decay", copy.deepcopy(start), weight_decay=5e-4),
     ]

@@ -583,6 +583,7 @@ def test_nothing_is_computed_where_the_schedule_is_zero(name, monkeypatch):
         (tracked, "svds"),
         (tracked, "improved"),
         (tracked.Stack, "evaluate"),
+        (tracked.Stack, "mean_square"),
         (terms, "block_diagonal"),
         (terms.ExactTerms, "_value"),
     ):
@@ -593,6 +594,35 @@ def test_nothing_is_computed_where_the_schedule_is_zero(name, monkeypatch):
     weight = model.a.weight.detach().clone()
     assert reg.step(1.0) == 0
     assert torch.equal(model.a.weight, weight)
+    assert reg.step_count == 1
+
+
+@each_penalty
+def test_every_third_step_counts_three_times(name):
+    model = net()
+    often, now_and_then = (
+        regularizer(model, name),
+        regularizer(model, name, schedule=Schedule(every=3)),
+    )
+    for step in range(4):
+        value = float(often().detach())
+        expected = 0.0 if step % 3 else 3 * value
+        assert float(now_and_then().detach()) == pytest.approx(expected, rel=1e-5)
+        moved(model)
+    assert now_and_then.step_count == 3
+
+
+@pytest.mark.parametrize("entry", [(1, 0), (0, 1)])
+def test_a_step_that_leaves_no_trace_but_the_entries_is_counted(entry):
+    """As fused optimizers do, which do not change the version of a tensor."""
+    model = net()
+    reg = regularizer(model, "frobenius")
+    reg()
+    version = model.a.weight._version
+    model.a.weight.detach().numpy()[entry] += 0.25
+    assert model.a.weight._version == version
+    reg()
+    reg()
     assert reg.step_count == 1
 
 

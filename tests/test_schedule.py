@@ -50,6 +50,19 @@ def test_stop():
     assert [Schedule(warmup=4, stop=2)(step) for step in range(4)] == [0.25, 0.5, 0, 0]
 
 
+def test_every():
+    schedule = Schedule(every=3)
+    assert [schedule(step) for step in range(7)] == [3, 0, 0, 3, 0, 0, 3]
+    assert [Schedule(every=2, stop=4)(step) for step in range(7)] == [2, 0, 2, 0, 0, 0, 0]
+    assert [Schedule(every=2, warmup=4)(step) for step in range(5)] == [0.5, 0, 1.5, 0, 2]
+
+
+@given(schedules, st.integers(1, 100), steps)
+def test_a_factor_every_so_often_is_as_much_larger(schedule, every, step):
+    lazy = dataclasses.replace(schedule, every=every)
+    assert lazy(step) == (0.0 if step % every else pytest.approx(every * schedule(step)))
+
+
 @given(schedules, steps)
 def test_a_factor_is_between_0_and_1_and_follows_from_its_parts(schedule, step):
     factor = schedule(step)
@@ -88,6 +101,8 @@ def test_schedules_are_values(schedule):
         ({"half_life": 0}, "expected half_life to be an integer >= 1, got 0"),
         ({"half_life": "10"}, "expected half_life to be an integer >= 1, got '10'"),
         ({"stop": -5}, "expected stop to be an integer >= 0, got -5"),
+        ({"every": 0}, "expected every to be an integer >= 1, got 0"),
+        ({"every": None}, "expected every to be an integer >= 1, got None"),
         ({"stop": False}, "expected stop to be an integer >= 0, got False"),
     ],
 )

@@ -60,7 +60,7 @@ class SpectralGradient:
     layer : ConvOperator
         What M is, but for its weight.
     right, left : Tensor
-        Vectors v, (k, *layer.input_shape), and slopes times unit vectors along M v.
+        Vectors v, (k, *layer.input_shape), and slopes times unit vectors along M v; k may be 0.
     square_slope : Tensor, optional
         0-dim.
     factor : Tensor or float

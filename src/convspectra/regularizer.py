@@ -332,14 +332,15 @@ class SpectralRegularizer:
         self, weights: list[Tensor], moving: bool
     ) -> tuple[Tensor, dict[int, Gradient]]:
         """The sum over the layers of this rank, and their gradients."""
-        active = [i for i in self._division.own if weights[i].requires_grad]
-        sizes = self._terms.sizes(weights, active) if active else []
         if moving:
-            self._count_step(weights, sizes)
+            self._count_step(weights)
         scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
-        factors = {i: scale * self._factors[i] for i in active if scale * self._factors[i]}
+        own = [i for i in self._division.own if weights[i].requires_grad]
+        factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
+        active = list(factors)
+        sizes = self._terms.sizes(weights, active) if active else []
         for i, size in zip(active, sizes, strict=True):
-            if i in factors and not math.isfinite(size):
+            if not math.isfinite(size):
                 self._leave_out(i, moving)
                 del factors[i]
         value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
@@ -353,18 +354,16 @@ class SpectralRegularizer:
             )
         self._skipped[index] += moving
 
-    def _count_step(self, weights: list[Tensor], sizes: list[float]) -> None:
+    def _count_step(self, weights: list[Tensor]) -> None:
         """One step more if the weights have changed since the last call.
 
-        Fused optimizers do not change the version of a tensor, but its norm; weights that a
-        parametrization computes are new tensors every time, unlike their parameters.
+        Fused optimizers do not change the version of a tensor, but what a sample of it sums up to;
+        weights that a parametrization computes are new tensors every time, unlike their parameters.
         """
         parameters = [p for layer in self._layers for p in layer.module.parameters()]
-        if not sizes:  # a rank without layers counts as the others do
-            norms = [torch.linalg.vector_norm(weight.detach()) for weight in weights]
-            sizes = torch.stack(norms).tolist()
-        sizes = [size if math.isfinite(size) else math.inf for size in sizes]  # NaN != NaN
-        seen = [(parameter.data_ptr(), parameter._version) for parameter in parameters], sizes
+        sums = torch.stack([_sample(weight.detach()) for weight in weights]).tolist()
+        sums = [total if math.isfinite(total) else math.inf for total in sums]  # NaN != NaN
+        seen = [(parameter.data_ptr(), parameter._version) for parameter in parameters], sums
         if self._seen is not None and seen != self._seen:
             self._step += 1
         self._seen = seen
@@ -381,6 +380,11 @@ class SpectralRegularizer:
                 own = gradient.product(weight, dtype)
             everywhere.append((weight, KnownGradient(self._division.total(own))))
         return everywhere
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """The sum, float64, of the entries of one output channel and one input channel."""
+    return weight[0].sum(dtype=torch.float64) + weight[:, 0].sum(dtype=torch.float64)
 
 
 def _cost(op: ConvOperator) -> float:

@@ -17,7 +17,7 @@ from convspectra import penalties
 from convspectra.capacitance import is_square_toeplitz
 from convspectra.gradients import Gradient, KnownGradient
 from convspectra.layers import Layer, is_convolution, named
-from convspectra.objectives import Objective
+from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.regularizer_report import LayerReport
 from convspectra.tracked import Stack
@@ -109,9 +109,11 @@ class TrackedTerms:
         self, weights: Sequence[Tensor], factors: dict[int, float], step: int, moving: bool
     ) -> tuple[Tensor, list[Gradient]]:
         """See `Terms`."""
+        if factors and not self._reads:
+            return self._evaluate_squares(weights, factors, moving)
         for i in factors:
             stack, position = self._place[i]
-            if self._reads and stack.references[position] is None:
+            if stack.references[position] is None:
                 self.refresh(i, step)
         moved = moving and step != self._reached
         if moved:
@@ -130,7 +132,7 @@ class TrackedTerms:
                 {position: self._squares[kind[position]] for position in active},
                 scale,
                 moving=moving,
-                step=step if moved and self._reads else None,
+                step=step if moved else None,
             )
             total = total + found.value
             for position, gradient in zip(active, found.gradients, strict=False):
@@ -138,10 +140,24 @@ class TrackedTerms:
         self._squares = {}
         return total, [gradients[i] for i in factors] if moving else []
 
+    def _evaluate_squares(
+        self, weights: Sequence[Tensor], factors: dict[int, float], moving: bool
+    ) -> tuple[Tensor, list[Gradient]]:
+        """`evaluate` of a penalty that reads no singular values: all layers at once."""
+        squares = torch.stack([self._squares[i].double() for i in factors])
+        none = squares.new_zeros(len(squares), 0)
+        scale = squares.new_tensor(list(factors.values()))
+        value, slopes = weighted(self._objective, scale, squares, none, none)
+        self._squares = {}
+        if not moving or slopes[0] is None:
+            return value, []
+        return value, [
+            self._place[i][0].gradient_of_square(weights[i], slope)
+            for i, slope in zip(factors, slopes[0], strict=True)
+        ]
+
     def _refresh_in_turn(self, active: Collection[int], step: int) -> None:
         """The layers whose turns came since the last step, whoever computes them."""
-        if not self._reads:
-            return
         count = len(self._layers)
         first, last = (n * count // self._refresh_interval for n in (self._reached, step))
         for turn in range(first + 1, last + 1):

@@ -74,14 +74,13 @@ class Stack:
 
     def __post_init__(self) -> None:
         self.template = self.layers[0].operator()
-        count = min(self.template.shape)
+        self.count = min(self.template.shape)
         for asked in (self.smallest, self.largest):
-            if asked > count:
+            if asked > self.count:
                 raise ValueError(
-                    f"layer {self.layers[0].name!r}: expected k in 1 to {count} = min(op.shape), "
-                    f"got {asked}"
+                    f"layer {self.layers[0].name!r}: expected k in 1 to {self.count} = "
+                    f"min(op.shape), got {asked}"
                 )
-        self.count = count
         self.references = [None] * len(self.layers)
 
     # --- exact computation -----------------------------------------------------------------------
@@ -148,6 +147,11 @@ class Stack:
         weight = weight.detach().to(working_dtype(weight.dtype))
         return squared_frobenius_norm_now(weight, self.template.geometry, self.count)
 
+    def gradient_of_square(self, weight: Tensor, slope: Tensor) -> SpectralGradient:
+        """That of slope times `mean_square`."""
+        none = weight.new_zeros(0, dtype=working_dtype(weight.dtype))
+        return SpectralGradient(self.template, right=none, left=none, square_slope=slope)
+
     def evaluate(
         self,
         objective: Objective,
@@ -174,18 +178,15 @@ class Stack:
         active = list(squares)
         mean_square = torch.stack(list(squares.values()))
         scale = mean_square.new_tensor(factors)
+        assert self.ends is not None
+        if self.ends.vectors.device != weights[0].device:
+            self.to(weights[0].device)
         tall = _tall(self.template)
         # The vectors that the penalty reads, without those for the report.
         low, high = objective.smallest, objective.largest
         columns = [*range(low), *range(self.smallest, self.smallest + high)]
-        if self.ends is None or not columns:
-            vectors = images = mean_square.new_zeros(len(active), 0, 1)
-        else:
-            if self.ends.vectors.device != weights[0].device:
-                self.to(weights[0].device)
-                tall = _tall(self.template)
-            images = self._images(weights, active, columns, step)
-            vectors = self.ends.vectors[active][:, columns]
+        images = self._images(weights, active, columns, step)
+        vectors = self.ends.vectors[active][:, columns]
         sigma = torch.linalg.vector_norm(images, dim=2)
         value, slopes = weighted(objective, scale, mean_square, sigma[:, :low], sigma[:, low:])
         if not moving:
@@ -280,8 +281,8 @@ class Stack:
         for (due, with_change), part in kinds.items():
             stacked = _tall(self._stacked([weights[i] for i in part]))
             if due and step is not None:
-                changing = [weights[i] for i in part] if with_change else []
-                images = self._improve(stacked, changing, part, step)[:, columns]
+                changed = [weights[i] for i in part] if with_change else []
+                images = self._improve(stacked, changed, part, step)[:, columns]
             else:
                 vectors = ends.vectors[part][:, columns]
                 images = _apply(stacked.apply, stacked.input_shape, vectors)
@@ -314,11 +315,11 @@ class Stack:
         self, weights: Sequence[Tensor], chosen: list[int], direction: Tensor, step: int
     ) -> Tensor:
         """The direction in which each layer has changed the most, followed by a step or more."""
-        changes, young = [], []
-        for weight, i in zip(weights, chosen, strict=True):
-            dtype, reference = working_dtype(weight.dtype), self._reference(i)
-            changes.append(weight.detach().to(dtype) - reference.weight.to(dtype))
-            young.append(step - reference.step <= YOUNG)
+        references = [self._reference(i) for i in chosen]
+        young = [step - reference.step <= YOUNG for reference in references]
+        dtype = working_dtype(self.template.dtype)
+        pairs = zip(weights, references, strict=True)
+        changes = [w.detach().to(dtype) - reference.weight.to(dtype) for w, reference in pairs]
         change = _products(_tall(self._stacked(changes)))
         direction = towards_norm(*change, direction, 1)
         if any(young):  # one by one: what a layer does must not depend on others in its stack

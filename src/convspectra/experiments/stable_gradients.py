@@ -23,6 +23,7 @@ from convspectra.experiments.images import ImageSet
 from convspectra.experiments.threads import one_thread
 from convspectra.layers import find_layers
 from convspectra.regularizer import SpectralRegularizer
+from convspectra.schedule import Schedule
 from convspectra.spectra import sigma_max, sigma_min, svdvals
 
 Progress = Callable[[str, int, int], None]
@@ -141,18 +142,23 @@ def _train(
     regularizer = None
     if penalty is not None:
         exact = getattr(penalties, penalty)  # anew at every call: nothing is followed here
-        regularizer = SpectralRegularizer(
-            network, images.train_images[:1], penalty=exact, weight=1.0
-        )
+        example = images.train_images[:1]
+        alone = SpectralRegularizer(network, example, penalty=exact, weight=1.0)
         kernels = [module.weight for module in network if isinstance(module, nn.Conv2d)]
         optimizer = torch.optim.Adam(kernels, lr=settings.penalty_learning_rate)
         for _ in range(settings.penalty_steps):
             optimizer.zero_grad()
-            regularizer().backward()
+            alone().backward()
             optimizer.step()
             done += 1
             progress(name, done, total)
-        regularizer.weight = settings.penalty_weight
+        regularizer = SpectralRegularizer(
+            network,
+            example,
+            penalty=exact,
+            weight=settings.penalty_weight,
+            schedule=Schedule(every=settings.penalty_interval),
+        )
     _observe(run, network, images)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -161,8 +167,8 @@ def _train(
         order = torch.randperm(len(images.train_images), generator=generator)
         for batch in order.split(settings.batch_size):
             loss = cross_entropy(network(images.train_images[batch]), images.train_labels[batch])
-            if regularizer is not None and done % settings.penalty_interval == 0:
-                loss = loss + settings.penalty_interval * regularizer()
+            if regularizer is not None:
+                loss = loss + regularizer()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
