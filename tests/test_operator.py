@@ -19,7 +19,7 @@ from strategies import one_thread as one_thread
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convspectra import ConvOperator, kernel_to_weight, weight_to_kernel
+from convspectra import ConvOperator, convolution, kernel_to_weight, weight_to_kernel
 from convspectra.testing import assert_adjoint, assert_matches_dense, naive_dense
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,6 +106,19 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(each, Tensor):
                 self.largest = max(self.largest, each.untyped_storage().nbytes())
         return result
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the batch sizes of the convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_convolutions: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.convolution:
+            self.of_convolutions.append(len(args[0]))
+        return function(*args, **kwargs or {})
 
 
 # --- against the naive matrix ---------------------------------------------------------------------
@@ -213,6 +226,28 @@ def test_batched_equals_unbatched(layer):
         torch.testing.assert_close(function(batch), one_by_one, rtol=1e-13, atol=1e-13)
         single = function(batch[:1])
         torch.testing.assert_close(single, one_by_one[:1], rtol=1e-13, atol=1e-13)
+
+
+@each_layer
+def test_a_batch_in_parts_is_the_batch(layer, monkeypatch):
+    weight = layer.weight.clone().requires_grad_()
+    op = layer.operator(weight)
+    unfolded = 8 * layer.weight[0].numel() * math.prod(op.geometry.output_size)
+    for function, shape in ((op.matvec, op.input_shape), (op.rmatvec, op.output_shape)):
+        batch = normal(5, *shape)
+        found = []
+        for limit in (6 * unfolded, 2 * unfolded, unfolded - 1):
+            monkeypatch.setattr(convolution, "UNFOLDED_BYTES", limit)
+            with Sizes() as sizes:
+                y = function(batch)
+            (gradient,) = torch.autograd.grad((y * y.detach()).sum(), weight)
+            found.append((y, gradient, function(batch[0]), sizes.of_convolutions))
+        if op.geometry.ndim:
+            assert [sizes for *_, sizes in found] == [[5], [2, 2, 1], [5]]
+        for y, gradient, single, _ in found[1:]:
+            torch.testing.assert_close(y, found[0][0], rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(gradient, found[0][1], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(single, found[0][0][0], rtol=1e-13, atol=1e-13)
 
 
 @each_layer

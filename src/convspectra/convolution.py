@@ -6,6 +6,9 @@ each are index arithmetic on the geometry's tables.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,9 @@ from convspectra.geometry import ConvGeometry
 WINDOW_ENTRIES = 1 << 22
 """Of windows of an input that are copied at once: 16 megabytes in single precision."""
 
+UNFOLDED_BYTES = 1 << 25
+"""What the C library keeps for the next call; a larger array is new memory every time."""
+
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -23,14 +29,24 @@ def convolve(x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> 
     """The layer without bias: (b, g, *input_size) -> (b, h, *output_size); b may be absent."""
     if geometry.ndim == 0:
         return F.linear(x, weight)
-    result: Tensor = _CONV[geometry.ndim - 1](
-        _padded(x, geometry),
-        weight,
-        stride=geometry.stride,
-        dilation=geometry.dilation,
-        groups=groups,
-    )
-    return result
+    return _in_parts(_CONV[geometry.ndim - 1], _padded(x, geometry), weight, geometry, groups)
+
+
+def _in_parts(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int
+) -> Tensor:
+    """One of PyTorch's convolutions, of some arrays at a time.
+
+    In double precision on a CPU PyTorch unfolds the whole batch; with more than `UNFOLDED_BYTES`
+    that takes twice as long as in parts.
+    """
+    options = {"stride": geometry.stride, "dilation": geometry.dilation, "groups": groups}
+    unfolded = x.element_size() * weight[0].numel() * math.prod(geometry.output_size)
+    at_once = UNFOLDED_BYTES // max(1, unfolded)
+    is_batch = x.ndim > geometry.ndim + 1
+    if not is_batch or x.dtype != torch.float64 or not x.is_cpu or not 0 < at_once < len(x):
+        return function(x, weight, **options)
+    return torch.cat([function(part, weight, **options) for part in x.split(at_once)])
 
 
 def _padded(x: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -53,9 +69,7 @@ def convolve_transpose(y: Tensor, weight: Tensor, geometry: ConvGeometry, groups
     """The adjoint of `convolve`: (b, h, *output_size) -> (b, g, *input_size); b may be absent."""
     if geometry.ndim == 0:
         return F.linear(y, weight.T)
-    x: Tensor = _CONV_TRANSPOSE[geometry.ndim - 1](
-        y, weight, stride=geometry.stride, dilation=geometry.dilation, groups=groups
-    )
+    x = _in_parts(_CONV_TRANSPOSE[geometry.ndim - 1], y, weight, geometry, groups)
     first = x.ndim - geometry.ndim
     if geometry.padding_mode == "zeros":
         sides = zip(x.shape[first:], geometry.input_size, geometry.padding, strict=True)
