@@ -16,7 +16,8 @@ Note [One axis at a time]. The border of a square is a strip along each axis. He
 open one axis at a time, the last one first: with the other axes still in Fourier space that is one
 small capacitance matrix per frequency, and only the last cut, across the longest axis, meets a
 large one, half the order of a W for all strips together. What the earlier cuts add to it is one
-matrix product. In two dimensions that is half the flops and a quarter of the memory.
+matrix product. In two dimensions that is half the flops and a quarter of the memory. A solve reads
+the symbols twice for every cut, before and after the border, and keeps no other blocks.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class CapacitanceFactorization:
     -----
     Cost in two dimensions, for b border lines: ``(2 (2 b - 1) b + 2/3 b^3) (channels N)^3`` flops,
     twice that again for a gradient. Memory: the inverted symbols, ``16 channels^2 N^2 / 2`` bytes,
-    twice, and up to three times W.
+    three times until W is there, and up to three times W.
     """
 
     def __init__(self, op: ConvOperator, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
@@ -135,7 +136,7 @@ class CapacitanceFactorization:
     def solve(self, y: Tensor) -> Tensor:
         """M^{-1} y for a batch (b, *output_shape), with one step of refinement where it helps.
 
-        Cost: two passes over the inverted symbols, and one solve with the factors of W.
+        Cost: 2^d passes over the inverted symbols in d dimensions, and one solve with W's factors.
         """
         return self._refined(y, self._op.transposed)
 

@@ -35,6 +35,13 @@ class _Axis:
         angle = points * (2 * math.pi * self.phase / self.period)
         return torch.polar(torch.ones_like(angle), angle)
 
+    def waves(self, points: range, count: int, like: Tensor) -> Tensor:
+        """exp(-i theta point) at the first frequencies theta, (count, points)."""
+        theta = angles(self.period, self.phase, count).to(like.device)
+        at = torch.arange(points.start, points.stop, dtype=torch.float64, device=like.device)
+        angle = -theta[:, None] * at
+        return torch.polar(torch.ones_like(angle), angle)
+
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
         """These rows and columns of the circulant of a kernel on this axis."""
         return block_toeplitz(kernel, rows, columns, changes_sign=self.phase != 0)
@@ -128,12 +135,12 @@ class CutTorus:
         self.condition = float((norms[0].amax(1) * norms[1].amax(1)).amax())
         if math.isnan(self.condition):
             self.condition = math.inf
-        self._corrections: list[Tensor] = []
+        self._borders: list[Tensor] = []
 
     def factorise(self) -> None:
         """Cut every axis; the large matrix is that of the first axis, cut last."""
         blocks = self._inverse
-        self._corrections = []
+        self._borders = []
         for axis in reversed(self._axes[1:]):
             dim = blocks.ndim - 3
             kernel = torch.fft.ifft(blocks, dim=dim)
@@ -144,7 +151,7 @@ class CutTorus:
             to_border = axis.toeplitz(kernel, axis.border, axis.interior)
             weights = self._half.reshape(-1, *(1,) * (log_dets.ndim - 2))
             self._log_det = self._log_det + (log_dets * weights).sum()
-            self._corrections.insert(0, to_interior.detach().contiguous())
+            self._borders.insert(0, small.detach())
             if dim > 2:
                 inside = axis.toeplitz(kernel, axis.interior, axis.interior)
                 blocks = inside - to_interior @ to_border
@@ -188,49 +195,46 @@ class CutTorus:
     def _inverse_after_cuts(self, cut: int, y: Tensor, adjoint: bool) -> Tensor:
         """The inverse once the axes from `cut` on are cut; those before are in Fourier space."""
         if cut == len(self._axes):
-            return _adjoint_product(self._inverse, y) if adjoint else self._inverse @ y
+            return _product(self._inverse, y, adjoint)
         axis, dim = self._axes[cut], 1 + cut
-        if cut == 0:
-            u = self._through_torus(0, y, adjoint)
-            inside, outside = u.split([axis.n, axis.period - axis.n], dim)
-            if outside.shape[dim] == 0:
-                return inside
-            right = outside.flatten(1, -2)
-            w = torch.linalg.lu_solve(*self._factors, right, adjoint=adjoint)
-            at_border = torch.cat([torch.zeros_like(y), w.reshape(outside.shape)], dim)
-            return inside - self._through_torus(0, at_border, adjoint).narrow(dim, 0, axis.n)
-        correction = self._corrections[cut - 1]
-        if adjoint:
-            at_border = -_adjoint_product(correction, y.flatten(dim, -2))
-            border_shape = (*y.shape[:dim], axis.period - axis.n, *y.shape[dim + 1 :])
-            y = torch.cat([y, at_border.reshape(border_shape)], dim)
-            return self._through_torus(cut, y, adjoint).narrow(dim, 0, axis.n)
-        u = self._through_torus(cut, y, adjoint)
+        u = self._through_torus(cut, self._transformed(cut, y), adjoint)
         inside, outside = u.split([axis.n, axis.period - axis.n], dim)
-        return inside - (correction @ outside.flatten(dim, -2)).reshape(inside.shape)
-
-    def _through_torus(self, cut: int, y: Tensor, adjoint: bool) -> Tensor:
-        """The inverse before `cut` was made: from the first points of the axis to all of them."""
-        axis, dim = self._axes[cut], 1 + cut
-        missing = axis.period - y.shape[dim]
-        tail = (1,) * (y.ndim - dim - 1)
-        if cut == 0 and axis.phase == 0:
-            u = torch.fft.rfft(y, n=axis.period, dim=dim)
-            u = self._inverse_after_cuts(1, u, adjoint)
-            return torch.fft.irfft(u, n=axis.period, dim=dim)
-        twist = axis.twist(axis.period, y)
-        if missing:
-            y = torch.cat([y, y.new_zeros(*y.shape[:dim], missing, *y.shape[dim + 1 :])], dim)
-        if axis.phase:
-            y = y * twist.conj().reshape(-1, *tail)
-        u = torch.fft.fft(y, dim=dim)
+        if outside.shape[dim] == 0:
+            return inside
+        right = outside.flatten(dim, -2)
         if cut == 0:
-            u = self._inverse_after_cuts(1, u.narrow(dim, 0, len(self._half)), adjoint)
+            w = torch.linalg.lu_solve(*self._factors, right, adjoint=adjoint)
+        else:
+            w = _product(self._borders[cut - 1], right, adjoint)
+        # A few points of the border: a product with their waves is faster than a transform.
+        waves = axis.waves(axis.border, len(self._half) if cut == 0 else axis.period, u)
+        at_border = waves @ w.reshape(outside.shape).flatten(dim + 1).to(waves.dtype)
+        at_border = at_border.reshape(*y.shape[:dim], len(waves), *y.shape[dim + 1 :])
+        return inside - self._through_torus(cut, at_border, adjoint).narrow(dim, 0, axis.n)
+
+    def _transformed(self, cut: int, y: Tensor) -> Tensor:
+        """From the interior points of an axis to its frequencies."""
+        axis, dim = self._axes[cut], 1 + cut
+        if cut == 0 and axis.phase == 0:
+            return torch.fft.rfft(y, n=axis.period, dim=dim)
+        if axis.phase:
+            y = y * axis.twist(axis.n, y).conj().reshape(-1, *(1,) * (y.ndim - dim - 1))
+        u = torch.fft.fft(y, n=axis.period, dim=dim)
+        return u.narrow(dim, 0, len(self._half)) if cut == 0 else u
+
+    def _through_torus(self, cut: int, u: Tensor, adjoint: bool) -> Tensor:
+        """The inverse before `cut` was made: from frequencies of the axis to all its points."""
+        axis, dim = self._axes[cut], 1 + cut
+        u = self._inverse_after_cuts(cut + 1, u, adjoint)
+        if cut == 0 and axis.phase == 0:
+            return torch.fft.irfft(u, n=axis.period, dim=dim)
+        tail = (1,) * (u.ndim - dim - 1)
+        twist = axis.twist(axis.period, u).reshape(-1, *tail)
+        if cut == 0:
             u = u * self._half.reshape(-1, *tail)
-            u = torch.fft.ifft(u, n=axis.period, dim=dim)
-            return (u * twist.reshape(-1, *tail)).real
-        u = torch.fft.ifft(self._inverse_after_cuts(cut + 1, u, adjoint), dim=dim)
-        return u * twist.reshape(-1, *tail) if axis.phase else u
+            return (torch.fft.ifft(u, n=axis.period, dim=dim) * twist).real
+        u = torch.fft.ifft(u, dim=dim)
+        return u * twist if axis.phase else u
 
     def _border_matrix(self, block: Callable[[Tensor], Tensor]) -> Tensor:
         """W, from a function of the weights with which the frequencies of the first axis enter."""
@@ -249,9 +253,9 @@ class CutTorus:
         return torch.cat(rows, -2)
 
 
-def _adjoint_product(blocks: Tensor, y: Tensor) -> Tensor:
-    """blocks^H y as the adjoint of y^H blocks: BLAS then reads the blocks row by row."""
-    return (y.mH @ blocks).mH.resolve_conj()
+def _product(blocks: Tensor, y: Tensor, adjoint: bool) -> Tensor:
+    """Blocks y, or blocks^H y, as rows times blocks: BLAS is faster with few vectors so."""
+    return (y.mH @ blocks).mH.resolve_conj() if adjoint else (y.mT @ blocks.mT).mT
 
 
 def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
