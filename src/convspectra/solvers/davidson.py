@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convspectra.solvers.orthonormal import orthonormal
+from convspectra.solvers.orthonormal import inner_products, orthonormal
 from convspectra.solvers.result import Eigenpairs
 
 GUARD_VECTORS = 2
@@ -154,7 +154,7 @@ def _reached(sizes: Tensor, every: Tensor, tol: float, floor: float, values_only
 def _bordered(projected: Tensor, basis: Tensor, images: Tensor) -> Tensor:
     """The projected operator, of which all but the last rows and columns is known."""
     old, order = len(projected), len(basis)
-    border = (basis @ images[old:].mT).double()
+    border = inner_products(basis, images[old:]).double()
     border[old:] = (border[old:] + border[old:].mT) / 2
     grown = projected.new_empty(order, order)
     grown[:old, :old] = projected

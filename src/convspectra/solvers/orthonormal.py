@@ -11,9 +11,25 @@ LITTLE_LOST = 0.5
 """An orthogonalisation that leaves this much of unit vectors has amplified no rounding."""
 
 
+PARTS = 8
+LONG = 1 << 12
+"""Rows of so many entries are multiplied in parts side by side."""
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """``rows @ others.mT``: BLAS does not divide long sums among threads, but a batch of them."""
+    size = rows.shape[1] // PARTS
+    if size * PARTS < LONG:
+        return rows @ others.mT
+    x, y = (part[:, : size * PARTS].unflatten(1, (PARTS, size)) for part in (rows, others))
+    total = (x.transpose(0, 1) @ y.permute(1, 2, 0)).sum(0)
+    rest = slice(size * PARTS, None)
+    return torch.addmm(total, rows[:, rest], others[:, rest].mT)
+
+
 def less(rows: Tensor, found: Tensor) -> Tensor:
     """Rows less their components along orthonormal ones."""
-    return torch.addmm(rows, rows @ found.mT, found, alpha=-1) if len(found) else rows
+    return torch.addmm(rows, inner_products(rows, found), found, alpha=-1) if len(found) else rows
 
 
 def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
@@ -36,6 +52,6 @@ def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
 
 def principal(rows: Tensor, smallest: float) -> Tensor:
     """What makes rows orthonormal, without their principal components of `smallest` or less."""
-    squares, vectors = torch.linalg.eigh(rows @ rows.T)
+    squares, vectors = torch.linalg.eigh(inner_products(rows, rows))
     kept = squares > smallest**2
     return (vectors[:, kept] / squares[kept].sqrt()).T
