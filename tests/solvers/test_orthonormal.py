@@ -13,7 +13,9 @@ each_length = pytest.mark.parametrize("length", [1, 7, LONG - 1, LONG, 2 * LONG 
 
 
 @each_length
-@pytest.mark.parametrize(("rows", "others"), [(1, 1), (3, 5), (0, 2), (2, 0)])
+@pytest.mark.parametrize(
+    ("rows", "others"), [(1, 1), (3, 5), (5, 3), (4, 6), (6, 4), (0, 2), (2, 0)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inner_products(length, rows, others, dtype):
     x = random(rows, length, seed=1).to(dtype)

@@ -12,15 +12,22 @@ LITTLE_LOST = 0.5
 
 
 PARTS = 8
+"""Into which long rows are divided."""
 LONG = 1 << 12
-"""Rows of so many entries are multiplied in parts side by side."""
+FEW = 3
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """``rows @ others.mT``: BLAS does not divide long sums among threads, but a batch of them."""
+    """``rows @ others.mT`` in the form that is fastest on a CPU.
+
+    BLAS divides the work among threads for a few rows on the left; for more of them it does not
+    divide long sums, but a batch of their parts.
+    """
+    if len(rows) < len(others):
+        return inner_products(others, rows).mT
     size = rows.shape[1] // PARTS
-    if size * PARTS < LONG:
-        return rows @ others.mT
+    if len(others) <= FEW or size * PARTS < LONG:
+        return (others @ rows.mT).mT
     x, y = (part[:, : size * PARTS].unflatten(1, (PARTS, size)) for part in (rows, others))
     total = (x.transpose(0, 1) @ y.permute(1, 2, 0)).sum(0)
     rest = slice(size * PARTS, None)
