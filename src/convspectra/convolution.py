@@ -18,8 +18,8 @@ from convspectra.geometry import ConvGeometry
 WINDOW_ENTRIES = 1 << 22
 """Of windows of an input that are copied at once: 16 megabytes in single precision."""
 
-UNFOLDED_BYTES = 1 << 25
-"""What the C library keeps for the next call; a larger array is new memory every time."""
+UNFOLDED_BYTES = 1 << 24
+"""Half of what the C library keeps for the next call; larger arrays are new memory every time."""
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -42,9 +42,11 @@ def _in_parts(
     """
     options = {"stride": geometry.stride, "dilation": geometry.dilation, "groups": groups}
     unfolded = x.element_size() * weight[0].numel() * math.prod(geometry.output_size)
-    at_once = UNFOLDED_BYTES // max(1, unfolded)
+    at_once = max(1, UNFOLDED_BYTES // max(1, unfolded))
+    if at_once > torch.get_num_threads():  # among which they are divided
+        at_once -= at_once % torch.get_num_threads()
     is_batch = x.ndim > geometry.ndim + 1
-    if not is_batch or x.dtype != torch.float64 or not x.is_cpu or not 0 < at_once < len(x):
+    if not is_batch or len(x) <= at_once or x.dtype != torch.float64 or not x.is_cpu:
         return function(x, weight, **options)
     return torch.cat([function(part, weight, **options) for part in x.split(at_once)])
 

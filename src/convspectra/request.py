@@ -71,25 +71,15 @@ class Product:
 
     def apply(self, x: Tensor) -> Tensor:
         """M x."""
-        return _each(self._forward, x.reshape(-1, *self.op.input_shape))
+        return self._forward.apply(x.reshape(-1, *self.op.input_shape)).flatten(1)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """M' y."""
-        return _each(self._backward, y.reshape(-1, *self.op.output_shape))
+        return self._backward.apply(y.reshape(-1, *self.op.output_shape)).flatten(1)
 
     def gram(self, x: Tensor) -> Tensor:
         """M'M x."""
         return self.apply_adjoint(self.apply(x))
-
-
-def _each(op: ConvOperator, x: Tensor) -> Tensor:
-    """The layer applied to a batch, as rows.
-
-    On the CPU PyTorch's convolution in float64 unfolds a whole batch: one by one stays in cache.
-    """
-    if x.dtype == torch.float64 and not x.is_cuda and len(x) > 1:
-        return torch.cat([op.apply(one[None]) for one in x]).flatten(1)
-    return op.apply(x).flatten(1)
 
 
 def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
