@@ -6,7 +6,6 @@ import argparse
 import itertools
 import multiprocessing
 import shlex
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -67,9 +66,8 @@ def runs(network: str, arms: Sequence[str], plan: Plan) -> list[Run]:
 
 def main(network: str, description: str, argv: Sequence[str] | None = None) -> list[table.Row]:
     """Parse the arguments, do the runs that the CSV lacks; returns the new rows."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(network, description)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     plan = QUICK if args.quick else FULL
     try:
         if args.data is None:
@@ -92,7 +90,11 @@ def main(network: str, description: str, argv: Sequence[str] | None = None) -> l
         parser.error(str(error))
     asked = runs(network, args.arms or arms_for(network), plan)
     missing = [run for run in asked if (run, images.name, plan.settings) not in known]
-    command = shlex.join(["python", "-m", f"experiments.stable_gradients.{network}", *arguments])
+    # The run is one of those that this does, wherever it writes them.
+    words = ["--data", args.data.resolve().name, *(["--quick"] if args.quick else [])]
+    for name, value in changed.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    command = shlex.join(["python", "-m", f"experiments.stable_gradients.{network}", *words])
     console = Console(stderr=True)
     console.print(f"{len(asked)} runs, {len(asked) - len(missing)} of them in {path}")
     rows = []

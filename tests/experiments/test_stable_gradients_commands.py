@@ -50,7 +50,7 @@ def row(run: Run, status: str = "finished", note: str = "", accuracy: float = 0.
     return Row(run, "noise, 8 x 8", Settings(), "a machine", "a command", record)
 
 
-def test_a_table_has_a_row_for_each_run(out: Path) -> None:
+def test_a_table_has_a_row_for_each_run(folder: Path, out: Path) -> None:
     rows = table.read(out / "plain.csv")
     assert [(r.run.arm, r.run.depth, r.run.activation) for r in rows] == [
         (arm, 4, "relu") for arm in ARMS
@@ -59,7 +59,8 @@ def test_a_table_has_a_row_for_each_run(out: Path) -> None:
         ("residual", "tanh")
     }
     assert {r.settings for r in rows} == {QUICK.settings}
-    assert all(r.command.startswith("python -m experiments.stable_gradients.plain") for r in rows)
+    name = "python -m experiments.stable_gradients.plain"
+    assert {r.command for r in rows} == {f"{name} --data {folder.name} --quick"}
     assert {len(r.record.gradients_end) for r in rows} == {4}
 
 
@@ -99,6 +100,9 @@ def test_other_settings_are_other_runs(
     (tmp_path / "plain.csv").write_bytes((out / "plain.csv").read_bytes())
     added = plain.main([*arguments(folder, tmp_path, *more)])
     assert [r.run.arm for r in added] == ARMS
+    assert all(r.command.endswith(" ".join(["--quick", *more])) for r in added) == (
+        more[0] != "--seeds"
+    )
 
 
 def test_workers_give_the_same_rows(folder: Path, out: Path, tmp_path: Path) -> None:
