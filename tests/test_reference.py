@@ -7,7 +7,7 @@ from convspectra.reference import CHANGE_EVERY, FOLLOWED_TO, LITTLE, LONGEST, MU
 
 
 def reference(interval=4):
-    return Reference(torch.zeros(1), [0.0, 0.0], [1.0, 1.0], 3, 0, interval, due=7)
+    return Reference(torch.zeros(1), [0.0, 0.0], [1.0, 1.0], 3, 3, 0, interval, due=7)
 
 
 @pytest.mark.parametrize("end", [0, 1])

@@ -612,6 +612,49 @@ def test_every_third_step_counts_three_times(name):
     assert now_and_then.step_count == 3
 
 
+@pytest.mark.parametrize("every", [1, 3, 4, 20])
+def test_every_layer_has_its_turn_whatever_the_schedule(every):
+    """Turns come every two steps here; a layer is computed at the next step with a penalty."""
+    model = net()
+    reg = regularizer(model, "conditioning", schedule=Schedule(every=every), refresh_interval=8)
+    assert len(reg.layers) == 4
+    computed = [0] * 4
+    for step in range(41):
+        reg()
+        if step % every == 0:
+            for turn in range(1, step // 2 + 1):
+                if 2 * turn > computed[turn % 4]:
+                    computed[turn % 4] = step
+        assert [layer.age for layer in reg.report().layers] == [step - at for at in computed]
+        moved(model)
+
+
+def test_a_computation_that_failed_is_tried_again_in_its_next_turn(monkeypatch):
+    model = net()
+    reg = regularizer(model, "conditioning", refresh_interval=4)
+    reg()
+
+    def fails(*args, **options):
+        raise ArithmeticError("none")
+
+    monkeypatch.setattr(tracked, "svds", fails)
+    for _ in range(8):
+        moved(model)
+        reg()
+        reg()
+    assert [layer.failures for layer in reg.report().layers] == [2] * 4
+    assert [layer.age for layer in reg.report().layers] == [8] * 4
+
+
+def test_the_report_has_the_last_penalty_that_had_a_weight():
+    model = net()
+    reg = regularizer(model, "frobenius", schedule=Schedule(every=2))
+    expected = float(reg().detach())
+    moved(model)
+    assert float(reg().detach()) == 0
+    assert reg.report().penalty == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("entry", [(1, 0), (0, 1)])
 def test_a_step_that_leaves_no_trace_but_the_entries_is_counted(entry):
     """As fused optimizers do, which do not change the version of a tensor."""

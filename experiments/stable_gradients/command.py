@@ -90,11 +90,7 @@ def main(network: str, description: str, argv: Sequence[str] | None = None) -> l
         parser.error(str(error))
     asked = runs(network, args.arms or arms_for(network), plan)
     missing = [run for run in asked if (run, images.name, plan.settings) not in known]
-    # The run is one of those that this does, wherever it writes them.
-    words = ["--data", args.data.resolve().name, *(["--quick"] if args.quick else [])]
-    for name, value in changed.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    command = shlex.join(["python", "-m", f"experiments.stable_gradients.{network}", *words])
+    command = _command(network, args, plan, changed)
     console = Console(stderr=True)
     console.print(f"{len(asked)} runs, {len(asked) - len(missing)} of them in {path}")
     rows = []
@@ -107,6 +103,19 @@ def main(network: str, description: str, argv: Sequence[str] | None = None) -> l
             progress.advance(task)
             progress.console.print(_line(run, record), markup=False, highlight=False)
     return rows
+
+
+def _command(network: str, args: argparse.Namespace, plan: Plan, changed: dict[str, object]) -> str:
+    """A command that does all the runs of this one, and others of the table, anywhere."""
+    words = ["python", "-m", f"experiments.stable_gradients.{network}"]
+    words += ["--data", args.data.resolve().name, *(["--quick"] if args.quick else [])]
+    usual = QUICK if args.quick else FULL
+    for name in ("depths", "activations", "seeds"):
+        if not set(getattr(plan, name)) <= set(getattr(usual, name)):
+            words += [f"--{name}", *map(str, getattr(plan, name))]
+    for name, value in changed.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
 
 
 def _parser(network: str, description: str) -> argparse.ArgumentParser:

@@ -41,12 +41,13 @@ def _in_parts(
     that takes twice as long as in parts.
     """
     options = {"stride": geometry.stride, "dilation": geometry.dilation, "groups": groups}
+    if x.dtype != torch.float64 or not x.is_cpu or x.ndim <= geometry.ndim + 1:
+        return function(x, weight, **options)
     unfolded = x.element_size() * weight[0].numel() * math.prod(geometry.output_size)
-    at_once = max(1, UNFOLDED_BYTES // max(1, unfolded))
-    if at_once > torch.get_num_threads():  # among which they are divided
-        at_once -= at_once % torch.get_num_threads()
-    is_batch = x.ndim > geometry.ndim + 1
-    if not is_batch or len(x) <= at_once or x.dtype != torch.float64 or not x.is_cpu:
+    at_once, threads = UNFOLDED_BYTES // max(1, unfolded), torch.get_num_threads()
+    # A batch is divided among the threads; with fewer arrays than threads each array is.
+    at_once = at_once - at_once % threads if at_once >= threads else 1
+    if len(x) <= at_once:
         return function(x, weight, **options)
     return torch.cat([function(part, weight, **options) for part in x.split(at_once)])
 

@@ -35,11 +35,9 @@ class _Axis:
         angle = points * (2 * math.pi * self.phase / self.period)
         return torch.polar(torch.ones_like(angle), angle)
 
-    def waves(self, points: range, count: int, like: Tensor) -> Tensor:
-        """exp(-i theta point) at the first frequencies theta, (count, points)."""
-        theta = angles(self.period, self.phase, count).to(like.device)
-        at = torch.arange(points.start, points.stop, dtype=torch.float64, device=like.device)
-        angle = -theta[:, None] * at
+    def waves(self, theta: Tensor) -> Tensor:
+        """exp(-i theta point) at these frequencies and the points of the border."""
+        angle = -theta[:, None] * torch.arange(self.n, self.period, dtype=torch.float64)
         return torch.polar(torch.ones_like(angle), angle)
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
@@ -136,6 +134,8 @@ class CutTorus:
         if math.isnan(self.condition):
             self.condition = math.inf
         self._borders: list[Tensor] = []
+        pairs = zip(self._axes, frequencies, strict=True)
+        self._waves = [axis.waves(theta).to(symbol.device) for axis, theta in pairs]
 
     def factorise(self) -> None:
         """Cut every axis; the large matrix is that of the first axis, cut last."""
@@ -207,7 +207,7 @@ class CutTorus:
         else:
             w = _product(self._borders[cut - 1], right, adjoint)
         # A few points of the border: a product with their waves is faster than a transform.
-        waves = axis.waves(axis.border, len(self._half) if cut == 0 else axis.period, u)
+        waves = self._waves[cut]
         at_border = waves @ w.reshape(outside.shape).flatten(dim + 1).to(waves.dtype)
         at_border = at_border.reshape(*y.shape[:dim], len(waves), *y.shape[dim + 1 :])
         return inside - self._through_torus(cut, at_border, adjoint).narrow(dim, 0, axis.n)

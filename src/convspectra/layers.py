@@ -37,6 +37,11 @@ class Layer:
     module: nn.Module
     input_size: tuple[int, ...]
 
+    @property
+    def key(self) -> str:
+        """Its name at its input size, which no other layer of the model has."""
+        return f"{self.name}@{'x'.join(map(str, self.input_size))}"
+
     def operator(self) -> ConvOperator:
         """The layer as it stands now; a ValueError carries the layer's name."""
         try:

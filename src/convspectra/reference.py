@@ -30,6 +30,8 @@ class Reference:
         Enclosures of sigma_min and sigma_max at that time.
     step : int
         When it was.
+    tried : int
+        When the last one was tried, this one or one that failed.
     failures : int
         Exact computations that did not converge; the vectors at hand were kept.
     interval, due : int
@@ -42,6 +44,7 @@ class Reference:
     lower: list[float]
     upper: list[float]
     step: int
+    tried: int
     failures: int
     interval: int
     due: int

@@ -261,8 +261,8 @@ class SpectralRegularizer:
             "step": self._step,
             "started": self._seen is not None,
             "penalty": None if self._last is None else float(self._last),
-            "layers": {_key(layer): layers[i] for i, layer in enumerate(self._layers)},
-            "skipped": {_key(layer): skips[i] for i, layer in enumerate(self._layers)},
+            "layers": {layer.key: layers[i] for i, layer in enumerate(self._layers)},
+            "skipped": {layer.key: skips[i] for i, layer in enumerate(self._layers)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,7 +273,7 @@ class SpectralRegularizer:
         ValueError
             If the state is that of other layers.
         """
-        keys = [_key(layer) for layer in self._layers]
+        keys = [layer.key for layer in self._layers]
         if sorted(state["layers"]) != sorted(keys):
             raise ValueError(
                 f"expected the state of the layers {keys}, got that of {list(state['layers'])}"
@@ -282,7 +282,6 @@ class SpectralRegularizer:
             self._terms.load(i, state["layers"][keys[i]])
             self._skipped[i] = state["skipped"][keys[i]]
         self._step = state["step"]
-        self._terms.resume(self._step)
         # Like no weights at all: the next call counts as a step, unless it is the first.
         self._seen = ([], []) if state["started"] else None
         last = state["penalty"]
@@ -320,7 +319,8 @@ class SpectralRegularizer:
                 f"the penalty is not finite at step {self._step}: {float(value)}; a layer is rank "
                 "deficient, or another rank raised an error"
             )
-        self._last = value.detach()
+        if self._scale():
+            self._last = value.detach()
         found = [
             (weight, by_layer.get(i))
             for i, weight in enumerate(weights)
@@ -334,7 +334,7 @@ class SpectralRegularizer:
         """The sum over the layers of this rank, and their gradients."""
         if moving:
             self._count_step(weights)
-        scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+        scale = self._scale()
         own = [i for i in self._division.own if weights[i].requires_grad]
         factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
         active = list(factors)
@@ -345,6 +345,10 @@ class SpectralRegularizer:
                 del factors[i]
         value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
         return value, dict(zip(factors, gradients, strict=False))
+
+    def _scale(self) -> float:
+        """The weight at this step."""
+        return self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
 
     def _leave_out(self, index: int, moving: bool) -> None:
         if self._nonfinite == "raise":
@@ -373,7 +377,7 @@ class SpectralRegularizer:
         if self._division.group is None:
             return [(weight, gradient) for weight, gradient in found if gradient is not None]
         everywhere: list[tuple[Tensor, Gradient]] = []
-        for weight, gradient in found:
+        for weight, gradient in found if self._scale() else ():
             dtype = torch.promote_types(torch.float32, weight.dtype)
             own = torch.zeros_like(weight, dtype=dtype)
             if gradient is not None:
@@ -390,7 +394,3 @@ def _sample(weight: Tensor) -> Tensor:
 def _cost(op: ConvOperator) -> float:
     """Multiplications of one product with M."""
     return float(op.weight.numel() * math.prod(op.geometry.output_size))
-
-
-def _key(layer: Layer) -> str:
-    return f"{layer.name}@{'x'.join(map(str, layer.input_size))}"

@@ -90,7 +90,7 @@ class RegularizerReport:
     step : int
         Changes of the weights so far.
     penalty : float or None
-        The weighted sum at the last call.
+        The weighted sum at the last call with a weight: a schedule may have had 0 since.
     layers : tuple of LayerReport
 
     Examples

@@ -7,7 +7,7 @@ same calls.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -50,9 +50,6 @@ class Terms(Protocol):
 
     def refresh(self, index: int, step: int) -> None:
         """Compute a layer exactly."""
-
-    def resume(self, step: int) -> None:
-        """Go on from a step."""
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """What is known of a layer."""
@@ -98,7 +95,6 @@ class TrackedTerms:
             i: (stack, position) for stack, kind in self._stacks for position, i in enumerate(kind)
         }
         self._squares: dict[int, Tensor] = {}
-        self._reached = 0
 
     def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
         """See `Terms`."""
@@ -113,12 +109,9 @@ class TrackedTerms:
             return self._evaluate_squares(weights, factors, moving)
         for i in factors:
             stack, position = self._place[i]
-            if stack.references[position] is None:
+            reference = stack.references[position]
+            if reference is None or (moving and reference.tried < self._last_turn(i, step)):
                 self.refresh(i, step)
-        moved = moving and step != self._reached
-        if moved:
-            self._refresh_in_turn(factors, step)
-            self._reached = step
         total = weights[0].new_zeros((), dtype=torch.float64)
         gradients: dict[int, Gradient] = {}
         for stack, kind in self._stacks:
@@ -132,7 +125,7 @@ class TrackedTerms:
                 {position: self._squares[kind[position]] for position in active},
                 scale,
                 moving=moving,
-                step=step if moved else None,
+                step=step if moving else None,
             )
             total = total + found.value
             for position, gradient in zip(active, found.gradients, strict=False):
@@ -149,30 +142,25 @@ class TrackedTerms:
         scale = squares.new_tensor(list(factors.values()))
         value, slopes = weighted(self._objective, scale, squares, none, none)
         self._squares = {}
-        if not moving or slopes[0] is None:
-            return value, []
+        assert slopes[0] is not None
         return value, [
             self._place[i][0].gradient_of_square(weights[i], slope)
             for i, slope in zip(factors, slopes[0], strict=True)
+            if moving
         ]
 
-    def _refresh_in_turn(self, active: Collection[int], step: int) -> None:
-        """The layers whose turns came since the last step, whoever computes them."""
+    def _last_turn(self, index: int, step: int) -> int:
+        """The last step up to this one at which it was the turn of a layer, whoever computes it."""
         count = len(self._layers)
-        first, last = (n * count // self._refresh_interval for n in (self._reached, step))
-        for turn in range(first + 1, last + 1):
-            if turn % count in active:
-                self.refresh(turn % count, step)
+        turn = step * count // self._refresh_interval
+        turn -= (turn - index) % count
+        return -(-turn * self._refresh_interval // count)
 
     def refresh(self, index: int, step: int) -> None:
         """See `Terms`."""
         stack, position = self._place[index]
         with named(self._layers[index]):
             stack.refresh(position, step)
-
-    def resume(self, step: int) -> None:
-        """See `Terms`."""
-        self._reached = step
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """See `Terms`."""
@@ -269,9 +257,6 @@ class ExactTerms:
         """See `Terms`. For the reports: the penalty reads nothing of it."""
         with named(self._layers[index]):
             self._stacks[index].refresh(0, step)
-
-    def resume(self, step: int) -> None:
-        """Nothing depends on the step."""
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """See `Terms`."""

@@ -115,11 +115,11 @@ class Stack:
             found.append(vectors.flatten(1))
             lower[end], upper[end] = float(result.lower[0]), float(result.upper[0])
         if failed and reference is not None:
-            reference.failures += 1
+            reference.failures, reference.tried = reference.failures + 1, step
             return
         weight = op.weight.detach().clone()
         self.references[index] = Reference(
-            weight, lower, upper, step, int(failed), self.interval, due=step + self.interval
+            weight, lower, upper, step, step, int(failed), self.interval, due=step + self.interval
         )
         self._store(index, torch.cat(found))
 
