@@ -669,6 +669,16 @@ def test_a_step_that_leaves_no_trace_but_the_entries_is_counted(entry):
     assert reg.step_count == 1
 
 
+def test_the_schedule_is_asked_once_a_call():
+    model = net()
+    asked = []
+    reg = regularizer(model, "frobenius", schedule=lambda step: asked.append(step) or 1.0)
+    reg()
+    reg.add_gradient()
+    reg.step(0.1)
+    assert asked == [0, 0, 0]
+
+
 def test_a_schedule_of_the_users_starts_late():
     model = net()
     reg = regularizer(model, "conditioning", schedule=lambda step: float(step >= 2))

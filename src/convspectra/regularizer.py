@@ -146,6 +146,7 @@ class SpectralRegularizer:
             function = EXACT_PENALTIES[penalty] if isinstance(penalty, str) else penalty
             self._terms = ExactTerms(self._layers, function)
         self._step = 0
+        self._scale = 0.0  # the weight at the last call
         self._seen: tuple[list[tuple[int, int]], list[float]] | None = None
         self._skipped = dict.fromkeys(range(len(self._layers)), 0)
         self._last: Tensor | None = None
@@ -319,7 +320,7 @@ class SpectralRegularizer:
                 f"the penalty is not finite at step {self._step}: {float(value)}; a layer is rank "
                 "deficient, or another rank raised an error"
             )
-        if self._scale():
+        if self._scale:
             self._last = value.detach()
         found = [
             (weight, by_layer.get(i))
@@ -334,7 +335,8 @@ class SpectralRegularizer:
         """The sum over the layers of this rank, and their gradients."""
         if moving:
             self._count_step(weights)
-        scale = self._scale()
+        scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+        self._scale = scale
         own = [i for i in self._division.own if weights[i].requires_grad]
         factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
         active = list(factors)
@@ -345,10 +347,6 @@ class SpectralRegularizer:
                 del factors[i]
         value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
         return value, dict(zip(factors, gradients, strict=False))
-
-    def _scale(self) -> float:
-        """The weight at this step."""
-        return self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
 
     def _leave_out(self, index: int, moving: bool) -> None:
         if self._nonfinite == "raise":
@@ -377,7 +375,7 @@ class SpectralRegularizer:
         if self._division.group is None:
             return [(weight, gradient) for weight, gradient in found if gradient is not None]
         everywhere: list[tuple[Tensor, Gradient]] = []
-        for weight, gradient in found if self._scale() else ():
+        for weight, gradient in found if self._scale else ():
             dtype = torch.promote_types(torch.float32, weight.dtype)
             own = torch.zeros_like(weight, dtype=dtype)
             if gradient is not None:
