@@ -17,6 +17,7 @@ from torch import Tensor
 import convspectra as cs
 from convspectra import ConvOperator, spectra, strategy
 from convspectra.capacitance import is_square_toeplitz
+from convspectra.request import Request
 
 EPS = 2.0**-52
 
@@ -618,3 +619,11 @@ def test_normalised_weights_are_near_one():
         scaled, exponent = spectra.normalised(op)
         assert 0.5 <= float(scaled.weight.abs().amax()) < 1
         assert torch.equal(spectra.ldexp(scaled.weight, exponent), op.weight)
+
+
+@pytest.mark.parametrize("k", [1, 10])
+@pytest.mark.parametrize(("channels", "n", "helps"), [(512, 7, False), (64, 32, True)])
+def test_the_circulant_must_pay_for_itself_whatever_the_number_of_values(channels, n, helps, k):
+    op = ConvOperator(torch.zeros(channels, channels, 3, 3, dtype=torch.float64), (n, n), padding=1)
+    request = Request(op, k, True, True, 1e-6, None, torch.Generator(), 2**31, None)
+    assert strategy._candidates(request)[0] == ("davidson" if helps else "lanczos")
