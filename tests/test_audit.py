@@ -19,6 +19,7 @@ from strategies import one_thread as one_thread
 from torch import nn
 
 import convspectra as cs
+from convspectra import layer_audit
 from convspectra.auditing import audit_targets
 from convspectra.layer_audit import AuditOptions, audit_layer
 from convspectra.targets import Target
@@ -127,6 +128,23 @@ def test_the_rank_of_a_large_layer_is_counted_in_its_blocks() -> None:
     layer = cs.audit(nn.Sequential(conv), example).layers[0]
     assert layer.applied.rank == 14 * 60 * 60
     assert layer.circular.sigma_max == layer.applied.sigma_max.value
+
+
+@pytest.mark.parametrize(("at_most", "rank"), [(4, 4 * 80 - 2), (2, 4 * 80 - 2), (1, None)])
+def test_the_rank_of_a_large_layer_that_lacks_a_few_directions(
+    monkeypatch: pytest.MonkeyPatch, at_most: int, rank: int | None
+) -> None:
+    """``y_i = x_i + a x_{i-1}`` has a singular value of a^-80 for an a above 1, and no other."""
+    monkeypatch.setattr(layer_audit, "EXACT_WORK", 0)
+    monkeypatch.setattr(layer_audit, "LOST_AT_MOST", at_most)
+    torch.manual_seed(0)
+    mixing = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    before = torch.tensor([3.0, 0.3, 2.0, 0.2], dtype=torch.float64)
+    op = cs.ConvOperator(torch.stack([mixing * before, mixing], 2), (80,), padding=[(1, 0)])
+    assert torch.linalg.matrix_rank(op.to_dense()) == 4 * 80 - 2
+    numbers = layer_audit.conditioning(op, AuditOptions())
+    assert numbers.condition == math.inf
+    assert numbers.rank == rank
 
 
 def test_a_zero_weight() -> None:

@@ -27,6 +27,10 @@ from convspectra.spectra import SVDResult, frobenius_norm, normalised, svds
 from convspectra.targets import Target
 
 TOLERANCE = 1e-6
+LOST_AT_MOST, RANK_TOLERANCE = 31, 1e-2
+"""A layer that is too large for dense factorisations may lack so many directions until its rank is
+not counted any more; how near values come to the tolerance of the rank.
+"""
 """Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
 then is told from it no better. The enclosures hold in any case.
 """
@@ -209,8 +213,8 @@ def _rank(
 ) -> int | None:
     """Singular values above the tolerance, counted in the independent blocks of the layer.
 
-    Where these are too large: all those of the layer without the channels that depend on others, if
-    its smallest one is above.
+    Where these are too large: all those of the layer without the channels that depend on others,
+    but for up to `LOST_AT_MOST` that are not above.
     """
     if sigma_min.lower > tolerance:
         return min(op.shape)
@@ -223,10 +227,17 @@ def _rank(
         return _counted(found, scaled_tolerance, options.max_bytes)
     direct = scaled.T if scaled.transposed else scaled
     independent = without_dependent_channels(direct)
-    if independent is direct:
+    if independent is not direct:
+        smallest = svds(independent, 1, "SM", return_singular_vectors=False, tol=TOLERANCE)
+        if float(smallest.lower[0]) > scaled_tolerance:
+            return min(independent.shape)
+    elif sigma_min.value > tolerance:  # no bound says that there is none below
         return None
-    smallest = svds(independent, 1, "SM", return_singular_vectors=False, tol=TOLERANCE)
-    return min(independent.shape) if float(smallest.lower[0]) > scaled_tolerance else None
+    full = min(independent.shape)
+    count = min(LOST_AT_MOST + 1, full)
+    smallest = svds(independent, count, "SM", return_singular_vectors=False, tol=RANK_TOLERANCE)
+    lost = int((smallest.s <= scaled_tolerance).sum())
+    return full - lost if smallest.converged and lost < count else None
 
 
 def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
