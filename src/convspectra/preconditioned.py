@@ -22,9 +22,10 @@ SINGLE_TOLERANCE = 1e-7
 """Least tolerance on a norm for which single precision finds the vector."""
 SINGLE_RESIDUAL = 5e-6
 """Residual down to which single precision goes when double is to follow."""
-PRODUCTS_SAVED = 150
-"""Products with M that the circulant's Gram matrices may cost as much as. That more vectors are
-asked for does not count: Lanczos needs a few more products for each, not as many more."""
+PRODUCTS_SAVED = 330
+"""Products with M that the circulant's Gram matrices may cost as much as, over the number of
+vectors, two or more: Lanczos needs a few more products for each vector more, Davidson as many.
+"""
 LOWER_FRACTIONS = (0.95, 0.8, 0.5)
 """Lower bounds tried on a singular value of LOBPCG, relative to it."""
 BOUND_STEPS = 400
@@ -32,13 +33,13 @@ NOISE = 1e-7
 """The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
 
 
-def circulant_helps(op: ConvOperator, max_bytes: int) -> bool:
-    """Whether the circulant's Gram matrices cost less than the products with M that they save."""
+def circulant_helps(op: ConvOperator, k: int, max_bytes: int) -> bool:
+    """Whether the circulant's Gram matrices save more than they cost, for k largest triplets."""
     if not has_embedding(op):
         return False
     flops, memory = gram_cost(op)
     product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return flops <= PRODUCTS_SAVED * product and memory <= max_bytes
+    return max(k, 2) * flops <= PRODUCTS_SAVED * product and memory <= max_bytes
 
 
 def davidson_largest(request: Request) -> SingularTriplets:

@@ -83,7 +83,7 @@ def _candidates(request: Request) -> list[str]:
     if request.largest:
         order = [
             ("gram", at_once),
-            ("davidson", circulant_helps(op, request.max_bytes)),
+            ("davidson", circulant_helps(op, request.k, request.max_bytes)),
             ("lanczos", True),
             ("gram", gram and not at_once),
             ("dense", fits),
