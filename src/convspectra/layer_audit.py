@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from convspectra.capacitance import is_square_toeplitz
 from convspectra.circular import circular_extremes, circular_operator, is_circular
 from convspectra.convolution import scaled_outputs
 from convspectra.density import spectral_density
@@ -27,12 +28,12 @@ from convspectra.spectra import SVDResult, frobenius_norm, normalised, svds
 from convspectra.targets import Target
 
 TOLERANCE = 1e-6
+"""Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
+then is told from it no better. The enclosures hold in any case.
+"""
 LOST_AT_MOST, RANK_TOLERANCE = 31, 1e-2
 """A layer that is too large for dense factorisations may lack so many directions until its rank is
 not counted any more; how near values come to the tolerance of the rank.
-"""
-"""Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
-then is told from it no better. The enclosures hold in any case.
 """
 EXACT_WORK = 2e10
 """Flops up to which a dense factorisation is taken for what no faster way gives: about a second."""
@@ -214,7 +215,7 @@ def _rank(
     """Singular values above the tolerance, counted in the independent blocks of the layer.
 
     Where these are too large: all those of the layer without the channels that depend on others,
-    but for up to `LOST_AT_MOST` that are not above.
+    but for up to `LOST_AT_MOST` that are not above, which the capacitance method finds.
     """
     if sigma_min.lower > tolerance:
         return min(op.shape)
@@ -233,11 +234,22 @@ def _rank(
             return min(independent.shape)
     elif sigma_min.value > tolerance:  # no bound says that there is none below
         return None
-    full = min(independent.shape)
-    count = min(LOST_AT_MOST + 1, full)
-    smallest = svds(independent, count, "SM", return_singular_vectors=False, tol=RANK_TOLERANCE)
+    if not is_square_toeplitz(independent):  # many small values would take too long
+        return None
+    count = min(LOST_AT_MOST + 1, min(independent.shape))
+    try:
+        smallest = svds(
+            independent,
+            count,
+            "SM",
+            return_singular_vectors=False,
+            tol=RANK_TOLERANCE,
+            max_bytes=options.max_bytes,
+        )
+    except (ArithmeticError, ValueError):  # the other numbers stand without it
+        return None
     lost = int((smallest.s <= scaled_tolerance).sum())
-    return full - lost if smallest.converged and lost < count else None
+    return min(independent.shape) - lost if smallest.converged and lost < count else None
 
 
 def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
