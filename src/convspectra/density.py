@@ -302,7 +302,7 @@ def _estimated(
     order = min(part.op.shape)
     steps = min(steps, order)
     check_bytes("the Lanczos basis", 8 * probes * steps * order, max_bytes)
-    tall, _ = Product.tall(part.op)
+    tall, _ = Product.tall(part.op, fast=True)
     start = random_directions(probes, order, part.op.weight, generator)
     runs = tridiagonals(tall.gram, start, steps)
     return _Estimate(runs, order, 2 * probes * runs.steps)

@@ -53,7 +53,7 @@ class CirculantGram:
     op : ConvOperator
         Not transposed, float64 or float32: in float32 everything is.
     fast : bool
-        As for `CirculantEmbedding`: where there are many Fourier transforms to come.
+        As for `CirculantEmbedding` and `Product`: for many transforms and products to come.
 
     Notes
     -----
@@ -61,7 +61,7 @@ class CirculantGram:
     """
 
     def __init__(self, op: ConvOperator, *, fast: bool = False) -> None:
-        self.tall, self._wide = Product.tall(op)
+        self.tall, self._wide = Product.tall(op, fast=fast)
         if op.geometry.ndim == 0:
             op = ConvOperator(op.weight[:, :, None], 1)
         self._embedding = embedding = CirculantEmbedding(op, fast=fast)

@@ -25,7 +25,7 @@ LOST_UNITS = 1024
 
 def lanczos_triplets(request: Request) -> SingularTriplets:
     """The largest or smallest triplets, all copies of repeated ones."""
-    tall, wide = Product.tall(request.op)
+    tall, wide = Product.tall(request.op, fast=True)
     size = min(request.op.shape)
     steps = request.most_steps(STEPS if request.largest else STEPS_FOR_SMALLEST)
     enclosure = ENCLOSURE if request.largest else LOWER_ENCLOSURE

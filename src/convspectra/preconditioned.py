@@ -74,7 +74,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
         Product.tall(single)[0], tol if norm_only else max(tol, SINGLE_RESIDUAL), norm_only, None
     )
     products = found.products
-    tall, wide = Product.tall(op)
+    tall, wide = Product.tall(op, fast=not norm_only)
     vectors: Tensor = torch.linalg.qr(found.vectors.double().mT).Q.mT
     if not norm_only:
         found = run(tall, tol, request.values_only, vectors)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import ConvOperator
+from convspectra.winograd import WinogradConvolution, faster_convolution
 
 ZERO = 1e-11
 """A smallest singular value with an upper bound of this much of the norm of M counts as 0."""
@@ -54,20 +55,23 @@ class Product:
     Parameters
     ----------
     op : ConvOperator
+    fast : bool
+        By fewer multiplications where that can be: for many products to come.
     """
 
-    def __init__(self, op: ConvOperator) -> None:
+    def __init__(self, op: ConvOperator, *, fast: bool = False) -> None:
         self.op = op
         direct = op.T if op.transposed else op
         # PyTorch's transposed convolution is the slower one in float64.
         adjoint = _adjoint_layer(direct) or direct.T
-        self._forward, self._backward = (adjoint, direct) if op.transposed else (direct, adjoint)
+        maps = [(fast and _faster(layer)) or layer for layer in (direct, adjoint)]
+        self._forward, self._backward = reversed(maps) if op.transposed else maps
 
     @classmethod
-    def tall(cls, op: ConvOperator) -> tuple[Product, bool]:
+    def tall(cls, op: ConvOperator, *, fast: bool = False) -> tuple[Product, bool]:
         """M, or M' if M has more columns than rows, and whether it has."""
         wide = op.shape[0] < op.shape[1]
-        return cls(op.T if wide else op), wide
+        return cls(op.T if wide else op, fast=fast), wide
 
     def apply(self, x: Tensor) -> Tensor:
         """M x."""
@@ -107,6 +111,12 @@ def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
         groups=op.groups,
     )
     return adjoint if adjoint.geometry.output_size == g.input_size else None
+
+
+def _faster(layer: ConvOperator) -> WinogradConvolution | None:
+    if layer.transposed:
+        return None
+    return faster_convolution(layer.weight, layer.geometry, layer.groups)
 
 
 def rounding_of(op: ConvOperator) -> float:
