@@ -130,8 +130,9 @@ def svds(
         "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
         by dependent channels, without vectors, it reads off the weight ("structure").
     tol : float
-        Relative: of the residuals where vectors are asked for, of the values themselves otherwise.
-        An iteration with the inverse applies it to the singular values of the inverse.
+        Relative: of the residuals where vectors are asked for, of the values themselves otherwise
+        (two nearer than ten tolerances may then be taken for one). An iteration with the inverse
+        applies it to the singular values of that.
     maxiter : int, optional
         Most steps of an iteration. By default 300 of "davidson", "lobpcg" and "capacitance"; of
         "lanczos" 1,500 for the smallest values and 7,500 for the largest.

@@ -51,12 +51,29 @@ def test_values_need_fewer_products_than_vectors(largest):
     """They are accurate to the square of the residual."""
     matrix = with_spectrum(LINE)
     for k in (1, 3):
-        values = run_lanczos(matrix, k, largest=largest, values_only=True)
+        values = run_lanczos(matrix, k, largest=largest, values_only=True, tol=1e-6)
+        vectors = run_lanczos(matrix, k, largest=largest, tol=1e-6)
         assert values.converged
-        assert values.products < run_lanczos(matrix, k, largest=largest).products
+        assert values.products < vectors.products
+        assert float(values.residuals.max()) > float(vectors.residuals.max())
         error = np.abs(values.values.numpy() - truth(matrix, largest)[:k])
         assert error.max() <= 2e-8
-        assert float(values.residuals.max()) > 1e-6
+
+
+@pytest.mark.parametrize("tol", [1e-4, 1e-6, 1e-8])
+@each_end
+def test_pairs_cost_no_more_than_ten_tolerances(largest, tol):
+    """One Krylov sequence sees one value for a while where there are two near each other."""
+    for gap in (3e-3, 1e-4, 1e-5, 1e-6):
+        spectrum = list(LINE)
+        ends = (-1, -2) if largest else (0, 1)
+        spectrum[ends[1]] = spectrum[ends[0]] * (1 - gap if largest else 1 + gap)
+        matrix = with_spectrum(spectrum)
+        for seed in range(10):
+            found = run_lanczos(matrix, largest=largest, seed=seed, tol=tol, values_only=True)
+            error = abs(float(found.values[0]) / truth(matrix, largest)[0] - 1)
+            assert found.converged
+            assert error <= 10 * tol
 
 
 @each_end

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.orthonormal import inner_products, orthonormal
-from convspectra.solvers.result import Eigenpairs
+from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, Eigenpairs
 
 GUARD_VECTORS = 2
 """Vectors beside the k wanted: the last of those converges by its distance to the next beyond."""
@@ -22,8 +22,6 @@ BASIS_LEAST = 48
 """Most vectors of the basis: so many blocks of the start, and so many at the least."""
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
-PAIRS_COUNT_AS_ONE = 10
-"""With `values_only` two values nearer than so many tolerances may be taken for one."""
 KEPT_DIRECTION = 1e-9
 """Directions of the last step that add less than this to those of this one are dropped."""
 

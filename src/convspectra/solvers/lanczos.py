@@ -31,7 +31,7 @@ from torch import Tensor
 
 from convspectra.solvers.gaussian import log_smallest_norm
 from convspectra.solvers.orthonormal import less
-from convspectra.solvers.result import Eigenpairs
+from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, Eigenpairs
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -77,7 +77,8 @@ def lanczos(
     tol : float
         A pair has converged when its residual is at most ``tol |value|``; with `values_only`, when
         the error of the value is estimated so, or at `LOOSEST_ESTIMATE`, of the value and of the
-        spread of all: residual^2 over the gap to the next Ritz value.
+        spread of all, residual^2 over the gap to the next Ritz value, and the residual is at most
+        ``10 tol |value|``, which bounds the error whatever the gap.
     maxiter : int
         Most steps, k at least; as many vectors of length n are kept.
     like : Tensor
@@ -127,11 +128,12 @@ def lanczos(
         errors = ritz.errors(tol) if values_only else ritz.residuals
         # Beside a multiple of the identity every residual is small, and says nothing.
         allowed = tol * np.abs(ritz.values[:k])
+        near = ritz.residuals[:k] <= np.maximum(PAIRS_COUNT_AS_ONE * allowed, run.floor)
         if values_only:
             relative = min(tol, LOOSEST_ESTIMATE)
             allowed = relative * np.minimum(np.abs(ritz.values[:k]), ritz.spread)
-        allowed = np.maximum(allowed, run.floor)
-        if not reached_at and len(ritz.values) >= k and bool((errors[:k] <= allowed).all()):
+        reached = near & (errors[:k] <= np.maximum(allowed, run.floor))
+        if not reached_at and len(ritz.values) >= k and bool(reached.all()):
             reached_at = steps
         converged = bool(reached_at) or run.exhausted
         first = float(ritz.values[0])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.orthonormal import orthonormal, principal
-from convspectra.solvers.result import SingularTriplets
+from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, SingularTriplets
 
 GUARD_VECTORS = 2
 FLOOR_UNITS = 64
@@ -49,7 +49,8 @@ def lobpcg(
         A triplet has converged when ``||A'A v - s^2 v|| <= tol * s * sigma_max``, or when that
         residual is down at the rounding error of A'A and s is at most ``tol * sigma_max``: A'A
         resolves no singular value below about ``sqrt(eps) sigma_max``. With `values_only`, when
-        the error of s^2 is estimated to be ``tol * s^2``: residual^2 over the gap to the next one.
+        the error of s^2 is estimated to be ``tol * s^2``, residual^2 over the gap to the next one,
+        and the residual is at most ``10 tol s^2``.
     maxiter : int
     like : Tensor
         Gives the dtype and the device.
@@ -92,7 +93,8 @@ def lobpcg(
         reached = size <= tol * ratio[:k]
         if values_only and block > k:
             gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
-            reached |= size**2 <= tol * ratio[:k] ** 2 * gap
+            near = size <= PAIRS_COUNT_AS_ONE * tol * ratio[:k] ** 2
+            reached |= near & (size**2 <= tol * ratio[:k] ** 2 * gap)
         if bool((reached | (size <= floor)).all()):
             converged = bool((reached | (ratio[:k] <= tol)).all())
             break

@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+PAIRS_COUNT_AS_ONE = 10
+"""Where values alone are asked for, two that are nearer than so many tolerances may be taken for
+one: residuals, which bound the error whatever the gap, are allowed so much."""
+
 
 @dataclass(frozen=True)
 class SingularTriplets:
