@@ -17,7 +17,6 @@ from torch import Tensor
 import convspectra as cs
 from convspectra import ConvOperator, spectra, strategy
 from convspectra.capacitance import is_square_toeplitz
-from convspectra.request import Request
 
 EPS = 2.0**-52
 
@@ -619,20 +618,3 @@ def test_normalised_weights_are_near_one():
         scaled, exponent = spectra.normalised(op)
         assert 0.5 <= float(scaled.weight.abs().amax()) < 1
         assert torch.equal(spectra.ldexp(scaled.weight, exponent), op.weight)
-
-
-@pytest.mark.parametrize(
-    ("channels", "n", "k", "way"),
-    [
-        (64, 32, 1, "davidson"),
-        (64, 32, 5, "davidson"),
-        (64, 32, 10, "lanczos"),
-        (16, 112, 10, "davidson"),
-        (512, 7, 1, "lanczos"),
-        (512, 7, 10, "lanczos"),
-    ],
-)
-def test_the_circulant_must_pay_for_itself(channels, n, k, way):
-    op = ConvOperator(torch.zeros(channels, channels, 3, 3, dtype=torch.float64), (n, n), padding=1)
-    request = Request(op, k, True, True, 1e-6, None, torch.Generator(), 2**31, None)
-    assert strategy._candidates(request)[0] == way

@@ -8,6 +8,7 @@ from convspectra.request import Product, Request, refined, rounding_of
 from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
 from convspectra.solvers.orthonormal import less
+from convspectra.solvers.quadrature import gauss_rules, random_directions, tridiagonals
 from convspectra.solvers.result import SingularTriplets
 
 ENCLOSURE = 2e-2
@@ -21,6 +22,23 @@ GRAM_UNITS = 64
 """Rounding error of a Gram matrix in eps of its norm."""
 LOST_UNITS = 1024
 """Eigenvectors of a Gram matrix are known to so many eps of its norm, over the gap."""
+PROBE_STEPS = 24
+WELL_CONDITIONED = 0.1
+"""Least singular value that a few steps see, relative to the norm, from which on Lanczos takes a
+few hundred steps at most."""
+
+
+def seems_well_conditioned(request: Request) -> bool:
+    """Whether a few steps of Lanczos see no small singular value.
+
+    They see one where there are many; a single one may be missed.
+    """
+    tall, _ = Product.tall(request.op, fast=True)
+    order = min(request.op.shape)
+    start = random_directions(1, order, request.op.weight, request.generator)
+    runs = tridiagonals(tall.gram, start, min(PROBE_STEPS, order))
+    nodes = gauss_rules(runs, runs.steps)[0].nodes
+    return bool(nodes[0] > WELL_CONDITIONED**2 * nodes[-1])
 
 
 def lanczos_triplets(request: Request) -> SingularTriplets:

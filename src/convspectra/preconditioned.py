@@ -22,9 +22,9 @@ SINGLE_TOLERANCE = 1e-7
 """Least tolerance on a norm for which single precision finds the vector."""
 SINGLE_RESIDUAL = 5e-6
 """Residual down to which single precision goes when double is to follow."""
-PRODUCTS_SAVED = 330
+PRODUCTS_SAVED = 400
 """Products with M that the circulant's Gram matrices may cost as much as, over the number of
-vectors, two or more: Lanczos needs a few more products for each vector more, Davidson as many.
+vectors, four or more: Lanczos needs a few more products for each vector more, Davidson as many.
 """
 LOWER_FRACTIONS = (0.95, 0.8, 0.5)
 """Lower bounds tried on a singular value of LOBPCG, relative to it."""
@@ -39,7 +39,7 @@ def circulant_helps(op: ConvOperator, k: int, max_bytes: int) -> bool:
         return False
     flops, memory = gram_cost(op)
     product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return max(k, 2) * flops <= PRODUCTS_SAVED * product and memory <= max_bytes
+    return max(k, 4) * flops <= PRODUCTS_SAVED * product and memory <= max_bytes
 
 
 def davidson_largest(request: Request) -> SingularTriplets:

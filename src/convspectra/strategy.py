@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from convspectra.capacitance import border_bytes, is_square_toeplitz
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import capacitance
-from convspectra.krylov import lanczos_triplets
+from convspectra.krylov import lanczos_triplets, seems_well_conditioned
+from convspectra.operator import ConvOperator
 from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
 from convspectra.request import ZERO, Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
@@ -27,6 +30,10 @@ GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
 DENSE_WORK_LIMIT = 1e11
+TRIAL_STEPS = 500
+"""Steps of Lanczos for a smallest value of a layer that seems well-conditioned."""
+TRIAL_PRODUCTS = 200
+"""Products with M that are worth a try where the border matrix costs more."""
 
 
 def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
@@ -43,9 +50,9 @@ def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
     if method != "auto":
         return ways[method](request), method
     best: tuple[SingularTriplets, str] | None = None
-    for name in _candidates(request):
+    for name, asked in _candidates(request):
         try:
-            triplets = ways[name](request)
+            triplets = ways[name](asked)
         except ArithmeticError:
             continue
         if best is None or triplets.converged or _nearer(triplets, best[0], request.largest):
@@ -67,7 +74,7 @@ def admits(request: Request, method: str) -> bool:
     }.get(method, True)
 
 
-def _candidates(request: Request) -> list[str]:
+def _candidates(request: Request) -> list[tuple[str, Request]]:
     """Ways that this block admits, the best first; some of them give an answer in any case."""
     op, groups = request.op, request.op.groups
     small, large = sorted(n // groups for n in op.shape)
@@ -77,9 +84,10 @@ def _candidates(request: Request) -> list[str]:
     limit = GRAM_AT_ONCE["LM" if request.largest else "SM"]
     at_once = gram and groups * small**3 <= limit
     if is_circulant(op):
-        return ["circulant"]
+        return [("circulant", request)]
     if work <= SMALL_WORK and fits:
-        return ["dense"]
+        return [("dense", request)]
+    trial: list[tuple[str, Request]] = []
     if request.largest:
         order = [
             ("gram", at_once),
@@ -90,6 +98,8 @@ def _candidates(request: Request) -> list[str]:
         ]
     else:
         border = is_square_toeplitz(op) and border_bytes(op) <= request.max_bytes
+        if border and _factor_is_dear(op) and seems_well_conditioned(request):
+            trial = [("lanczos", replace(request, maxiter=request.most_steps(TRIAL_STEPS)))]
         order = [
             ("capacitance", border),
             ("gram", at_once),
@@ -98,7 +108,14 @@ def _candidates(request: Request) -> list[str]:
             ("gram", gram and not at_once),
             ("dense", fits),
         ]
-    return [name for name, wanted in order if wanted and admits(request, name)]
+    return trial + [(name, request) for name, wanted in order if wanted and admits(request, name)]
+
+
+def _factor_is_dear(op: ConvOperator) -> bool:
+    """Whether the capacitance method costs more than a trial of Lanczos."""
+    order = (border_bytes(op) / (8 * op.groups)) ** 0.5
+    product = 2 * op.weight.numel() * math.prod(op.geometry.output_size)
+    return 8 / 3 * op.groups * order**3 > TRIAL_PRODUCTS * product
 
 
 def _certified(request: Request, triplets: SingularTriplets) -> bool:

@@ -1,0 +1,73 @@
+"""Which way is taken for which layer."""
+
+import pytest
+import torch
+from strategies import one_thread as one_thread
+
+import convspectra as cs
+from convspectra import ConvOperator, strategy
+from convspectra.request import Request
+
+
+def request(op: ConvOperator, k: int, *, largest: bool) -> Request:
+    return Request(op, k, largest, True, 1e-6, None, torch.Generator(), 2**31, None)
+
+
+def near_the_identity(channels: int, n: int, noise: float) -> ConvOperator:
+    torch.manual_seed(0)
+    weight = noise * torch.randn(channels, channels, 3, 3, dtype=torch.float64)
+    weight /= 3 * channels**0.5
+    weight[range(channels), range(channels), 1, 1] += 1
+    return ConvOperator(weight, (n, n))
+
+
+@pytest.mark.parametrize(
+    ("channels", "n", "k", "way"),
+    [
+        (64, 32, 1, "davidson"),
+        (64, 32, 5, "davidson"),
+        (64, 32, 10, "lanczos"),
+        (16, 112, 10, "davidson"),
+        (128, 28, 1, "lanczos"),
+        (512, 7, 1, "lanczos"),
+        (512, 7, 10, "lanczos"),
+    ],
+)
+def test_the_circulant_must_pay_for_itself(channels, n, k, way):
+    op = ConvOperator(torch.zeros(channels, channels, 3, 3, dtype=torch.float64), (n, n), padding=1)
+    assert strategy._candidates(request(op, k, largest=True))[0][0] == way
+
+
+@pytest.mark.parametrize(
+    ("channels", "n", "noise", "way"),
+    [
+        (64, 24, 0.3, "lanczos"),
+        (64, 24, 3.0, "capacitance"),  # badly conditioned
+        (16, 24, 0.3, "capacitance"),  # cheap to factor
+    ],
+)
+def test_well_conditioned_layers_are_not_factored_where_that_is_dear(channels, n, noise, way):
+    op = near_the_identity(channels, n, noise)
+    asked = strategy._candidates(request(op, 1, largest=False))
+    assert asked[0][0] == way
+    assert "capacitance" in [name for name, _ in asked]
+
+
+def test_without_a_factor_the_value_is_the_same():
+    op = near_the_identity(64, 24, 0.3)
+    tried, factored = (
+        cs.svds(op, 2, "SM", tol=1e-7, method=method) for method in ("auto", "capacitance")
+    )
+    assert (tried.method, tried.converged) == ("lanczos", True)
+    torch.testing.assert_close(tried.s, factored.s, rtol=1e-7, atol=0)
+    assert bool((tried.lower > 0.99 * tried.s).all())
+
+
+def test_a_trial_in_vain_is_followed_by_the_factor(monkeypatch):
+    op = near_the_identity(64, 24, 3.0)
+    expected = cs.svds(op, 1, "SM")
+    assert expected.method == "capacitance"
+    monkeypatch.setattr(strategy, "seems_well_conditioned", lambda request: True)
+    found = cs.svds(op, 1, "SM")
+    assert (found.method, found.converged) == ("capacitance", True)
+    torch.testing.assert_close(found.s, expected.s)
