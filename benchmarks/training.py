@@ -172,7 +172,7 @@ def exact(network: nn.Module, example: Tensor) -> list[tuple[float, float]]:
     for layer in find_layers(as_applied(network), example.double(), is_three_by_three):
         op = layer.operator()
         largest, smallest = (
-            cs.svds(op, 1, which, return_singular_vectors=False, tol=1e-6) for which in ("LM", "SM")
+            cs.svds(op, 1, which, return_singular_vectors=False, tol=1e-5) for which in ("LM", "SM")
         )
         found.append((float(largest.s[0]), float(smallest.s[0])))
     return found

@@ -189,8 +189,8 @@ def svds(
     scaled, exponent = normalised(op)
     if exponent is None:
         return _zero_result(op, k, return_singular_vectors)
-    largest, start = which == "LM", _generator(op, generator)
-    values_only = not return_singular_vectors
+    largest, values_only = which == "LM", not return_singular_vectors
+    start = generator or torch.Generator(device=op.device).manual_seed(0)
 
     def request(block: ConvOperator, count: int) -> Request:
         return Request(
@@ -327,10 +327,6 @@ def ldexp(x: Tensor, exponent: int) -> Tensor:
     """The product x 2^exponent, in two factors so that neither overflows before x does."""
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)
-
-
-def _generator(op: ConvOperator, generator: torch.Generator | None) -> torch.Generator:
-    return generator or torch.Generator(device=op.device).manual_seed(0)
 
 
 def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
