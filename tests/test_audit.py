@@ -106,6 +106,19 @@ def test_any_layer_agrees_with_its_dense_matrix(layer) -> None:
             assert numbers.log_growth == pytest.approx(float(s.log().mean()), abs=1e-5)
 
 
+def test_a_well_conditioned_layer_has_its_exact_growth() -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False).double()
+    torch.manual_seed(0)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.dirac_(conv.weight.data[:, :, 1:2, 1:2])
+    report = cs.audit(nn.Sequential(conv), torch.zeros(1, 64, 24, 24, dtype=torch.float64))
+    numbers = report.layers[0].applied
+    assert numbers.sigma_min.method == "lanczos"
+    assert (numbers.log_growth_method, numbers.log_growth_error) == ("capacitance", 0.0)
+    total = float(cs.logabsdet(cs.ConvOperator.from_module(conv, (24, 24))).detach())
+    assert numbers.log_growth == pytest.approx(total / (64 * 24 * 24), abs=1e-12)
+
+
 def test_a_singular_layer_says_so() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1).double()
     with torch.no_grad():

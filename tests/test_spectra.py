@@ -618,3 +618,13 @@ def test_normalised_weights_are_near_one():
         scaled, exponent = spectra.normalised(op)
         assert 0.5 <= float(scaled.weight.abs().amax()) < 1
         assert torch.equal(spectra.ldexp(scaled.weight, exponent), op.weight)
+
+
+def test_one_largest_value_needs_no_memory_for_all_vectors():
+    op = ConvOperator(random(4, 4, 3, 3), (60, 60))
+    expected = cs.svds(op, 1, "LM", method="lanczos", tol=1e-6)
+    found = cs.svds(op, 1, "LM", tol=1e-6, max_bytes=8 * 14400 * 12)
+    assert (found.method, found.converged) == ("lanczos", True)
+    assert found.matvecs > expected.matvecs
+    torch.testing.assert_close(found.s, expected.s, rtol=1e-9, atol=0)
+    assert float(found.residuals[0]) < 1e-6 * float(found.s[0])

@@ -46,6 +46,7 @@ def lanczos_triplets(request: Request) -> SingularTriplets:
     tall, wide = Product.tall(request.op, fast=True)
     size = min(request.op.shape)
     steps = request.most_steps(STEPS if request.largest else STEPS_FOR_SMALLEST)
+    most_kept = request.max_bytes // (8 * size)
     enclosure = ENCLOSURE if request.largest else LOWER_ENCLOSURE
     separation = request.separation
     if separation is not None:
@@ -57,13 +58,15 @@ def lanczos_triplets(request: Request) -> SingularTriplets:
         largest=request.largest,
         # Half for the pairs themselves, half for what is not seen to be beyond them.
         tol=request.tol / 2,
-        maxiter=min(steps, request.max_bytes // (8 * size)),
+        # Smallest values that take more steps than that are not to be had so.
+        maxiter=steps if request.largest else min(steps, most_kept),
         like=request.op.weight,
         generator=request.generator,
         values_only=request.values_only,
         alone=request.alone,
         enclosure=2 * enclosure,
         separation=separation,
+        most_kept=most_kept,
     )
     images, s, v = refined(tall, found.vectors, request.largest)
     eps = torch.finfo(s.dtype).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -228,28 +229,32 @@ def _rank(
         return _counted(found, scaled_tolerance, options.max_bytes)
     direct = scaled.T if scaled.transposed else scaled
     independent = without_dependent_channels(direct)
-    if independent is not direct:
-        smallest = svds(independent, 1, "SM", return_singular_vectors=False, tol=TOLERANCE)
-        if float(smallest.lower[0]) > scaled_tolerance:
-            return min(independent.shape)
-    elif sigma_min.value > tolerance:  # no bound says that there is none below
-        return None
-    if not is_square_toeplitz(independent):  # many small values would take too long
-        return None
-    count = min(LOST_AT_MOST + 1, min(independent.shape))
-    try:
-        smallest = svds(
+    order = min(independent.shape)
+
+    def smallest(k: int, tol: float) -> SVDResult:
+        return svds(
             independent,
-            count,
+            k,
             "SM",
             return_singular_vectors=False,
-            tol=RANK_TOLERANCE,
+            tol=tol,
             max_bytes=options.max_bytes,
         )
+
+    try:
+        if independent is not direct:
+            if float(smallest(1, TOLERANCE).lower[0]) > scaled_tolerance:
+                return order
+        elif sigma_min.value > tolerance:  # no bound says that there is none below
+            return None
+        if not is_square_toeplitz(independent):  # many small values would take too long
+            return None
+        count = min(LOST_AT_MOST + 1, order)
+        found_smallest = smallest(count, RANK_TOLERANCE)
     except (ArithmeticError, ValueError):  # the other numbers stand without it
         return None
-    lost = int((smallest.s <= scaled_tolerance).sum())
-    return min(independent.shape) - lost if smallest.converged and lost < count else None
+    lost = int((found_smallest.s <= scaled_tolerance).sum())
+    return order - lost if found_smallest.converged and lost < count else None
 
 
 def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
@@ -279,6 +284,10 @@ def _log_growth(
     if _dense_is_affordable(op, options):
         total = float(logabsdet(op, max_bytes=options.max_bytes))
         return total / count, 0.0, "QR"
+    # Of a well-conditioned layer svds needs no factorisation, and so gives none along.
+    if is_square_toeplitz(op.T if op.transposed else op):
+        with contextlib.suppress(ArithmeticError, ValueError):
+            return float(logabsdet(op, max_bytes=options.max_bytes)) / count, 0.0, "capacitance"
     probes = -(-GROWTH_COMPONENTS // count)
     density = spectral_density(op, method="quadrature", probes=probes, steps=GROWTH_STEPS)
     method = f"stochastic Lanczos quadrature, probes {probes}, steps {GROWTH_STEPS}"

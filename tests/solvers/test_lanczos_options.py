@@ -280,3 +280,19 @@ def test_a_value_alone_beside_a_multiple_of_the_identity(tol, seed):
     pair = run_lanczos(matrix, seed=seed, tol=tol, values_only=True)
     assert pair.converged
     assert float(pair.values[0]) == pytest.approx(1.03, rel=2 * min(tol, 1e-4))
+
+
+@pytest.mark.parametrize("most_kept", [1, 5, 32, 33, 70])
+@each_end
+def test_vectors_that_are_not_kept_are_computed_once_more(largest, most_kept):
+    matrix = with_spectrum(list(np.linspace(0.1, 1.0, 400)))
+    kept = run_lanczos(matrix, largest=largest, tol=1e-6)
+    found = run_lanczos(matrix, largest=largest, tol=1e-6, most_kept=most_kept)
+    check_pairs(matrix, found, largest=largest, tol=1e-6)
+    assert found.converged
+    assert found.products > kept.products
+
+
+def test_several_pairs_end_where_no_more_vectors_are_kept():
+    found = run_lanczos(with_spectrum(LINE), 3, most_kept=20)
+    assert (found.products, found.converged) == (20, False)

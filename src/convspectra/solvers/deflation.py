@@ -69,6 +69,7 @@ def extreme_eigenpairs(
     enclosure: float = 0.1,
     separation: float | None = None,
     full_orthogonalisation: bool = False,
+    most_kept: int | None = None,
     resolution: float = 0.0,
 ) -> ExtremeEigenpairs:
     """The k largest or smallest eigenpairs of a symmetric operator A, all copies of them.
@@ -82,7 +83,7 @@ def extreme_eigenpairs(
         n.
     k : int
         At most n.
-    largest, tol, maxiter, like, generator, values_only, full_orthogonalisation
+    largest, tol, maxiter, like, generator, values_only, full_orthogonalisation, most_kept
         As for `lanczos`.
     alone : bool
         With k = 1: the rest is not looked at.
@@ -119,6 +120,7 @@ def extreme_eigenpairs(
             generator=generator,
             values_only=values_only,
             full_orthogonalisation=full_orthogonalisation,
+            most_kept=most_kept,
             excluded=vectors,
             **options,  # type: ignore[arg-type]
         )

@@ -20,7 +20,7 @@ Note [Repeated values]. A Krylov sequence sees one copy of a repeated eigenvalue
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,7 @@ def lanczos(
     metric: Callable[[Tensor], Tensor] | None = None,
     smallest_of_metric: float = 1.0,
     full_orthogonalisation: bool = False,
+    most_kept: int | None = None,
 ) -> Eigenpairs:
     """The k largest or smallest eigenpairs of a symmetric operator, one copy of each.
 
@@ -80,7 +81,7 @@ def lanczos(
         spread of all, residual^2 over the gap to the next Ritz value, and the residual is at most
         ``10 tol |value|``, which bounds the error whatever the gap.
     maxiter : int
-        Most steps, k at least; as many vectors of length n are kept.
+        Most steps, k at least.
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
@@ -103,6 +104,9 @@ def lanczos(
         A lower bound on the eigenvalues of B.
     full_orthogonalisation : bool
         New vectors are made orthogonal to the whole basis: where products are dearer than that.
+    most_kept : int, optional
+        Vectors of length n that are kept. With k = 1 the iteration goes on beyond, and computes the
+        others once more for the eigenvector; with more it ends there.
 
     Raises
     ------
@@ -114,8 +118,11 @@ def lanczos(
     Cost: one product and about ``8 n`` flops a step; one pass over the basis when a pair converges.
     """
     sign = 1.0 if largest else -1.0
-    run = _Recurrence(product, sign, size, like, generator, excluded, metric, smallest_of_metric)
-    limit = max(maxiter, k)
+    keep = max(maxiter if most_kept is None else most_kept, k)
+    run = _Recurrence(
+        product, sign, size, like, generator, excluded, metric, smallest_of_metric, keep
+    )
+    limit = max(maxiter if k == 1 else min(maxiter, keep), k)
     reached_at, check_at = 0, 1
     while True:
         run.step()
@@ -160,7 +167,7 @@ def lanczos(
         bound=sign * (run.bound(float(ritz.values[0])) + run.floor),
         norm=run.norm,
         converged=converged,
-        products=run.steps,
+        products=run.products,
     )
 
 
@@ -205,8 +212,9 @@ class _Recurrence:
         excluded: Tensor | None,
         metric: Callable[[Tensor], Tensor] | None,
         smallest_of_metric: float,
+        keep: int,
     ) -> None:
-        self._product, self._sign, self._metric = product, sign, metric
+        self._product, self._sign, self._metric, self._keep = product, sign, metric, keep
         self._excluded = like.new_zeros(0, size) if excluded is None else excluded
         self._eps = float(torch.finfo(like.dtype).eps)
         self._alphas: list[float] = []
@@ -218,12 +226,15 @@ class _Recurrence:
         omega = torch.randn(1, size, dtype=like.dtype, device=like.device, generator=generator)
         omega = less(less(omega, self._excluded), self._excluded)
         self._next, self._dual, length = self._normalised(omega)
+        self._before = torch.zeros_like(self._next)
+        self._first_lost = self._before, self._next, self._dual
         self._log_delta = (
             log_smallest_norm(1)
             + 0.5 * math.log(smallest_of_metric)
             - math.log(max(length, 1e-300))
         )
         self.norm = 0.0
+        self.products = 0
 
     @property
     def steps(self) -> int:
@@ -240,25 +251,28 @@ class _Recurrence:
         return self.steps > 0 and self._betas[-1] <= self.floor
 
     def step(self) -> None:
-        q, dual = self._next, self._dual
-        row = self.steps % CHUNK
-        if row == 0:
-            self._chunks.append(q.new_empty(CHUNK, q.shape[1]))
-        self._chunks[-1][row] = q[0]
-        w = self._sign * self._product(dual)
+        q, dual, steps = self._next, self._dual, self.steps
+        if steps == self._keep:
+            self._first_lost = self._before, q, dual
+        elif steps < self._keep:
+            if steps % CHUNK == 0:
+                rows = min(CHUNK, self._keep - steps)
+                self._chunks.append(q.new_empty(rows, q.shape[1]))
+            self._chunks[-1][steps % CHUNK] = q[0]
+        w = self._times(dual)
         alpha = float((w * dual).sum())
-        w = w - alpha * q
-        if self._betas:
-            w = w - self._betas[-1] * self._row(self.steps)
-        for _ in range(2 if self._whole else 1):
+        before = self._betas[-1] if self._betas else 0.0
+        w = w - alpha * q - before * self._before
+        whole = self._whole and steps < self._keep
+        for _ in range(2 if whole else 1):
             w = less(less(w, self._excluded), self._found)
-            if self._whole:
+            if whole:
                 for i, chunk in enumerate(self._chunks):
-                    w = less(w, chunk[: self.steps + 1 - i * CHUNK])
+                    w = less(w, chunk[: steps + 1 - i * CHUNK])
+        self._before = q
         self._next, self._dual, beta = self._normalised(w)
         if not math.isfinite(beta) or not math.isfinite(alpha):
             raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
-        before = self._betas[-1] if self._betas else 0.0
         self.norm = max(self.norm, abs(alpha) + beta + before)
         self._alphas.append(alpha)
         self._betas.append(beta)
@@ -294,8 +308,11 @@ class _Recurrence:
         weights = torch.tensor(coefficients.T.copy()).to(self._chunks[0])
         rows = self._chunks[0].new_zeros(len(weights), self._chunks[0].shape[1])
         for i, chunk in enumerate(self._chunks):
-            part = weights[:, i * CHUNK : (i + 1) * CHUNK]
+            part = weights[:, i * CHUNK : i * CHUNK + len(chunk)]
             rows.addmm_(part, chunk[: part.shape[1]])
+        if self.steps > self._keep:
+            for weight, q in zip(weights.T[self._keep :], self._lost(), strict=True):
+                rows.addr_(weight, q[0])
         if self._metric is not None:
             return rows
         orthonormal: Tensor = torch.linalg.qr(rows.T).Q.T
@@ -330,9 +347,20 @@ class _Recurrence:
             low, high = (low, middle) if reaches(middle) else (middle, high)
         return value + high
 
-    def _row(self, count: int) -> Tensor:
-        """The last of `count` basis vectors."""
-        return self._chunks[(count - 1) // CHUNK][(count - 1) % CHUNK][None]
+    def _lost(self) -> Iterator[Tensor]:
+        """The basis vectors that were not kept, computed once more."""
+        before, q, dual = self._first_lost
+        yield q
+        for i in range(self._keep, self.steps - 1):
+            w = self._times(dual) - self._alphas[i] * q
+            w = less(w - self._betas[i - 1] * before, self._excluded)
+            before = q
+            q, dual, _ = self._normalised(w)
+            yield q
+
+    def _times(self, dual: Tensor) -> Tensor:
+        self.products += 1
+        return self._sign * self._product(dual)
 
     def _normalised(self, w: Tensor) -> tuple[Tensor, Tensor, float]:
         if self._metric is None:
