@@ -33,7 +33,7 @@ ACCURACY = 1e-5
 DEFINITE = 1e-8
 """An LU factor with a pivot below this part of the norm does not tell the smallest value."""
 
-Product: TypeAlias = Callable[[Tensor], Tensor]
+LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class CircularExtremes(NamedTuple):
@@ -177,7 +177,7 @@ def _by_lu(part: Part, largest: float, max_bytes: int) -> CircularExtremes | Non
     if float(diagonal.amin()) <= DEFINITE * largest:
         return None
 
-    def inverse(chosen: Tensor) -> Product:
+    def inverse(chosen: Tensor) -> LinearMap:
         some, order_of_rows = _chosen(factors, chosen), _chosen(pivots, chosen)
 
         def product(x: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _by_cholesky(part: Part, largest: float, max_bytes: int) -> CircularExtremes
     return CircularExtremes(largest, smallest, float(copies @ diagonal.log().sum(1)))
 
 
-def _product(matrices: Tensor, chosen: Tensor) -> Product:
+def _product(matrices: Tensor, chosen: Tensor) -> LinearMap:
     some = _chosen(matrices, chosen)
     return lambda x: (some @ x[:, :, None])[:, :, 0]
 
@@ -217,7 +217,7 @@ def _chosen(tensors: Tensor, chosen: Tensor) -> Tensor:
     return tensors if len(chosen) == len(tensors) else tensors[chosen]
 
 
-def _largest_eigenvalue(product: Callable[[Tensor], Product], like: Tensor) -> float:
+def _largest_eigenvalue(product: Callable[[Tensor], LinearMap], like: Tensor) -> float:
     """The largest eigenvalue of all of several positive definite matrices, of the size of `like`.
 
     ``product(chosen)`` multiplies the chosen matrices by one row each. Matrices whose Ritz value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from convspectra.operator import ConvOperator
 from convspectra.request import Product, Request, refined, rounding_of
 from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
@@ -28,17 +29,31 @@ WELL_CONDITIONED = 0.1
 few hundred steps at most."""
 
 
+def glimpsed_ends(
+    op: ConvOperator, steps: int, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """The least and the largest singular value that Lanczos sees from one random vector.
+
+    Both are within the spectrum, up to some eps of the largest. A least one below a tenth of that
+    is given as 0: a Gram matrix loses digits of it. Without a generator the vector is always the
+    same. Cost: M and M' on one array a step.
+    """
+    tall, _ = Product.tall(op, fast=True)
+    order = min(op.shape)
+    generator = generator or torch.Generator(device=op.device).manual_seed(0)
+    start = random_directions(1, order, op.weight, generator)
+    runs = tridiagonals(tall.gram, start, min(steps, order))
+    nodes = gauss_rules(runs, runs.steps)[0].nodes
+    well_conditioned = nodes[0] > WELL_CONDITIONED**2 * nodes[-1]
+    return float(nodes[0]) ** 0.5 if well_conditioned else 0.0, float(nodes[-1]) ** 0.5
+
+
 def seems_well_conditioned(request: Request) -> bool:
     """Whether a few steps of Lanczos see no small singular value.
 
     They see one where there are many; a single one may be missed.
     """
-    tall, _ = Product.tall(request.op, fast=True)
-    order = min(request.op.shape)
-    start = random_directions(1, order, request.op.weight, request.generator)
-    runs = tridiagonals(tall.gram, start, min(PROBE_STEPS, order))
-    nodes = gauss_rules(runs, runs.steps)[0].nodes
-    return bool(nodes[0] > WELL_CONDITIONED**2 * nodes[-1])
+    return glimpsed_ends(request.op, PROBE_STEPS, request.generator)[0] > 0
 
 
 def lanczos_triplets(request: Request) -> SingularTriplets:

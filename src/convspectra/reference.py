@@ -55,6 +55,11 @@ class Reference:
         """Whether the next improvement follows the direction of the change, too."""
         return self.improvements % CHANGE_EVERY == 0
 
+    def moved(self, drift: float) -> tuple[list[float], list[float]]:
+        """Lower and upper bounds on sigma_min and sigma_max of a matrix that near, in 2-norm."""
+        lower = [max(0.0, bound - drift) for bound in self.lower]
+        return lower, [bound + drift for bound in self.upper]
+
     def take_turn(self, step: int, smallest: float, largest: float, least: int) -> None:
         """Note an improvement that moved smallest and largest values by these parts of them.
 

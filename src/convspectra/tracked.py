@@ -26,6 +26,7 @@ from torch import Tensor
 
 from convspectra.bounds import tap_norm_bound
 from convspectra.gradients import Evaluation, SpectralGradient
+from convspectra.krylov import glimpsed_ends
 from convspectra.layers import Layer
 from convspectra.matrices import squared_frobenius_norm_now
 from convspectra.modules import convolution_options
@@ -34,19 +35,19 @@ from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.reference import Reference
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
 from convspectra.solvers.quadrature import random_directions
-from convspectra.solvers.tracking import Ends, Product, improved, towards_norm
+from convspectra.solvers.tracking import Ends, LinearMap, improved, towards_norm, working_dtype
 from convspectra.spectra import svds
 
 REFRESH_TOLERANCE = 1e-3
 """Relative residual of the vectors of an exact computation; values are good to its square."""
 YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
 """The change of a layer turns quickly while it is small: up to this age an improvement takes more
-steps of the power method towards it than one.
-"""
+steps of the power method towards it than one."""
 REPORT_STEPS, SETTLED = 50, 1e-5
 """Steps of tracking until a report's values settle: at most so many, until one of them changes no
-value by more than this part of it, nor is a residual above the root of this.
-"""
+value by more than this part of it, nor is a residual above the root of this."""
+GLIMPSE_STEPS = 64
+"""Steps of Lanczos from a random vector that a report takes beside."""
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
 ENDS = tuple(field.name for field in fields(Ends))
@@ -213,7 +214,8 @@ class Stack:
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
         """What is known of one layer now.
 
-        Its values are those of its vectors, or of these after steps in float64 that are not kept.
+        Its values are those of its vectors, or of these after steps in float64 that are not kept
+        and what Lanczos sees from a random vector, if that is farther out.
         """
         layer, reference, ends = self.layers[index], self.references[index], self.ends
         if reference is None or ends is None:
@@ -238,11 +240,13 @@ class Stack:
         images = _apply(tall.apply, tall.input_shape, vectors[None])[0]
         sigma = torch.linalg.vector_norm(images, dim=1) / torch.linalg.vector_norm(vectors, dim=1)
         smallest, largest = (float(sigma[column]) for column in (0, self.smallest))
+        if settle:  # Vectors may settle on others than the extreme ones.
+            least, most = glimpsed_ends(op, GLIMPSE_STEPS)
+            smallest, largest = min(smallest, least or smallest), max(largest, most)
         changed = bool(change.any())
         drift = tap_norm_bound(op.with_weight(change)) if changed else 0.0
-        rounding = 64 * torch.finfo(torch.float64).eps * largest
-        lower = [max(0.0, bound - drift) for bound in reference.lower]
-        upper = [bound + drift for bound in reference.upper]
+        rounding = 1024 * torch.finfo(torch.float64).eps * largest
+        lower, upper = reference.moved(drift)
         return LayerReport(
             name=layer.name,
             input_size=layer.input_size,
@@ -379,12 +383,7 @@ def _tall(op: ConvOperator) -> ConvOperator:
     return op if op.shape[0] >= op.shape[1] else op.T
 
 
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a layer is followed: its own, or float32 for a narrower one."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _products(op: ConvOperator) -> tuple[Product, Product]:
+def _products(op: ConvOperator) -> tuple[LinearMap, LinearMap]:
     return (
         lambda x: _apply(op.apply, op.input_shape, x),
         lambda y: _apply(op.apply_adjoint, op.output_shape, y),

@@ -25,7 +25,7 @@ from torch import Tensor
 from convspectra.solvers.lanczos import lanczos
 from convspectra.solvers.result import Eigenpairs
 
-Product = Callable[[Tensor], Tensor]
+LinearMap = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ExtremeEigenpairs:
 
 
 def extreme_eigenpairs(
-    deflated: Callable[[Tensor], Product],
+    deflated: Callable[[Tensor], LinearMap],
     size: int,
     k: int,
     *,

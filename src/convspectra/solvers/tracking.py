@@ -19,7 +19,7 @@ DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 COLUMNS_AT_ONCE = 4096
 """A few hundred kilobytes: they stay in a cache."""
 
-Product: TypeAlias = Callable[[Tensor], Tensor]
+LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ class Ends:
     residuals: Tensor
 
 
-def towards_norm(apply: Product, apply_adjoint: Product, x: Tensor, steps: int) -> Tensor:
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an operator is followed: its own, or float32 for a narrower one."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def towards_norm(apply: LinearMap, apply_adjoint: LinearMap, x: Tensor, steps: int) -> Tensor:
     """Steps of the power method towards the largest singular value; rows in its kernel stay.
 
     Cost: A and A' on x once a step.
@@ -59,7 +64,7 @@ def towards_norm(apply: Product, apply_adjoint: Product, x: Tensor, steps: int) 
 
 
 def improved(
-    apply: Product, apply_adjoint: Product, ends: Ends, smallest: int, with_change: bool = True
+    apply: LinearMap, apply_adjoint: LinearMap, ends: Ends, smallest: int, with_change: bool = True
 ) -> tuple[Ends, Tensor]:
     """The Rayleigh-Ritz vectors in a subspace around the ones at hand, and their images.
 
