@@ -209,3 +209,23 @@ def test_several_values_at_each_end():
     weight = model.layers[0].weight
     gradients = [torch.autograd.grad(v, weight)[0] for v in (value, expected)]
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-3 * float(gradients[1].abs().max()))
+
+
+def test_a_report_sees_ends_that_the_vectors_do_not():
+    """Vectors that have settled on singular values inside the spectrum stay there."""
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[range(4), range(4), 1, 1] = torch.tensor([0.5, 1.0, 1.5, 2.0])
+    reg = cs.SpectralRegularizer(conv, torch.zeros(1, 4, SIZE, SIZE), penalty="cond")
+    reg()
+    ((stack, _),) = reg._terms._stacks
+    inside = torch.zeros(2, 4, SIZE, SIZE)
+    inside[0, 1, 2, 2] = inside[1, 2, 2, 2] = 1
+    stack.ends.vectors[0] = inside.flatten(1)
+    stack.ends.directions.zero_()
+    read, settled = reg.report(settle=False).layers[0], reg.report().layers[0]
+    assert (read.sigma_min, read.sigma_max) == pytest.approx((1.0, 1.5))
+    assert (settled.sigma_min, settled.sigma_max) == pytest.approx((0.5, 2.0))
+    assert settled.sigma_min_lower <= 0.5 <= settled.sigma_min_upper
+    assert settled.sigma_max_lower <= 2.0 <= settled.sigma_max_upper
