@@ -8,8 +8,8 @@ from convspectra.operator import ConvOperator
 from convspectra.request import Product, Request, refined, rounding_of
 from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
+from convspectra.solvers.lanczos import ritz_ends
 from convspectra.solvers.orthonormal import less
-from convspectra.solvers.quadrature import gauss_rules, random_directions, tridiagonals
 from convspectra.solvers.result import SingularTriplets
 
 ENCLOSURE = 2e-2
@@ -34,18 +34,15 @@ def glimpsed_ends(
 ) -> tuple[float, float]:
     """The least and the largest singular value that Lanczos sees from one random vector.
 
-    Both are within the spectrum, up to some eps of the largest. A least one below a tenth of that
-    is given as 0: a Gram matrix loses digits of it. Without a generator the vector is always the
-    same. Cost: M and M' on one array a step.
+    Both are within the spectrum, up to `rounding_of` the layer. A least one below a tenth of the
+    largest is given as 0: a Gram matrix loses digits of it. Without a generator the vector is
+    always the same. Cost: M and M' on one array a step; memory of a few arrays.
     """
     tall, _ = Product.tall(op, fast=True)
-    order = min(op.shape)
     generator = generator or torch.Generator(device=op.device).manual_seed(0)
-    start = random_directions(1, order, op.weight, generator)
-    runs = tridiagonals(tall.gram, start, min(steps, order))
-    nodes = gauss_rules(runs, runs.steps)[0].nodes
-    well_conditioned = nodes[0] > WELL_CONDITIONED**2 * nodes[-1]
-    return float(nodes[0]) ** 0.5 if well_conditioned else 0.0, float(nodes[-1]) ** 0.5
+    least, largest = ritz_ends(tall.gram, min(op.shape), steps, like=op.weight, generator=generator)
+    well_conditioned = least > WELL_CONDITIONED**2 * largest
+    return least**0.5 if well_conditioned else 0.0, max(largest, 0.0) ** 0.5
 
 
 def seems_well_conditioned(request: Request) -> bool:

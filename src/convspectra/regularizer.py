@@ -237,7 +237,7 @@ class SpectralRegularizer:
         """What is known of each layer, with its age and its enclosure; collective.
 
         A layer that is followed is not computed anew; its values are those of its vectors after
-        more steps of tracking, up to 50, until they settle, which are not kept, or what Lanczos
+        more steps of tracking, up to 16, until they settle, which are not kept, or what Lanczos
         sees from a random vector if that is farther out. Without `settle` they are the values that
         the penalty reads, at the cost of one product for each. With a penalty that follows nothing
         ("frobenius" is one) the values are None until `refresh` was called; a report then starts

@@ -34,6 +34,7 @@ from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.reference import Reference
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
+from convspectra.request import rounding_of
 from convspectra.solvers.quadrature import random_directions
 from convspectra.solvers.tracking import Ends, LinearMap, improved, towards_norm, working_dtype
 from convspectra.spectra import svds
@@ -43,7 +44,7 @@ REFRESH_TOLERANCE = 1e-3
 YOUNG, MORE_STEPS_WHEN_YOUNG = 4, 2
 """The change of a layer turns quickly while it is small: up to this age an improvement takes more
 steps of the power method towards it than one."""
-REPORT_STEPS, SETTLED = 50, 1e-5
+REPORT_STEPS, SETTLED = 16, 1e-5
 """Steps of tracking until a report's values settle: at most so many, until one of them changes no
 value by more than this part of it, nor is a residual above the root of this."""
 GLIMPSE_STEPS = 64
@@ -245,7 +246,7 @@ class Stack:
             smallest, largest = min(smallest, least or smallest), max(largest, most)
         changed = bool(change.any())
         drift = tap_norm_bound(op.with_weight(change)) if changed else 0.0
-        rounding = 1024 * torch.finfo(torch.float64).eps * largest
+        rounding = 5 * rounding_of(op) * largest  # of squares that are a hundredth of the largest
         lower, upper = reference.moved(drift)
         return LayerReport(
             name=layer.name,

@@ -171,6 +171,25 @@ def lanczos(
     )
 
 
+def ritz_ends(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    steps: int,
+    *,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
+    """The least and the largest Ritz value after some steps: within the spectrum, up to rounding.
+
+    No basis is kept: that costs copies of values that have converged, and none outside the spectrum
+    (Paige, J. Inst. Maths Applics 18, 1976). Options as for `lanczos`.
+    """
+    run = _Recurrence(product, 1.0, size, like, generator, None, None, 1.0, keep=1)
+    while run.steps < min(steps, size) and not run.exhausted:
+        run.step()
+    return run.ends()
+
+
 @dataclass(frozen=True)
 class _Ritz:
     """The first Ritz values, descending, with coefficients in columns.
@@ -291,6 +310,11 @@ class _Recurrence:
         values, vectors = values[::-1], vectors[:, ::-1]
         spread = float(values[0] - diagonal.min())
         return _Ritz(values, vectors, self._betas[-1] * np.abs(vectors[-1]), spread)
+
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest Ritz value."""
+        values = scipy.linalg.eigvalsh_tridiagonal(self._alphas, self._betas[:-1])
+        return float(values[0]), float(values[-1])
 
     def orthogonalise(self, ritz: _Ritz, k: int, *, whole: bool) -> None:
         """From now on, against the whole basis or the Ritz vectors that have converged."""
