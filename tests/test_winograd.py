@@ -27,14 +27,14 @@ def layers(draw):
     return cs.ConvOperator(weight, sizes, padding=padding), products, generator
 
 
-@given(layers(), st.integers(1, 5), st.sampled_from([1 << 24, 1 << 11, 1]))
+@given(layers(), st.integers(0, 5), st.sampled_from([1 << 24, 1 << 11, 1]))
 def test_it_is_the_convolution(layer, batch, tile_bytes):
     op, products, generator = layer
     x = torch.randn(batch, *op.input_shape, dtype=torch.float64, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "TILE_BYTES", tile_bytes)
         y = WinogradConvolution(op.weight, op.geometry, products).apply(x)
-    size = op.weight.abs().sum() * x.abs().amax()
+    size = op.weight.abs().sum() * x.abs().sum()
     torch.testing.assert_close(y, op.apply(x), rtol=0, atol=1e-14 * float(size))
 
 
@@ -63,8 +63,9 @@ def test_transposed_layers_exchange_the_two():
     torch.manual_seed(0)
     op = cs.ConvOperator(torch.randn(64, 80, 3, 3, dtype=torch.float64), (20, 20))
     x = torch.randn(1, op.shape[1], dtype=torch.float64)
-    expected = Product(op, fast=True).apply(x)
-    torch.testing.assert_close(Product(op.T, fast=True).apply_adjoint(x), expected)
+    transposed = Product(op.T, fast=True)
+    assert isinstance(transposed._backward, WinogradConvolution)
+    torch.testing.assert_close(transposed.apply_adjoint(x), Product(op).apply(x))
 
 
 @pytest.mark.parametrize(

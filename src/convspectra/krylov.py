@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from convspectra.operator import ConvOperator
@@ -19,6 +21,8 @@ LOWER_ENCLOSURE = 0.1
 STEPS = 7500
 """Most steps for the largest values, where they are cheap."""
 STEPS_FOR_SMALLEST = 1500
+TRIAL_STEPS = 500
+"""Most steps for the smallest values of a layer that seems well-conditioned."""
 GRAM_UNITS = 64
 """Rounding error of a Gram matrix in eps of its norm."""
 LOST_UNITS = 1024
@@ -53,13 +57,21 @@ def seems_well_conditioned(request: Request) -> bool:
     return glimpsed_ends(request.op, PROBE_STEPS, request.generator)[0] > 0
 
 
-def lanczos_triplets(request: Request) -> SingularTriplets:
+def lanczos_trial(request: Request) -> SingularTriplets:
+    """The smallest triplets where steps are cheap: not many of them, and a narrower enclosure."""
+    steps = min(TRIAL_STEPS, request.most_steps(TRIAL_STEPS))
+    return lanczos_triplets(replace(request, maxiter=steps), lower_enclosure=ENCLOSURE)
+
+
+def lanczos_triplets(
+    request: Request, lower_enclosure: float = LOWER_ENCLOSURE
+) -> SingularTriplets:
     """The largest or smallest triplets, all copies of repeated ones."""
     tall, wide = Product.tall(request.op, fast=True)
     size = min(request.op.shape)
     steps = request.most_steps(STEPS if request.largest else STEPS_FOR_SMALLEST)
     most_kept = request.max_bytes // (8 * size)
-    enclosure = ENCLOSURE if request.largest else LOWER_ENCLOSURE
+    enclosure = ENCLOSURE if request.largest else lower_enclosure
     separation = request.separation
     if separation is not None:
         separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1

@@ -286,8 +286,9 @@ def _log_growth(
         return total / count, 0.0, "QR"
     # Of a well-conditioned layer svds needs no factorisation, and so gives none along.
     if is_square_toeplitz(op.T if op.transposed else op):
+        less_than_dense = min(options.max_bytes, 8 * math.prod(op.shape) - 1)
         with contextlib.suppress(ArithmeticError, ValueError):
-            return float(logabsdet(op, max_bytes=options.max_bytes)) / count, 0.0, "capacitance"
+            return float(logabsdet(op, max_bytes=less_than_dense)) / count, 0.0, "capacitance"
     probes = -(-GROWTH_COMPONENTS // count)
     density = spectral_density(op, method="quadrature", probes=probes, steps=GROWTH_STEPS)
     method = f"stochastic Lanczos quadrature, probes {probes}, steps {GROWTH_STEPS}"

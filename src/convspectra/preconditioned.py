@@ -74,7 +74,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
         Product.tall(single)[0], tol if norm_only else max(tol, SINGLE_RESIDUAL), norm_only, None
     )
     products = found.products
-    tall, wide = Product.tall(op, fast=not norm_only)
+    tall = Product.tall(op)[0] if norm_only else gram.tall
     vectors: Tensor = torch.linalg.qr(found.vectors.double().mT).Q.mT
     if not norm_only:
         found = run(tall, tol, request.values_only, vectors)
@@ -92,7 +92,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
         matvecs=2 * products + k,
         certificate="Rayleigh-Ritz values below; above, a circulant on a torus that M is part of",
     )
-    return triplets.transposed() if wide else triplets
+    return triplets.transposed() if op.shape[0] < op.shape[1] else triplets
 
 
 def lobpcg_smallest(request: Request) -> SingularTriplets:

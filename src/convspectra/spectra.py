@@ -143,7 +143,7 @@ def svds(
         Have the iterative ways go on until `others` shows the k-th value separated from the rest by
         this fraction of it, or not: a repeated value is told from a simple one so.
     max_bytes : int
-        Limit on the dense matrix, the Gram matrix or the border matrix.
+        Limit on the dense matrix, the Gram matrix, the border matrix or the Lanczos basis.
 
     Returns
     -------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from convspectra.capacitance import border_bytes, is_square_toeplitz
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import capacitance
-from convspectra.krylov import lanczos_triplets, seems_well_conditioned
+from convspectra.krylov import lanczos_trial, lanczos_triplets, seems_well_conditioned
 from convspectra.operator import ConvOperator
 from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
 from convspectra.request import ZERO, Request, group_matrices
@@ -30,10 +29,10 @@ GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
 DENSE_WORK_LIMIT = 1e11
-TRIAL_STEPS = 500
-"""Steps of Lanczos for a smallest value of a layer that seems well-conditioned."""
+TRIAL = "trial: "
+"""Before the name of a way that is cut short where it does not succeed soon."""
 TRIAL_PRODUCTS = 200
-"""Products with M that are worth a try where the border matrix costs more."""
+"""Products with M that a trial takes, about, if it succeeds."""
 
 
 def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
@@ -44,19 +43,20 @@ def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
         "circulant": lambda r: circulant_triplets(r.op, r.k, r.largest),
         "capacitance": capacitance,
         "lanczos": lanczos_triplets,
+        TRIAL + "lanczos": lanczos_trial,
         "davidson": davidson_largest,
         "lobpcg": lobpcg_smallest,
     }
     if method != "auto":
         return ways[method](request), method
     best: tuple[SingularTriplets, str] | None = None
-    for name, asked in _candidates(request):
+    for name in _candidates(request):
         try:
-            triplets = ways[name](asked)
+            triplets = ways[name](request)
         except ArithmeticError:
             continue
         if best is None or triplets.converged or _nearer(triplets, best[0], request.largest):
-            best = triplets, name
+            best = triplets, name.removeprefix(TRIAL)
         if _certified(request, triplets):
             break
     if best is None:
@@ -74,7 +74,7 @@ def admits(request: Request, method: str) -> bool:
     }.get(method, True)
 
 
-def _candidates(request: Request) -> list[tuple[str, Request]]:
+def _candidates(request: Request) -> list[str]:
     """Ways that this block admits, the best first; some of them give an answer in any case."""
     op, groups = request.op, request.op.groups
     small, large = sorted(n // groups for n in op.shape)
@@ -84,10 +84,9 @@ def _candidates(request: Request) -> list[tuple[str, Request]]:
     limit = GRAM_AT_ONCE["LM" if request.largest else "SM"]
     at_once = gram and groups * small**3 <= limit
     if is_circulant(op):
-        return [("circulant", request)]
+        return ["circulant"]
     if work <= SMALL_WORK and fits:
-        return [("dense", request)]
-    trial: list[tuple[str, Request]] = []
+        return ["dense"]
     if request.largest:
         order = [
             ("gram", at_once),
@@ -98,9 +97,11 @@ def _candidates(request: Request) -> list[tuple[str, Request]]:
         ]
     else:
         border = is_square_toeplitz(op) and border_bytes(op) <= request.max_bytes
-        if border and _factor_is_dear(op) and seems_well_conditioned(request):
-            trial = [("lanczos", replace(request, maxiter=request.most_steps(TRIAL_STEPS)))]
         order = [
+            (
+                TRIAL + "lanczos",
+                border and _factor_is_dear(op) and seems_well_conditioned(request),
+            ),
             ("capacitance", border),
             ("gram", at_once),
             ("lanczos", True),
@@ -108,11 +109,11 @@ def _candidates(request: Request) -> list[tuple[str, Request]]:
             ("gram", gram and not at_once),
             ("dense", fits),
         ]
-    return trial + [(name, request) for name, wanted in order if wanted and admits(request, name)]
+    return [name for name, wanted in order if wanted and admits(request, name)]
 
 
 def _factor_is_dear(op: ConvOperator) -> bool:
-    """Whether the capacitance method costs more than a trial of Lanczos."""
+    """Whether the capacitance method costs more than a trial of Lanczos that succeeds."""
     order = (border_bytes(op) / (8 * op.groups)) ** 0.5
     product = 2 * op.weight.numel() * math.prod(op.geometry.output_size)
     return 8 / 3 * op.groups * order**3 > TRIAL_PRODUCTS * product

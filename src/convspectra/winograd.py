@@ -25,15 +25,17 @@ POINTS = {1: (), 4: (0.0, 1.0, -1.0), 6: (0.0, 0.75, -0.75, 1.5, -1.5)}
 COLUMNS_TO_READ = 17
 """A product of a matrix with so many columns takes as long as it takes to read the matrix."""
 FLOPS_TO_TRANSFORM = 150
-"""Time for one number of a transformed tile to be made, in flops of a product of matrices."""
+"""Time for one number of a transformed tile of two axes to be made, in flops of a product of
+matrices."""
 DIRECT_FLOPS = 1.5
 """Time for one flop of PyTorch's convolution, likewise."""
 WORTH = 0.9
 """Estimated time over that of PyTorch's convolution from which on there is nothing to win."""
 WEIGHT_BYTES = 1 << 28
-"""Most memory for the transformed weight: up to four times that of the weight itself."""
+"""Most memory for the transformed weight, several times that of the weight itself."""
 TILE_BYTES = 1 << 24
-"""Memory of transformed tiles at once: more is not kept by the C library for the next call."""
+"""Memory of transformed tiles at once, a row of tiles at least: more is not kept by the C library
+for the next call."""
 
 
 class WinogradConvolution:
@@ -87,7 +89,7 @@ class WinogradConvolution:
 
     def _of_padded(self, x: Tensor, row: int) -> Tensor:
         """All tiles of padded arrays, some rows of them at a time."""
-        at_once = max(1, TILE_BYTES // (row * len(x)))
+        at_once = max(1, TILE_BYTES // (row * max(1, len(x))))
         first = self._counts[0]
         if first <= at_once:
             return self._of_tiles(x, first)
@@ -114,11 +116,11 @@ class WinogradConvolution:
             ),
             x.storage_offset(),
         )
-        tiles = tiles.reshape(len(self._of_inputs), -1)
-        columns = batch * math.prod(counts)
-        products = torch.bmm(self._weight, (self._of_inputs @ tiles).view(-1, channels, columns))
-        outputs = self._of_outputs @ products.view(len(self._of_inputs), -1)
+        transformed, columns = len(self._of_inputs), batch * math.prod(counts)
+        tiles = self._of_inputs @ tiles.reshape(transformed, channels * columns)
+        products = torch.bmm(self._weight, tiles.view(transformed, channels, columns))
         rows, axes = products.shape[1], len(counts)
+        outputs = self._of_outputs @ products.view(transformed, rows * columns)
         outputs = outputs.view(*self._tile, rows, batch, *counts)
         order = [axes + 1, axes]
         for axis in range(axes):

@@ -18,6 +18,7 @@ def run(
     maxiter: int = 500,
     seed: int = 0,
     precondition=None,
+    values_only: bool = False,
 ):
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     count = 0
@@ -42,6 +43,7 @@ def run(
         like=tall,
         generator=torch.Generator().manual_seed(seed),
         precondition=precondition,
+        values_only=values_only,
     )
     assert result.matvecs == count
     if tall is matrix:
@@ -123,6 +125,16 @@ def test_the_previous_direction_saves_products():
     result = run(matrix)
     assert result.converged
     assert result.matvecs <= 6000
+
+
+def test_values_alone_save_products():
+    values = [1.0 - 0.0066 * i for i in range(150)]
+    matrix = with_values(200, 150, values)
+    vectors, alone = run(matrix, tol=1e-6), run(matrix, tol=1e-6, values_only=True)
+    assert vectors.converged
+    assert alone.converged
+    assert alone.matvecs < 0.95 * vectors.matvecs
+    assert float(alone.s[0]) == pytest.approx(values[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize("columns", range(1, 14))

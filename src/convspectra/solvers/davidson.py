@@ -52,7 +52,7 @@ def davidson(
     tol : float
         A pair has converged when its residual is at most ``tol value``; with `values_only`, when
         the error of the value is estimated so, residual^2 over the gap to the next Ritz value, and
-        the residual is at most ``10 tol value``, which bounds the error whatever the gap.
+        the residual is at most ``10 tol value``: an eigenvalue is that near.
     maxiter : int
         Most block steps.
     like : Tensor

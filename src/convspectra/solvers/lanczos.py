@@ -79,7 +79,7 @@ def lanczos(
         A pair has converged when its residual is at most ``tol |value|``; with `values_only`, when
         the error of the value is estimated so, or at `LOOSEST_ESTIMATE`, of the value and of the
         spread of all, residual^2 over the gap to the next Ritz value, and the residual is at most
-        ``10 tol |value|``, which bounds the error whatever the gap.
+        ``10 tol |value|``: an eigenvalue is that near.
     maxiter : int
         Most steps, k at least.
     like : Tensor
@@ -93,7 +93,7 @@ def lanczos(
     beyond : float, optional
         Stop as soon as no eigenvalue beyond this one is to be expected: the bound is within
         `enclosure` of it, and the first Ritz value with its estimated error is not beyond it. If
-        one is, go on until it has converged.
+        one is, go on until it has converged; otherwise no vectors are given.
     excluded : Tensor, optional
         Orthonormal rows; the eigenpairs are those in their orthogonal complement, which the
         operator must map into itself.
@@ -106,7 +106,8 @@ def lanczos(
         New vectors are made orthogonal to the whole basis: where products are dearer than that.
     most_kept : int, optional
         Vectors of length n that are kept. With k = 1 the iteration goes on beyond, and computes the
-        others once more for the eigenvector; with more it ends there.
+        others once more for the eigenvector, by products that must come out as before; with more
+        it ends there.
 
     Raises
     ------
@@ -133,10 +134,10 @@ def lanczos(
         check_at = steps + 1 + steps // 16
         ritz = run.ritz(k)
         errors = ritz.errors(tol) if values_only else ritz.residuals
-        # Beside a multiple of the identity every residual is small, and says nothing.
         allowed = tol * np.abs(ritz.values[:k])
         near = ritz.residuals[:k] <= np.maximum(PAIRS_COUNT_AS_ONE * allowed, run.floor)
         if values_only:
+            # Beside a multiple of the identity every residual is small, and says nothing.
             relative = min(tol, LOOSEST_ESTIMATE)
             allowed = relative * np.minimum(np.abs(ritz.values[:k]), ritz.spread)
         reached = near & (errors[:k] <= np.maximum(allowed, run.floor))
@@ -159,7 +160,9 @@ def lanczos(
             break
         whole = full_orthogonalisation or steps * size <= SMALL_BASIS
         run.orthogonalise(ritz, k, whole=whole and metric is None)
-    vectors = run.vectors(ritz.coefficients[:, :k])
+    # A vector may cost as many products again.
+    wanted = k if beyond is None or first > target else 0
+    vectors = run.vectors(ritz.coefficients[:, :wanted])
     return Eigenpairs(
         values=like.new_tensor(sign * ritz.values[:k]),
         vectors=vectors,

@@ -50,7 +50,7 @@ def lobpcg(
         residual is down at the rounding error of A'A and s is at most ``tol * sigma_max``: A'A
         resolves no singular value below about ``sqrt(eps) sigma_max``. With `values_only`, when
         the error of s^2 is estimated to be ``tol * s^2``, residual^2 over the gap to the next one,
-        and the residual is at most ``10 tol s^2``.
+        and the residual is at most ten times what vectors need.
     maxiter : int
     like : Tensor
         Gives the dtype and the device.
@@ -93,7 +93,7 @@ def lobpcg(
         reached = size <= tol * ratio[:k]
         if values_only and block > k:
             gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
-            near = size <= PAIRS_COUNT_AS_ONE * tol * ratio[:k] ** 2
+            near = size <= PAIRS_COUNT_AS_ONE * tol * ratio[:k]
             reached |= near & (size**2 <= tol * ratio[:k] ** 2 * gap)
         if bool((reached | (size <= floor)).all()):
             converged = bool((reached | (ratio[:k] <= tol)).all())

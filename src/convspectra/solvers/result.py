@@ -8,7 +8,7 @@ from torch import Tensor
 
 PAIRS_COUNT_AS_ONE = 10
 """Where values alone are asked for, two that are nearer than so many tolerances may be taken for
-one: residuals, which bound the error whatever the gap, are allowed so much."""
+one: residuals, which bound the distance to some value, are allowed so much."""
 
 
 @dataclass(frozen=True)
