@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +109,13 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     max_bytes = _bytes(parsed.max_gib)
     _check_outputs(parsed)
     journal = _journal(parsed)
-    distributed = _join_group()
     loading = importlib.import_module("convspectra.loading")
     auditing = importlib.import_module("convspectra.auditing")
     layer_audit = importlib.import_module("convspectra.layer_audit")
     name, targets = loading.load_targets(
         parsed.file, parsed.input, factory=parsed.factory, allow_pickle=parsed.allow_pickle
     )
-    first = not distributed or os.environ["RANK"] == "0"
-    with _Bar(console, first) as bar:
+    with _group() as first, _Bar(console, first) as bar:
         report = auditing.audit_targets(
             targets,
             name,
@@ -211,13 +211,18 @@ def _journal(parsed: argparse.Namespace) -> Path | None:
     return journal
 
 
-def _join_group() -> bool:
-    """Under torchrun, one of its processes; False in a process of its own."""
+@contextlib.contextmanager
+def _group() -> Iterator[bool]:
+    """Under torchrun, one of its processes; whether it is the first, or one of its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return False
+        yield True
+        return
     distributed = importlib.import_module("torch.distributed")
     distributed.init_process_group("gloo")
-    return True
+    try:
+        yield distributed.get_rank() == 0
+    finally:  # Threads of the group that still run at exit may abort the process.
+        distributed.destroy_process_group()
 
 
 def _judge(rules: list[Rule], report: AuditReport, console: Console) -> int:
