@@ -58,32 +58,32 @@ class WinogradConvolution:
     def __init__(self, weight: Tensor, geometry: ConvGeometry, products: tuple[int, ...]) -> None:
         taps = geometry.kernel_size
         self._tile = tuple(n - r + 1 for n, r in zip(products, taps, strict=True))
-        self._geometry, self._products = geometry, products
+        self._output_size, self._products = geometry.output_size, products
         self._counts = tuple(
             -(-n // m) for n, m in zip(geometry.output_size, self._tile, strict=True)
         )
+        lengths = zip(self._counts, self._tile, taps, strict=True)
+        self._sides = [
+            (before, count * m + r - 1 - before - n)
+            for (count, m, r), (before, _), n in zip(
+                lengths, geometry.padding, geometry.input_size, strict=True
+            )
+        ]
         along = [_transforms(n, r) for n, r in zip(products, taps, strict=True)]
-        of_inputs, of_weight, of_outputs = (
-            functools.reduce(torch.kron, matrices).to(weight)
-            for matrices in zip(*along, strict=True)
+        self._of_inputs, of_weight, self._of_outputs = (
+            functools.reduce(torch.kron, of_axes) for of_axes in zip(*along, strict=True)
         )
-        self._of_inputs, self._of_outputs = of_inputs, of_outputs
         rows, columns = weight.shape[:2]
         transformed = of_weight @ weight.reshape(rows * columns, -1).mT
         self._weight = transformed.reshape(-1, rows, columns)
 
     def apply(self, x: Tensor) -> Tensor:
         """The layer without bias: (b, g, *input_size) -> (b, h, *output_size)."""
-        sides = []
-        covered = [count * m for count, m in zip(self._counts, self._tile, strict=True)]
-        for axis, (before, _) in enumerate(self._geometry.padding):
-            length = covered[axis] + self._geometry.kernel_size[axis] - 1
-            sides.append((before, length - before - self._geometry.input_size[axis]))
         row = 8 * max(self._weight.shape[1:]) * math.prod(self._products + self._counts[1:])
         arrays = max(1, TILE_BYTES // row)
-        outputs = [self._of_padded(pad(sides, part), row) for part in x.split(arrays)]
+        outputs = [self._of_padded(pad(self._sides, part), row) for part in x.split(arrays)]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        for axis, length in enumerate(self._geometry.output_size):
+        for axis, length in enumerate(self._output_size):
             y = y.narrow(2 + axis, 0, length)
         return y.contiguous()
 
