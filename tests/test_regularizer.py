@@ -317,6 +317,24 @@ def test_autocast_changes_nothing(name):
     )
 
 
+@pytest.mark.parametrize("name", ["frobenius", "conditioning"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("move", [lambda reg: reg().backward(), lambda reg: reg.step(0.1)])
+def test_gradients_that_are_formed_under_autocast_are_exact(name, mode, move):
+    found = []
+    for enabled in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode=mode)
+        reg = SpectralRegularizer(conv, X[:, :1].expand(-1, 3, -1, -1), penalty=name)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            move(reg)
+        found.append((conv.weight.detach(), conv.weight.grad))
+    (weight, gradient), (other_weight, other_gradient) = found
+    assert torch.equal(weight, other_weight)
+    assert gradient is None or torch.equal(gradient, other_gradient)
+
+
 def test_autocast_is_off_for_penalties_of_the_user_too():
     def product(op: ConvOperator) -> Tensor:
         rows = op.weight.flatten(1)

@@ -669,6 +669,26 @@ def test_a_step_that_leaves_no_trace_but_the_entries_is_counted(entry):
     assert reg.step_count == 1
 
 
+def test_a_step_that_moves_biases_only_is_none():
+    model = net()
+    reg = regularizer(model, "frobenius")
+    reg()
+    with torch.no_grad():
+        model.a.bias.add_(1.0)
+    reg()
+    assert reg.step_count == 0
+
+
+def test_a_channel_is_seen_wherever_it_is():
+    conv = nn.Conv2d(40, 40, 3, padding=1)
+    reg = SpectralRegularizer(conv, torch.zeros(1, 40, *SIZE), penalty="frobenius")
+    reg()
+    for step, where in enumerate([(slice(None), 5), (35, slice(None))], start=1):
+        conv.weight.detach().numpy()[where] += 0.25
+        reg()
+        assert reg.step_count == step
+
+
 def test_the_schedule_is_asked_once_a_call():
     model = net()
     asked = []

@@ -61,7 +61,7 @@ class SpectralGradient:
         What M is, but for its weight.
     right, left : Tensor
         Vectors v, (k, *layer.input_shape), and slopes times unit vectors along M v; k may be 0.
-    square_slope : Tensor, optional
+    square_slope : Tensor or float, optional
         0-dim.
     factor : Tensor or float
     """
@@ -69,7 +69,7 @@ class SpectralGradient:
     layer: ConvOperator
     right: Tensor
     left: Tensor
-    square_slope: Tensor | None
+    square_slope: Tensor | float | None
     factor: Tensor | float = 1.0
 
     def scaled(self, factor: Tensor | float) -> SpectralGradient:
@@ -78,7 +78,7 @@ class SpectralGradient:
 
     def product(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Gradient`. Cost: a weight gradient for k arrays."""
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad():
             weight = weight.detach().to(self.right.dtype)
             if self.square_slope is None:
                 total = torch.zeros_like(weight, memory_format=torch.contiguous_format)
@@ -95,7 +95,7 @@ class SpectralGradient:
         if weight.dtype != self.right.dtype or not weight.is_contiguous():
             weight.sub_(self.product(weight, weight.dtype))
             return
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad():
             if self.square_slope is not None:
                 subtract_frobenius_form(weight, self.layer.geometry, *self._square_factors())
             self._add_products(weight, -self.factor)
@@ -108,7 +108,8 @@ class SpectralGradient:
         if len(self.right):
             pair = self.right, factor * self.left
             x, y = reversed(pair) if self.layer.transposed else pair
-            add_weight_gradient(total, x, y, self.layer.geometry, self.layer.groups)
+            with torch.autocast(total.device.type, enabled=False):
+                add_weight_gradient(total, x, y, self.layer.geometry, self.layer.groups)
 
 
 @dataclass(frozen=True)

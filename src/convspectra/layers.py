@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from convspectra.modules import CONVOLUTION_TYPES, LAYER_TYPES
 from convspectra.operator import ConvOperator
 
+Fingerprint: TypeAlias = tuple[list[tuple[int, int]], list[float]]
+SAMPLED_CHANNELS = 8
+"""Output and input channels of a weight that its fingerprint looks at."""
 Predicate = Callable[[str, nn.Module], bool]
 Selection: TypeAlias = str | Iterable[str] | Predicate
 """Layers by a shell-style pattern of their names, by several, or by a function (name, module)."""
@@ -227,3 +231,24 @@ def _spatial_size(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> t
         raise ValueError(f"layer {name!r}: expected its input as a positional tensor")
     ndim = len(module.kernel_size)  # type: ignore[arg-type]
     return tuple(arguments[0].shape[-ndim:])
+
+
+def fingerprint(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Fingerprint:
+    """What is another once the weights of the layers, or their parameters, have changed.
+
+    Fused optimizers do not change the version of a tensor, but what a sample of it sums up to;
+    weights that a parametrization computes are new tensors every time, unlike their parameters.
+    """
+    parameters: list[Tensor] = []
+    for layer, weight in zip(layers, weights, strict=True):
+        computed = not isinstance(weight, nn.Parameter)
+        parameters += layer.module.parameters() if computed else (weight,)
+    sums = torch.stack([_sample(weight.detach()) for weight in weights]).tolist()
+    sums = [total if math.isfinite(total) else math.inf for total in sums]  # NaN != NaN
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters], sums
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """The sum, float64, of the entries for some output and input channels, spread over all."""
+    outputs, inputs = (-(-n // SAMPLED_CHANNELS) for n in weight.shape[:2])
+    return weight[::outputs, ::inputs].sum(dtype=torch.float64)

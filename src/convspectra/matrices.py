@@ -158,9 +158,10 @@ def frobenius_form(
     if geometry.padding_mode == "zeros":
         counts = factor * _counts(weight, geometry, divisor)
         return (weight.flatten(1) * counts).view_as(weight)
-    for axis in range(geometry.ndim):
-        gram = torch.from_numpy(geometry.tap_gram(axis)).to(weight)
-        weight = torch.tensordot(weight, gram, dims=([2], [0]))
+    with torch.autocast(weight.device.type, enabled=False):
+        for axis in range(geometry.ndim):
+            gram = torch.from_numpy(geometry.tap_gram(axis)).to(weight)
+            weight = torch.tensordot(weight, gram, dims=([2], [0]))
     return weight * (factor / divisor)
 
 
@@ -169,8 +170,11 @@ def subtract_frobenius_form(
 ) -> None:
     """Subtract `frobenius_form` from a contiguous weight, in place."""
     if geometry.padding_mode == "zeros":
-        flat = weight.flatten(1)
-        flat.addcmul_(flat, factor * _counts(weight, geometry, divisor), value=-1)
+        flat, counts = weight.view(len(weight), -1), _counts(weight, geometry, divisor)
+        if isinstance(factor, Tensor):
+            flat.addcmul_(flat, factor * counts, value=-1)
+        else:
+            flat.addcmul_(flat, counts, value=-factor)
     else:
         weight.sub_(frobenius_form(weight, geometry, divisor, factor))
 
@@ -194,14 +198,16 @@ def _column_counts(
 def squared_frobenius_norm_now(weight: Tensor, geometry: ConvGeometry, divisor: int) -> Tensor:
     """`squared_frobenius_norm` over the divisor, 0-dim, without gradient.
 
-    With zero padding part by part, without another array of the size of the weight.
+    With zero padding part by part, without another array of the size of the weight; products of
+    squares with a vector share the threads, which an inner product does not.
     """
     if geometry.padding_mode != "zeros":
         return torch.dot(weight.flatten(), frobenius_form(weight, geometry, divisor).flatten())
     counts = _counts(weight, geometry, divisor)
     total = weight.new_zeros(())
-    for part in weight.flatten(1).split(max(1, ENTRIES_AT_ONCE // max(1, len(counts)))):
-        total += torch.dot(part.flatten(), (part * counts).flatten())
+    rows = weight.contiguous().view(len(weight), -1)
+    for part in rows.split(max(1, ENTRIES_AT_ONCE // max(1, len(counts)))):
+        total += torch.mv(part.square(), counts).sum()
     return total
 
 

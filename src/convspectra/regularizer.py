@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from convspectra.checks import check_positive_integer
 from convspectra.division import DEFAULT_GROUP, divide, refuse_sharded
 from convspectra.gradients import Gradient, KnownGradient, give_gradient
-from convspectra.layers import Layer, Selection, find_layers, is_convolution, selected, unwrapped
+from convspectra.layers import (
+    Fingerprint,
+    Layer,
+    Selection,
+    find_layers,
+    fingerprint,
+    is_convolution,
+    selected,
+    unwrapped,
+)
 from convspectra.modules import convolution_options
 from convspectra.objectives import OBJECTIVES, objective
 from convspectra.operator import ConvOperator
@@ -147,7 +156,7 @@ class SpectralRegularizer:
             self._terms = ExactTerms(self._layers, function)
         self._step = 0
         self._scale = 0.0  # the weight at the last call
-        self._seen: tuple[list[tuple[int, int]], list[float]] | None = None
+        self._seen: Fingerprint | None = None
         self._skipped = dict.fromkeys(range(len(self._layers)), 0)
         self._last: Tensor | None = None
 
@@ -358,15 +367,8 @@ class SpectralRegularizer:
         self._skipped[index] += moving
 
     def _count_step(self, weights: list[Tensor]) -> None:
-        """One step more if the weights have changed since the last call.
-
-        Fused optimizers do not change the version of a tensor, but what a sample of it sums up to;
-        weights that a parametrization computes are new tensors every time, unlike their parameters.
-        """
-        parameters = [p for layer in self._layers for p in layer.module.parameters()]
-        sums = torch.stack([_sample(weight.detach()) for weight in weights]).tolist()
-        sums = [total if math.isfinite(total) else math.inf for total in sums]  # NaN != NaN
-        seen = [(parameter.data_ptr(), parameter._version) for parameter in parameters], sums
+        """One step more if the weights have changed since the last call."""
+        seen = fingerprint(self._layers, weights)
         if self._seen is not None and seen != self._seen:
             self._step += 1
         self._seen = seen
@@ -383,11 +385,6 @@ class SpectralRegularizer:
                 own = gradient.product(weight, dtype)
             everywhere.append((weight, KnownGradient(self._division.total(own))))
         return everywhere
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """The sum, float64, of the entries of one output channel and one input channel."""
-    return weight[0].sum(dtype=torch.float64) + weight[:, 0].sum(dtype=torch.float64)
 
 
 def _cost(op: ConvOperator) -> float:

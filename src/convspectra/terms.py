@@ -137,7 +137,7 @@ class TrackedTerms:
         self, weights: Sequence[Tensor], factors: dict[int, float], moving: bool
     ) -> tuple[Tensor, list[Gradient]]:
         """`evaluate` of a penalty that reads no singular values: all layers at once."""
-        squares = torch.stack([self._squares[i].double() for i in factors])
+        squares = torch.stack([self._squares[i] for i in factors]).double()
         none = squares.new_zeros(len(squares), 0)
         scale = squares.new_tensor(list(factors.values()))
         value, slopes = weighted(self._objective, scale, squares, none, none)
@@ -145,7 +145,7 @@ class TrackedTerms:
         assert slopes[0] is not None
         return value, [
             self._place[i][0].gradient_of_square(weights[i], slope)
-            for i, slope in zip(factors, slopes[0], strict=True)
+            for i, slope in zip(factors, slopes[0].tolist(), strict=True)
             if moving
         ]
 

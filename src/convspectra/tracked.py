@@ -149,7 +149,7 @@ class Stack:
         weight = weight.detach().to(working_dtype(weight.dtype))
         return squared_frobenius_norm_now(weight, self.template.geometry, self.count)
 
-    def gradient_of_square(self, weight: Tensor, slope: Tensor) -> SpectralGradient:
+    def gradient_of_square(self, weight: Tensor, slope: float) -> SpectralGradient:
         """That of slope times `mean_square`."""
         none = weight.new_zeros(0, dtype=working_dtype(weight.dtype))
         return SpectralGradient(self.template, right=none, left=none, square_slope=slope)
