@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
@@ -29,34 +30,24 @@ GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
 DENSE_WORK_LIMIT = 1e11
-TRIAL = "trial: "
-"""Before the name of a way that is cut short where it does not succeed soon."""
 TRIAL_PRODUCTS = 200
-"""Products with M that a trial takes, about, if it succeeds."""
+"""Products with M that a trial of Lanczos takes, about, if it succeeds."""
+
+Way: TypeAlias = Callable[[Request], SingularTriplets]
 
 
 def answer(request: Request, method: str) -> tuple[SingularTriplets, str]:
     """The triplets and the way that gave them; "auto" goes on until one is certified."""
-    ways: dict[str, Callable[[Request], SingularTriplets]] = {
-        "dense": _dense,
-        "gram": _gram,
-        "circulant": lambda r: circulant_triplets(r.op, r.k, r.largest),
-        "capacitance": capacitance,
-        "lanczos": lanczos_triplets,
-        TRIAL + "lanczos": lanczos_trial,
-        "davidson": davidson_largest,
-        "lobpcg": lobpcg_smallest,
-    }
     if method != "auto":
-        return ways[method](request), method
+        return WAYS[method](request), method
     best: tuple[SingularTriplets, str] | None = None
-    for name in _candidates(request):
+    for name, way in _candidates(request):
         try:
-            triplets = ways[name](request)
+            triplets = way(request)
         except ArithmeticError:
             continue
         if best is None or triplets.converged or _nearer(triplets, best[0], request.largest):
-            best = triplets, name.removeprefix(TRIAL)
+            best = triplets, name
         if _certified(request, triplets):
             break
     if best is None:
@@ -74,7 +65,7 @@ def admits(request: Request, method: str) -> bool:
     }.get(method, True)
 
 
-def _candidates(request: Request) -> list[str]:
+def _candidates(request: Request) -> list[tuple[str, Way]]:
     """Ways that this block admits, the best first; some of them give an answer in any case."""
     op, groups = request.op, request.op.groups
     small, large = sorted(n // groups for n in op.shape)
@@ -83,10 +74,11 @@ def _candidates(request: Request) -> list[str]:
     gram = fits and small <= GRAM_LIMIT
     limit = GRAM_AT_ONCE["LM" if request.largest else "SM"]
     at_once = gram and groups * small**3 <= limit
+    first: list[tuple[str, Way]] = []
     if is_circulant(op):
-        return ["circulant"]
+        return [("circulant", _circulant)]
     if work <= SMALL_WORK and fits:
-        return ["dense"]
+        return [("dense", _dense)]
     if request.largest:
         order = [
             ("gram", at_once),
@@ -97,11 +89,9 @@ def _candidates(request: Request) -> list[str]:
         ]
     else:
         border = is_square_toeplitz(op) and border_bytes(op) <= request.max_bytes
+        if border and _factor_is_dear(op) and seems_well_conditioned(request):
+            first = [("lanczos", lanczos_trial)]
         order = [
-            (
-                TRIAL + "lanczos",
-                border and _factor_is_dear(op) and seems_well_conditioned(request),
-            ),
             ("capacitance", border),
             ("gram", at_once),
             ("lanczos", True),
@@ -109,7 +99,9 @@ def _candidates(request: Request) -> list[str]:
             ("gram", gram and not at_once),
             ("dense", fits),
         ]
-    return [name for name, wanted in order if wanted and admits(request, name)]
+    return first + [
+        (name, WAYS[name]) for name, wanted in order if wanted and admits(request, name)
+    ]
 
 
 def _factor_is_dear(op: ConvOperator) -> bool:
@@ -138,6 +130,10 @@ def _nearer(triplets: SingularTriplets, best: SingularTriplets, largest: bool) -
     return bool(triplets.s.sum() < best.s.sum())
 
 
+def _circulant(request: Request) -> SingularTriplets:
+    return circulant_triplets(request.op, request.k, request.largest)
+
+
 def _dense(request: Request) -> SingularTriplets:
     return dense_svd(group_matrices(request.op, request.max_bytes), request.k, request.largest)
 
@@ -147,3 +143,14 @@ def _gram(request: Request) -> SingularTriplets:
     if blocks.shape[1] <= blocks.shape[2]:
         return gram_eigh(blocks, request.k, request.largest)
     return gram_eigh(blocks.mT, request.k, request.largest).transposed()
+
+
+WAYS: dict[str, Way] = {
+    "dense": _dense,
+    "gram": _gram,
+    "circulant": _circulant,
+    "capacitance": capacitance,
+    "lanczos": lanczos_triplets,
+    "davidson": davidson_largest,
+    "lobpcg": lobpcg_smallest,
+}
