@@ -282,9 +282,9 @@ class _Recurrence:
                 self._chunks.append(q.new_empty(rows, q.shape[1]))
             self._chunks[-1][steps % CHUNK] = q[0]
         w = self._times(dual)
-        alpha = float((w * dual).sum())
+        alpha = float(torch.dot(w[0], dual[0]))
         before = self._betas[-1] if self._betas else 0.0
-        w = w - alpha * q - before * self._before
+        w.add_(q, alpha=-alpha).add_(self._before, alpha=-before)
         whole = self._whole and steps < self._keep
         for _ in range(2 if whole else 1):
             w = less(less(w, self._excluded), self._found)
@@ -379,13 +379,14 @@ class _Recurrence:
         before, q, dual = self._first_lost
         yield q
         for i in range(self._keep, self.steps - 1):
-            w = self._times(dual) - self._alphas[i] * q
-            w = less(w - self._betas[i - 1] * before, self._excluded)
+            w = self._times(dual).add_(q, alpha=-self._alphas[i])
+            w = less(w.add_(before, alpha=-self._betas[i - 1]), self._excluded)
             before = q
             q, dual, _ = self._normalised(w)
             yield q
 
     def _times(self, dual: Tensor) -> Tensor:
+        """A new tensor, whatever the operator gives."""
         self.products += 1
         return self._sign * self._product(dual)
 
@@ -395,6 +396,6 @@ class _Recurrence:
             w = w / max(length, float(torch.finfo(w.dtype).tiny))
             return w, w, length
         dual = self._metric(w)
-        length = math.sqrt(max(float((w * dual).sum()), 0.0))
+        length = math.sqrt(max(float(torch.dot(w[0], dual[0])), 0.0))
         scale = 1 / max(length, float(torch.finfo(w.dtype).tiny))
         return scale * w, scale * dual, length
