@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from convspectra.diagonal import Part, parts, symbol_shape
 from convspectra.matrices import DEFAULT_MAX_BYTES
 from convspectra.operator import ConvOperator
 from convspectra.solvers.quadrature import GaussRule, gauss_rules, random_directions, tridiagonals
+from convspectra.solvers.result import LinearMap
 from convspectra.spectra import normalised
 
 DIRECT_FLOPS = 1.5e9
@@ -32,8 +33,6 @@ ACCURACY = 1e-5
 """Relative, of squares of singular values."""
 DEFINITE = 1e-8
 """An LU factor with a pivot below this part of the norm does not tell the smallest value."""
-
-LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class CircularExtremes(NamedTuple):

@@ -36,7 +36,8 @@ from convspectra.reference import Reference
 from convspectra.regularizer_report import LayerReport, is_frozen, unknown
 from convspectra.request import rounding_of
 from convspectra.solvers.quadrature import random_directions
-from convspectra.solvers.tracking import Ends, LinearMap, improved, towards_norm, working_dtype
+from convspectra.solvers.result import LinearMap
+from convspectra.solvers.tracking import Ends, improved, towards_norm, working_dtype
 from convspectra.spectra import svds
 
 REFRESH_TOLERANCE = 1e-3

@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.lanczos import lanczos
-from convspectra.solvers.result import Eigenpairs
-
-LinearMap = Callable[[Tensor], Tensor]
+from convspectra.solvers.result import Eigenpairs, LinearMap
 
 
 @dataclass(frozen=True)

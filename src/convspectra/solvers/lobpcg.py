@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convspectra.solvers.orthonormal import orthonormal, principal
+from convspectra.solvers.orthonormal import inner_products, orthonormal, principal
 from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, SingularTriplets
 
 GUARD_VECTORS = 2
@@ -150,7 +150,7 @@ def _beside(p: Tensor, ap: Tensor, basis: Tensor, images: Tensor) -> tuple[Tenso
         length = torch.linalg.vector_norm(p, dim=1, keepdim=True)
         scale = 1 / length.clamp_min(torch.finfo(p.dtype).tiny)
         p, ap = scale * p, scale * ap
-        along = p @ basis.T
+        along = inner_products(p, basis)
         p, ap = p - along @ basis, ap - along @ images
         turn = principal(p, smallest)
         p, ap = turn @ p, turn @ ap

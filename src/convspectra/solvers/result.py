@@ -1,10 +1,14 @@
-"""What every singular-value algorithm gives back."""
+"""What every singular-value algorithm is given and gives back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import Tensor
+
+LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 PAIRS_COUNT_AS_ONE = 10
 """Where values alone are asked for, two that are nearer than so many tolerances may be taken for

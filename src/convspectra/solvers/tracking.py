@@ -7,19 +7,17 @@ preconditioned eigensolver" (SIAM J. Sci. Comput. 23, 2001).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from convspectra.solvers.result import LinearMap
 
 DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Eigenvalues of the Gram matrix of the directions below this are rounding."""
 COLUMNS_AT_ONCE = 4096
 """A few hundred kilobytes: they stay in a cache."""
-
-LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
