@@ -255,7 +255,9 @@ class CutTorus:
 
 def _product(blocks: Tensor, y: Tensor, adjoint: bool) -> Tensor:
     """Blocks y, or blocks^H y, as rows times blocks: BLAS is faster with few vectors so."""
-    return (y.mH @ blocks).mH.resolve_conj() if adjoint else (y.mT @ blocks.mT).mT
+    if adjoint:
+        return (y.mH.resolve_conj().contiguous() @ blocks).mH.resolve_conj()
+    return (y.mT.contiguous() @ blocks.mT).mT
 
 
 def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
