@@ -45,6 +45,9 @@ EVERY = 4
 PEER_WEIGHT = 1e-2
 PROJECTION_INTERVAL = 100
 GROUPS = ("conditioning", "frobenius", "peers")
+ERRORS = ("sigma_max", "sigma_min", "sigma_max read", "sigma_min read")
+MOST_ROWS = 40
+"""Checks that the page shows, evenly over the run; all of them are in the JSON file."""
 
 Penalty = Callable[[], Tensor]
 
@@ -302,11 +305,13 @@ def page(result: dict[str, Any]) -> str:
         "over the layers of what `report()` gives and of what the penalty reads, which is the same "
         "before it has settled, and enclosures that missed the exact value.",
         "",
+        *_worst(result["checks"]),
         "| after step | sigma_max | sigma_min | sigma_max, read | sigma_min, read | missed "
         "| least sigma_min | largest sigma_max |",
         "|" + "---|" * 8,
     ]
-    for check in result["checks"]:
+    checks = result["checks"]
+    for check in checks[:: -max(1, len(checks) // MOST_ROWS)][::-1]:
         values = (f"{value:.2g}" for key, value in check.items() if key != "step")
         lines.append(f"| {check['step']} | {' | '.join(values)} |")
     one = result["one layer"]
@@ -318,6 +323,19 @@ def page(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _worst(checks: list[dict[str, float]]) -> list[str]:
+    """A paragraph on all checks together."""
+    if not checks:
+        return []
+    errors = ", ".join(f"{max(check[name] for check in checks):.2g}" for name in ERRORS)
+    missed = sum(check["outside"] for check in checks)
+    return [
+        f"Worst over all {len(checks)} checks, in the order of the columns: {errors}; "
+        f"{missed} missed. Some of them:",
+        "",
+    ]
 
 
 def main() -> None:

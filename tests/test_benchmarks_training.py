@@ -84,11 +84,18 @@ def test_the_page_has_every_row():
             "peers": {"command": "another", "rows": [{"arm": "SRIP"} | row]},
         },
         "checks": [
-            {"step": 20, "a": 1e-3, "b": 2e-3, "c": 0.01, "d": 0.02, "outside": 0, "e": 1, "f": 2}
+            {"step": 20, **dict(zip(training.ERRORS, (1e-3, 2e-3, 0.01, 0.02), strict=True))}
+            | {"outside": 0, "e": 1, "f": 2},
+            {"step": 40, **dict(zip(training.ERRORS, (5e-3, 1e-3, 0.03, 0.01), strict=True))}
+            | {"outside": 1, "e": 1, "f": 2},
         ],
         "one layer": {"layer": 20.0, "penalty": 10.0},
     }
     lines = training.page(result).splitlines()
     assert "| SRIP" + 8 * " | 1.25" + " |" in lines
     assert "| 20 | 0.001 | 0.002 | 0.01 | 0.02 | 0 | 1 | 2 |" in lines
+    worst = (
+        "Worst over all 2 checks, in the order of the columns: 0.005, 0.002, 0.03, 0.02; 1 missed."
+    )
+    assert f"{worst} Some of them:" in lines
     assert "Made by `a command` and `another`." in lines
