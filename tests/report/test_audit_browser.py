@@ -174,8 +174,13 @@ def test_light_and_dark(show):
     light.get_by_role("button", name="Dark").click()
     chosen = background(light)
     assert chosen != paper
-    light.reload()
-    assert background(light) == chosen, "the choice is remembered"
+
+    def after_reload() -> str:
+        light.reload()
+        return background(light)
+
+    # A browser may write what is stored a little later.
+    assert chosen in (after_reload() for _ in range(20)), "the choice is remembered"
     assert background(show(text, color_scheme="dark")) == chosen
 
 

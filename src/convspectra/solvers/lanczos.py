@@ -386,9 +386,8 @@ class _Recurrence:
             yield q
 
     def _times(self, dual: Tensor) -> Tensor:
-        """A new tensor, whatever the operator gives."""
         self.products += 1
-        return self._sign * self._product(dual)
+        return self._sign * self._product(dual)  # A new tensor, whatever the operator gives.
 
     def _normalised(self, w: Tensor) -> tuple[Tensor, Tensor, float]:
         if self._metric is None:
