@@ -74,11 +74,11 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
     gram = fits and small <= GRAM_LIMIT
     limit = GRAM_AT_ONCE["LM" if request.largest else "SM"]
     at_once = gram and groups * small**3 <= limit
-    first: list[tuple[str, Way]] = []
     if is_circulant(op):
         return [("circulant", _circulant)]
     if work <= SMALL_WORK and fits:
         return [("dense", _dense)]
+    first: list[tuple[str, Way]] = []
     if request.largest:
         order = [
             ("gram", at_once),
