@@ -132,7 +132,10 @@ def apart(include: str) -> dict[str, Any]:
     """`step` and `add_gradient`, without DistributedDataParallel."""
     model = net()
     reg = regularizer(model, include=include)
-    values = [reg.step(0.1) for _ in range(3)]
+    values = []
+    for _ in range(3):
+        reg.step(0.1)
+        values.append(reg.report(settle=False).penalty)
     values.append(reg.add_gradient(0.5))
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return {"values": values, "weights": weights(model), "gradients": gradients}

@@ -449,11 +449,41 @@ def test_a_step_is_the_learning_rate_times_the_gradient(name):
     expected = gradients(model, value)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model.zero_grad()
-    assert reg.step(0.25) == pytest.approx(float(value.detach()), rel=1e-12)
+    reg.step(0.25)
     assert all(parameter.grad is None for parameter in model.parameters())
     after = [old - 0.25 * gradient for old, gradient in zip(before, expected, strict=True)]
     assert close(list(model.parameters()), after, 1e-12)
     assert not torch.equal(model.a.weight, before[0])
+
+
+@each_penalty
+def test_a_report_has_the_value_of_a_step(name):
+    model = net()
+    reg = regularizer(model, name)
+    before = float(reg().detach())
+    reg.step(0.25)
+    found = reg.report(settle=False).penalty
+    with torch.no_grad():
+        after = float(regularizer(model, name)())
+    assert found == pytest.approx(after if name == "frobenius" else before, rel=1e-12)
+    assert abs(after - before) > 1e-6 * abs(before)
+
+
+def test_a_step_that_needs_no_value_computes_none(monkeypatch):
+    model = net()
+    reg = regularizer(model, "frobenius", schedule=lambda step: 2.0 * (step == 0))
+    reg.step(0.1)
+    state = reg.state_dict()
+    value = reg.report().penalty
+    reg.step(0.1)  # without a weight, as the schedule says
+    with torch.no_grad():
+        assert value == pytest.approx(2 * float(regularizer(model, "frobenius")()), rel=1e-12)
+    assert reg.report().penalty == value
+    resumed = regularizer(model, "frobenius", schedule=lambda step: 0.0)
+    resumed.load_state_dict(state)
+    assert resumed.report().penalty == value
+    monkeypatch.setattr(tracked.Stack, "mean_square", lambda *_: pytest.fail("computed"))
+    regularizer(model, "frobenius").step(0.1)
 
 
 @pytest.mark.parametrize("name", ["sigma_min", "sigma_max"])
@@ -505,7 +535,8 @@ def test_the_step_counts_once_for_each_decoupled_step():
     for step in range(4):
         gradients(model, model(batch()).square().mean())
         optimizer.step()
-        values.append(reg.step(0.05))
+        reg.step(0.05)
+        values.append(reg.report(settle=False).penalty)
         assert reg.step_count == step
     assert values[-1] < values[0]
 
@@ -592,7 +623,7 @@ def test_nothing_is_computed_where_the_schedule_is_zero(name, monkeypatch):
     assert float(value.detach()) == 0
     assert all(not gradient.any() for gradient in gradients(model, value))
     weight = model.a.weight.detach().clone()
-    assert reg.step(1.0) == 0
+    reg.step(1.0)
     assert torch.equal(model.a.weight, weight)
     assert reg.step_count == 1
 

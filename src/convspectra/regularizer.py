@@ -158,7 +158,8 @@ class SpectralRegularizer:
         self._scale = 0.0  # the weight at the last call
         self._seen: Fingerprint | None = None
         self._skipped = dict.fromkeys(range(len(self._layers)), 0)
-        self._last: Tensor | None = None
+        self._last: float | None = None
+        self._last_scale = 0.0  # the last weight that was not 0
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -205,12 +206,12 @@ class SpectralRegularizer:
             )
         return float(value)
 
-    def step(self, learning_rate: float) -> float:
-        """Move the weights against the gradient, apart from the optimizer; the weighted sum.
+    def step(self, learning_rate: float) -> None:
+        """Move the weights against the gradient, apart from the optimizer.
 
         ``weight -= learning_rate * gradient``, after ``optimizer.step()``: as decoupled weight
         decay does (Loshchilov and Hutter, ICLR 2019), the penalty then stays clear of Adam's
-        moments.
+        moments. The weighted sum is in `report`.
 
         Raises
         ------
@@ -218,7 +219,7 @@ class SpectralRegularizer:
             For a layer whose weight is computed, by a parametrization, from others.
         """
         checked_factor("learning_rate", learning_rate)
-        value, found = self._evaluate(True)
+        _, found = self._evaluate(True, valued=False)
         if not all(weight.is_leaf for weight, _ in found):
             raise ValueError(
                 "expected weights that are parameters, got one that a parametrization computes; "
@@ -235,7 +236,6 @@ class SpectralRegularizer:
                 gradient.descend(weight)
                 for other in others:
                     weight.sub_(other)
-        return float(value)
 
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
@@ -257,9 +257,12 @@ class SpectralRegularizer:
             for i in self._division.own
         }
         layers = self._division.gathered(own)
+        if self._last is None and self._last_scale:
+            with torch.no_grad():
+                self._evaluate(False, scale=self._last_scale)
         return RegularizerReport(
             step=self._step,
-            penalty=None if self._last is None else float(self._last),
+            penalty=self._last,
             layers=tuple(layers[i] for i in range(len(self._layers))),
         )
 
@@ -271,7 +274,8 @@ class SpectralRegularizer:
         return {
             "step": self._step,
             "started": self._seen is not None,
-            "penalty": None if self._last is None else float(self._last),
+            "penalty": self._last,
+            "scale": self._last_scale,
             "layers": {layer.key: layers[i] for i, layer in enumerate(self._layers)},
             "skipped": {layer.key: skips[i] for i, layer in enumerate(self._layers)},
         }
@@ -295,8 +299,7 @@ class SpectralRegularizer:
         self._step = state["step"]
         # Like no weights at all: the next call counts as a step, unless it is the first.
         self._seen = ([], []) if state["started"] else None
-        last = state["penalty"]
-        self._last = None if last is None else torch.tensor(last, dtype=torch.float64)
+        self._last, self._last_scale = state["penalty"], state["scale"]
 
     def to(self, device: torch.device | str) -> SpectralRegularizer:
         """Move the state to where the model is moved; a call does so by itself."""
@@ -305,11 +308,14 @@ class SpectralRegularizer:
 
     # --- one evaluation --------------------------------------------------------------------------
 
-    def _evaluate(self, moving: bool) -> tuple[Tensor, Found]:
-        """The sum over all ranks, and the gradients by the weights of this one.
+    def _evaluate(
+        self, moving: bool, *, valued: bool = True, scale: float | None = None
+    ) -> tuple[Tensor, Found]:
+        """The sum over all ranks, if `valued`, and the gradients by the weights of this one.
 
         Weights with a gradient of 0 come with None, so that the sum depends on them all the same.
         """
+        valued = valued or self._terms.gradient_needs_value
         with torch.enable_grad():  # else weights from a parametrization look frozen
             weights = [convolution_options(layer.module)[0] for layer in self._layers]
         failure: Exception | None = None
@@ -317,7 +323,7 @@ class SpectralRegularizer:
         by_layer: dict[int, Gradient] = {}
         try:
             with torch.autocast(weights[0].device.type, enabled=False):
-                value, by_layer = self._evaluate_own(weights, moving)
+                value, by_layer = self._evaluate_own(weights, moving, valued, scale)
         except Exception as error:
             if self._division.group is None:
                 raise
@@ -331,7 +337,8 @@ class SpectralRegularizer:
                 "deficient, or another rank raised an error"
             )
         if self._scale:
-            self._last = value.detach()
+            self._last = float(value) if valued else None
+            self._last_scale = self._scale
         found = [
             (weight, by_layer.get(i))
             for i, weight in enumerate(weights)
@@ -340,17 +347,18 @@ class SpectralRegularizer:
         return value.to(torch.promote_types(torch.float32, weights[0].dtype)), found
 
     def _evaluate_own(
-        self, weights: list[Tensor], moving: bool
+        self, weights: list[Tensor], moving: bool, valued: bool, scale: float | None
     ) -> tuple[Tensor, dict[int, Gradient]]:
         """The sum over the layers of this rank, and their gradients."""
         if moving:
             self._count_step(weights)
-        scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+        if scale is None:
+            scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
         self._scale = scale
         own = [i for i in self._division.own if weights[i].requires_grad]
         factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
         active = list(factors)
-        sizes = self._terms.sizes(weights, active) if active else []
+        sizes = self._terms.sizes(weights, active, valued=valued) if active else []
         for i, size in zip(active, sizes, strict=True):
             if not math.isfinite(size):
                 self._leave_out(i, moving)

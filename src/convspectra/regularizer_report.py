@@ -90,7 +90,9 @@ class RegularizerReport:
     step : int
         Changes of the weights so far.
     penalty : float or None
-        The weighted sum at the last call with a weight: a schedule may have had 0 since.
+        The weighted sum at the last call with a weight: a schedule may have had 0 since. After a
+        `SpectralRegularizer.step` with "frobenius", which needs no value, for the weights as they
+        stand now.
     layers : tuple of LayerReport
 
     Examples

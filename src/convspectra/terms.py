@@ -20,6 +20,7 @@ from convspectra.layers import Layer, is_convolution, named
 from convspectra.objectives import Objective, weighted
 from convspectra.operator import ConvOperator, block_diagonal
 from convspectra.regularizer_report import LayerReport
+from convspectra.solvers.tracking import working_dtype
 from convspectra.tracked import Stack
 
 Penalty: TypeAlias = Callable[[ConvOperator], Tensor]
@@ -40,13 +41,22 @@ STACKED_ENTRIES = 1 << 16
 class Terms(Protocol):
     """What a regularizer asks of its layers; indices are positions in the model."""
 
-    def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
+    gradient_needs_value: bool
+    """Whether the value costs nothing beside the gradient."""
+
+    def sizes(
+        self, weights: Sequence[Tensor], active: Sequence[int], *, valued: bool
+    ) -> list[float]:
         """A norm of the weight of each active layer: finite only if the weight is."""
 
     def evaluate(
         self, weights: Sequence[Tensor], factors: dict[int, float], step: int, moving: bool
     ) -> tuple[Tensor, list[Gradient]]:
-        """The sum of factors times penalties, float64, and if `moving` the gradients in order."""
+        """The sum of factors times penalties, float64, and if `moving` the gradients in order.
+
+        Of the layers whose sizes were asked for just before. The sum is 0 if that was not `valued`
+        and the gradients do not need it.
+        """
 
     def refresh(self, index: int, step: int) -> None:
         """Compute a layer exactly."""
@@ -77,7 +87,7 @@ class TrackedTerms:
     ) -> None:
         self._layers, self._objective = layers, objective
         self._refresh_interval = refresh_interval
-        self._reads = objective.smallest + objective.largest > 0
+        self.gradient_needs_value = objective.smallest + objective.largest > 0
         # Both ends, whatever is read: condition numbers cost little more then.
         smallest, largest = (max(n, 1) for n in (objective.smallest, objective.largest))
         kinds: dict[Hashable, list[int]] = {}
@@ -96,8 +106,13 @@ class TrackedTerms:
         }
         self._squares: dict[int, Tensor] = {}
 
-    def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
+    def sizes(
+        self, weights: Sequence[Tensor], active: Sequence[int], *, valued: bool
+    ) -> list[float]:
         """See `Terms`."""
+        if not (valued or self.gradient_needs_value):
+            self._squares = {}
+            return torch.stack([_square(weights[i]) for i in active]).tolist()
         self._squares = {i: self._place[i][0].mean_square(weights[i]) for i in active}
         return torch.stack(list(self._squares.values())).tolist()
 
@@ -105,7 +120,7 @@ class TrackedTerms:
         self, weights: Sequence[Tensor], factors: dict[int, float], step: int, moving: bool
     ) -> tuple[Tensor, list[Gradient]]:
         """See `Terms`."""
-        if factors and not self._reads:
+        if factors and not self.gradient_needs_value:
             return self._evaluate_squares(weights, factors, moving)
         for i in factors:
             stack, position = self._place[i]
@@ -136,10 +151,12 @@ class TrackedTerms:
     def _evaluate_squares(
         self, weights: Sequence[Tensor], factors: dict[int, float], moving: bool
     ) -> tuple[Tensor, list[Gradient]]:
-        """`evaluate` of a penalty that reads no singular values: all layers at once."""
-        squares = torch.stack([self._squares[i] for i in factors]).double()
+        """`evaluate` of a penalty that reads no singular values: a multiple of ||M||_F^2."""
+        scale = torch.tensor(list(factors.values()), dtype=torch.float64, device=weights[0].device)
+        squares = torch.zeros_like(scale)  # The slope is the same everywhere.
+        if self._squares:
+            squares = torch.stack([self._squares[i] for i in factors]).double()
         none = squares.new_zeros(len(squares), 0)
-        scale = squares.new_tensor(list(factors.values()))
         value, slopes = weighted(self._objective, scale, squares, none, none)
         self._squares = {}
         assert slopes[0] is not None
@@ -187,11 +204,15 @@ class TrackedTerms:
 class ExactTerms:
     """Penalties that are computed anew at every call."""
 
+    gradient_needs_value = True
+
     def __init__(self, layers: Sequence[Layer], penalty: Penalty) -> None:
         self._layers, self._penalty = layers, penalty
         self._stacks = [Stack([layer], 1, 1, 1) for layer in layers]
 
-    def sizes(self, weights: Sequence[Tensor], active: Sequence[int]) -> list[float]:
+    def sizes(
+        self, weights: Sequence[Tensor], active: Sequence[int], *, valued: bool
+    ) -> list[float]:
         """See `Terms`."""
         return torch.stack([torch.linalg.vector_norm(weights[i].detach()) for i in active]).tolist()
 
@@ -275,3 +296,9 @@ class ExactTerms:
         """See `Terms`."""
         for stack in self._stacks:
             stack.to(device)
+
+
+def _square(weight: Tensor) -> Tensor:
+    """The sum of squares, 0-dim."""
+    flat = weight.detach().to(working_dtype(weight.dtype)).flatten()
+    return torch.dot(flat, flat)
