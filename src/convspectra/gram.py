@@ -27,9 +27,8 @@ from convspectra.solvers.lanczos import lanczos
 from convspectra.solvers.leading import leading_eigenpairs
 from convspectra.symbol import half_multiplicity
 
-REGULARISATION = 1e-3
-"""Added to the circulant's Gram matrices, relative to their norm: they may be singular, and with
-less than this LOBPCG is lost in their null space."""
+REGULARISATION = 1e-8
+"""Added to the circulant's Gram matrices, relative to their norm: they may be singular."""
 LIKELY = 8
 """Matrices whose eigenvalues are computed at once to find the largest of all."""
 FEW_POINTS = 16

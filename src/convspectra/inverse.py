@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convspectra.augmented import AugmentedFactorization, augmented_bytes, augmented_order
 from convspectra.batched_lu import differentiable_once, inverse_and_logabsdet, lu_factor
 from convspectra.blocks import Block, gather, independent_blocks, scatter
 from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
@@ -16,6 +17,7 @@ from convspectra.checks import check_array, check_type
 from convspectra.circulant import CirculantEmbedding, is_circulant
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
+from convspectra.polyphase import has_polyphase, polyphase
 from convspectra.request import group_matrices
 from convspectra.spectra import ldexp, normalised
 from convspectra.strategy import SMALL_WORK
@@ -49,9 +51,10 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
 
     Notes
     -----
-    A square layer with zero padding and stride 1 costs one LU factorisation of the border matrix
-    (`CapacitanceFactorization`), and one inversion of it for the gradient. Any other layer costs a
-    QR factorisation of the dense M. Twice differentiable nowhere: a second derivative raises.
+    A layer with zero padding and as many outputs as inputs, over the stride, per axis costs one LU
+    factorisation of the border matrix (`CapacitanceFactorization`, or of the augmented matrix where
+    M is not square), and one inversion of it for the gradient. Any other layer costs a QR
+    factorisation of the dense M. Twice differentiable nowhere: a second derivative raises.
 
     Examples
     --------
@@ -80,14 +83,21 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
     if is_circulant(op):
         return _log_pseudo_det(CirculantEmbedding(op).symbols(half=False))
     rows, columns = (n // op.groups for n in op.shape)
-    if op.groups * rows * columns * min(rows, columns) > SMALL_WORK and is_square_toeplitz(op):
+    work = rows * columns * min(rows, columns)
+    layer = polyphase(op) if op.groups * work > SMALL_WORK and has_polyphase(op) else None
+    if layer is not None and (rows == columns or _is_cheaper_augmented(layer, work, max_bytes)):
+        factorise = CapacitanceFactorization if rows == columns else AugmentedFactorization
         with contextlib.suppress(ArithmeticError):
-            factorization = CapacitanceFactorization(op, max_bytes)
+            factorization = factorise(layer, max_bytes)
             if not factorization.is_singular():
                 return factorization.logabsdet()
         size = 8 * op.groups * rows * columns
         check_bytes("the dense matrix of a layer close to singular", size, max_bytes)
     return _log_pseudo_det(group_matrices(op, max_bytes))
+
+
+def _is_cheaper_augmented(layer: ConvOperator, dense_work: int, max_bytes: int) -> bool:
+    return augmented_order(layer) ** 3 < dense_work and augmented_bytes(layer) <= max_bytes
 
 
 def _log_pseudo_det(matrices: Tensor) -> Tensor:

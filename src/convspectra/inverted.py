@@ -1,14 +1,19 @@
-"""The smallest singular triplets from the largest of the inverse, by the capacitance method."""
+"""The smallest singular triplets from the largest of the inverse or the pseudo-inverse."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from convspectra.augmented import AugmentedFactorization
 from convspectra.capacitance import CapacitanceFactorization
+from convspectra.operator import ConvOperator
+from convspectra.polyphase import from_phases, polyphase
 from convspectra.request import Product, Request, rounding_of
 from convspectra.solvers.deflation import extreme_eigenpairs
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
@@ -26,14 +31,57 @@ RESIDUAL_UNITS = 100
 """Residuals with M may be so many times the tolerance of an iteration with the inverse."""
 
 
+class Factorization(Protocol):
+    """A fixed X near M^+, and solves that are refined, for an M with no more columns than rows."""
+
+    def apply_inverse(self, y: Tensor) -> Tensor:
+        """X y for a batch."""
+
+    def apply_inverse_adjoint(self, x: Tensor) -> Tensor:
+        """X' x for a batch."""
+
+    def solve(self, y: Tensor) -> Tensor:
+        """M^+ y for a batch."""
+
+    def solve_adjoint(self, x: Tensor) -> Tensor:
+        """M^+' x for a batch."""
+
+    @property
+    def error_bound(self) -> float:
+        """``||M^+|| <= ||X|| / (1 - error_bound)``, and so for every singular value."""
+
+    def logabsdet(self) -> Tensor:
+        """The sum of the logarithms of the singular values of M."""
+
+
 def capacitance(request: Request) -> SingularTriplets:
-    """The smallest from the largest of the inverse.
+    """The smallest triplets of a square layer from the largest of its inverse."""
+    return _by_factors(request, CapacitanceFactorization)
+
+
+def augmented(request: Request) -> SingularTriplets:
+    """The smallest triplets of a layer from the largest of its pseudo-inverse."""
+    return _by_factors(request, AugmentedFactorization)
+
+
+def _by_factors(
+    request: Request, factorise: Callable[[ConvOperator, int], Factorization]
+) -> SingularTriplets:
+    layer = polyphase(request.op)
+    wide = layer.shape[0] < layer.shape[1]
+    factorization = factorise(layer, request.max_bytes)
+    triplets = _smallest(request, layer.T if wide else layer, factorization)
+    triplets = triplets.transposed() if wide else triplets
+    v = from_phases(request.op, triplets.v.reshape(-1, *layer.input_shape)).flatten(1)
+    return replace(triplets, v=v)
+
+
+def _smallest(request: Request, op: ConvOperator, factorization: Factorization) -> SingularTriplets:
+    """The smallest of M from the largest of the inverse.
 
     Values that are lost in the rounding of larger ones of the inverse are looked for again,
     with those found projected out.
     """
-    op = request.op
-    factorization = CapacitanceFactorization(op, request.max_bytes)
     inverse, inverse_adjoint = factorization.apply_inverse, factorization.apply_inverse_adjoint
 
     def deflated(v: Tensor) -> Callable[[Tensor], Tensor]:

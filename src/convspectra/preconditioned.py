@@ -18,6 +18,7 @@ from convspectra.solvers.lobpcg import lobpcg
 from convspectra.solvers.result import Eigenpairs, SingularTriplets
 
 STEPS = 300
+STEPS_FOR_SMALLEST = 600
 SINGLE_TOLERANCE = 1e-7
 """Least tolerance on a norm for which single precision finds the vector."""
 SINGLE_RESIDUAL = 5e-6
@@ -105,7 +106,7 @@ def lobpcg_smallest(request: Request) -> SingularTriplets:
         tall.op.shape,
         request.k,
         tol=request.tol,
-        maxiter=request.most_steps(STEPS),
+        maxiter=request.most_steps(STEPS_FOR_SMALLEST),
         like=request.op.weight,
         generator=request.generator,
         values_only=request.values_only,
@@ -147,7 +148,7 @@ def _with_null_vectors(
         (tall.op.shape[1], tall.op.shape[0]),
         zeros,
         tol=request.tol,
-        maxiter=request.most_steps(STEPS),
+        maxiter=request.most_steps(STEPS_FOR_SMALLEST),
         like=request.op.weight,
         generator=request.generator,
     )

@@ -121,11 +121,13 @@ def svds(
     which : {"LM", "SM"}
         Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
     return_singular_vectors : bool
-    method : {"auto", "dense", "gram", "circulant", "capacitance", "lanczos", "davidson", "lobpcg"}
+    method : {"auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos", \
+              "davidson", "lobpcg"}
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
         forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
-        with circular padding all around; "capacitance" inverts a square, zero-padded, stride-1
-        layer exactly, for its smallest values; "lanczos" needs only products with M; "davidson"
+        with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
+        for its smallest values, and "augmented" one that is not square, as far as
+        ``[[a I, M], [M', 0]]`` has an inverse; "lanczos" needs only products with M; "davidson"
         (largest values) and "lobpcg" (smallest) precondition them by the layer's circulant.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
         by dependent channels, without vectors, it reads off the weight ("structure").
@@ -134,8 +136,8 @@ def svds(
         (two nearer than ten tolerances may then be taken for one). An iteration with the inverse
         applies it to the singular values of that.
     maxiter : int, optional
-        Most steps of an iteration. By default 300 of "davidson", "lobpcg" and "capacitance"; of
-        "lanczos" 1,500 for the smallest values and 7,500 for the largest.
+        Most steps of an iteration. By default 300 of "davidson", "capacitance" and "augmented", 600
+        of "lobpcg"; of "lanczos" 1,500 for the smallest values and 7,500 for the largest.
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.
@@ -156,13 +158,15 @@ def svds(
         For a k, which, method, tol or maxiter that cannot be, a method that the layer does not
         admit, or a matrix over `max_bytes`.
     ArithmeticError
-        If "capacitance" is forced on a layer it cannot factor (a rank-deficient weight).
+        If "capacitance" or "augmented" is forced on a layer it cannot factor (a rank-deficient
+        weight).
 
     Notes
     -----
     Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "capacitance" in two
-    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "lanczos" two
-    convolutions a step, "davidson" and "lobpcg" with two FFTs and a product per frequency besides.
+    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "augmented" the same
+    for the channels of both sides, the inputs' times stride^d; "lanczos" two convolutions a step,
+    "davidson" and "lobpcg" with two FFTs and a product per frequency besides.
     docs/mathematics.md says which way is taken for which layer and on what its bounds rest.
 
     Examples

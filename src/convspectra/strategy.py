@@ -8,11 +8,12 @@ from typing import TypeAlias
 
 import torch
 
-from convspectra.capacitance import border_bytes, is_square_toeplitz
+from convspectra.augmented import augmented_bytes, augmented_order
+from convspectra.capacitance import border_bytes
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
-from convspectra.inverted import capacitance
+from convspectra.inverted import augmented, capacitance
 from convspectra.krylov import lanczos_trial, lanczos_triplets, seems_well_conditioned
-from convspectra.operator import ConvOperator
+from convspectra.polyphase import has_polyphase, polyphase
 from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
 from convspectra.request import ZERO, Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
@@ -20,7 +21,9 @@ from convspectra.solvers.result import SingularTriplets
 
 METHODS = {
     "LM": ("auto", "dense", "gram", "circulant", "lanczos", "davidson"),
-    "SM": ("auto", "dense", "gram", "circulant", "capacitance", "lanczos", "lobpcg"),
+    "SM": (
+        *("auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos", "lobpcg"),
+    ),
 }
 SMALL_WORK = 2e7
 """Flops, m n min(m, n), under which a dense SVD is taken at once."""
@@ -32,6 +35,8 @@ LOOSE = 0.05
 DENSE_WORK_LIMIT = 1e11
 TRIAL_PRODUCTS = 200
 """Products with M that a trial of Lanczos takes, about, if it succeeds."""
+LANCZOS_PRODUCTS = 1000
+"""The same where it is less likely to, and has all its steps."""
 
 Way: TypeAlias = Callable[[Request], SingularTriplets]
 
@@ -59,7 +64,8 @@ def admits(request: Request, method: str) -> bool:
     """Whether a method can be forced on this block."""
     op = request.op
     return {
-        "capacitance": is_square_toeplitz(op),
+        "capacitance": has_polyphase(op) and op.shape[0] == op.shape[1],
+        "augmented": has_polyphase(op),
         "circulant": is_circulant(op),
         "davidson": has_embedding(op) and request.separation is None,
     }.get(method, True)
@@ -88,13 +94,15 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
             ("dense", fits),
         ]
     else:
-        border = is_square_toeplitz(op) and border_bytes(op) <= request.max_bytes
-        if border and _factor_is_dear(op) and seems_well_conditioned(request):
+        square, factors = op.shape[0] == op.shape[1], _products_for_factors(request)
+        if TRIAL_PRODUCTS < factors < math.inf and seems_well_conditioned(request):
             first = [("lanczos", lanczos_trial)]
         order = [
-            ("capacitance", border),
+            ("capacitance", square and factors < math.inf),
             ("gram", at_once),
+            ("augmented", not square and factors <= LANCZOS_PRODUCTS),
             ("lanczos", True),
+            ("augmented", not square and LANCZOS_PRODUCTS < factors < math.inf),
             ("lobpcg", True),
             ("gram", gram and not at_once),
             ("dense", fits),
@@ -104,11 +112,19 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
     ]
 
 
-def _factor_is_dear(op: ConvOperator) -> bool:
-    """Whether the capacitance method costs more than a trial of Lanczos that succeeds."""
-    order = (border_bytes(op) / (8 * op.groups)) ** 0.5
+def _products_for_factors(request: Request) -> float:
+    """As many products with M as the factors of M or K cost; inf if they cannot be had."""
+    op = request.op
+    if not has_polyphase(op):
+        return math.inf
+    layer = polyphase(op)
+    if op.shape[0] == op.shape[1]:
+        needed = border_bytes(layer)
+        order = (needed / (8 * op.groups)) ** 0.5
+    else:
+        needed, order = augmented_bytes(layer), augmented_order(layer)
     product = 2 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return 8 / 3 * op.groups * order**3 > TRIAL_PRODUCTS * product
+    return math.inf if needed > request.max_bytes else 8 / 3 * op.groups * order**3 / product
 
 
 def _certified(request: Request, triplets: SingularTriplets) -> bool:
@@ -150,6 +166,7 @@ WAYS: dict[str, Way] = {
     "gram": _gram,
     "circulant": _circulant,
     "capacitance": capacitance,
+    "augmented": augmented,
     "lanczos": lanczos_triplets,
     "davidson": davidson_largest,
     "lobpcg": lobpcg_smallest,
