@@ -338,7 +338,10 @@ def test_a_single_block_is_passed_on_as_it_is():
 def test_a_method_that_fits_no_block_is_refused():
     op = ConvOperator(random(3, 2, 3), 7)
     for method, expected in (
-        ("capacitance", "expected a square layer with zero padding and stride 1"),
+        (
+            "capacitance",
+            "expected a square layer with zero padding and N = stride N_out on every axis",
+        ),
         ("circulant", "expected a layer with circular padding all around"),
     ):
         with pytest.raises(ValueError, match=rf"{expected} for method='{method}', got ConvOp"):

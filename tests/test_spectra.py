@@ -581,7 +581,7 @@ BAD_OPTIONS = [
     ({"method": "svd"}, "method for which='LM' to be one of .* got 'svd'"),
     ({"method": "capacitance"}, "method for which='LM' .* got 'capacitance'"),
     ({"method": "lobpcg"}, "method for which='LM' .* got 'lobpcg'"),
-    ({"which": "SM", "method": "capacitance"}, "square layer with zero padding and an output for"),
+    ({"which": "SM", "method": "capacitance"}, "a square layer with zero padding and N ="),
     ({"tol": 0}, "tol between 0 and 1, got 0"),
     ({"tol": -1e-8}, "tol between 0 and 1"),
     ({"tol": 1.0}, "tol between 0 and 1"),

@@ -163,8 +163,8 @@ def layer_triplets(
 
 
 _FITTING = {
-    "capacitance": "a square layer with zero padding and an output for every stride of inputs",
-    "augmented": "zero padding and an output for every stride of inputs",
+    "capacitance": "a square layer with zero padding and N = stride N_out on every axis",
+    "augmented": "a layer with zero padding and N = stride N_out on every axis",
     "circulant": "a layer with circular padding all around",
     "davidson": "a layer with zero padding, or circular all around, and no separation",
 }
