@@ -60,12 +60,15 @@ def norm_bound(layer: str, seed: int = 0, repeats: int = 1) -> dict[str, Any]:
     return {"value": runs[0][1], "seconds": min(seconds for seconds, _ in runs)}
 
 
-def ten_and_ten(layer: str, seed: int = 0, tol: float = 1e-6) -> dict[str, Any]:
+def ten_and_ten(layer: str, seed: int = 0, tol: float = 1e-6, repeats: int = 1) -> dict[str, Any]:
     """The 10 largest and the 10 smallest with vectors, to residuals of `tol`."""
     op = find(layer).operator(seed)
-    seconds, results = timed(lambda: [cs.svds(op, 10, w, tol=tol) for w in ("LM", "SM")])
+    runs = [
+        timed(lambda: [cs.svds(op, 10, w, tol=tol) for w in ("LM", "SM")]) for _ in range(repeats)
+    ]
+    results = runs[0][1]
     return {
-        "seconds": seconds,
+        "seconds": min(seconds for seconds, _ in runs),
         "values": {
             name: result.s.tolist()
             for name, result in zip(("10 largest", "10 smallest"), results, strict=True)

@@ -187,7 +187,7 @@ class Run:
     def ten_and_ten(self, layer: Layer) -> None:
         """The ends of the spectrum with vectors."""
         answers = {name: self.peer(layer, name) for name in PEERS_OF_TEN}
-        mine = self.ours("ten_and_ten", layer=layer.name)
+        mine = self.ours("ten_and_ten", layer=layer.name, repeats=self.plan.repeats)
         target, what = "under 3 s", "10 largest and 10 smallest, with vectors, tol 1e-6"
         if "failure" in mine:
             self.rows.append(Row(layer.name, what, target=target, note=mine["failure"]))

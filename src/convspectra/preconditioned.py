@@ -112,6 +112,11 @@ def lobpcg_smallest(request: Request) -> SingularTriplets:
         values_only=request.values_only,
         precondition=gram.inverse_near_zero(),
     )
+    # M v / s of a small s is orthogonal to others only as far as rounding lets it be.
+    images, s, v = refined(tall, triplets.v, largest=False)
+    upper = s + (triplets.upper - triplets.s)
+    matvecs = triplets.matvecs + request.k
+    triplets = replace(triplets, u=images, s=s, v=v, upper=upper, matvecs=matvecs)
     triplets = _with_null_vectors(request, triplets, tall)
     if request.op.shape[0] < request.op.shape[1]:
         triplets = triplets.transposed()
