@@ -6,6 +6,7 @@ To list them: ``python -m benchmarks.layers``.
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from dataclasses import dataclass, field
@@ -18,13 +19,18 @@ import convspectra as cs
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer without its numbers: float64 weights randn * std come from a seed and the name."""
+    """A layer without its numbers: float64 weights randn * std come from a seed and the name.
+
+    With `smooth` their amplitude at a frequency of f_i cycles a tap is ``exp(-smooth sum |f_i|)``
+    times that: training makes such kernels, and their smallest singular values are small.
+    """
 
     name: str
     weight_shape: tuple[int, ...]
     input_size: tuple[int, ...]
     std: float
     options: dict[str, Any] = field(default_factory=dict)
+    smooth: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -35,18 +41,30 @@ class Layer:
         """The layer with the weights of this seed."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
         weight = torch.randn(self.weight_shape, dtype=torch.float64, generator=generator)
+        if self.smooth:
+            axes = tuple(range(2, weight.ndim))
+            frequencies = (
+                torch.fft.fftfreq(n, dtype=torch.float64).abs() for n in weight.shape[2:]
+            )
+            damping = functools.reduce(torch.add, torch.meshgrid(*frequencies, indexing="ij"))
+            amplitudes = torch.fft.fftn(weight, dim=axes) * torch.exp(-self.smooth * damping)
+            weight = torch.fft.ifftn(amplitudes, dim=axes).real
         return cs.ConvOperator(self.std * weight, self.input_size, **self.options)
 
 
-def random_layer(inputs: int, outputs: int, kernel: int, size: int, **options: Any) -> Layer:
+def random_layer(
+    inputs: int, outputs: int, kernel: int, size: int, smooth: float = 0.0, **options: Any
+) -> Layer:
     """A two-dimensional layer with standard deviation 1 / sqrt(fan_in), named by its geometry."""
     stride = f" stride {options['stride']}" if options.get("stride", 1) != 1 else ""
+    what = ", smooth" if smooth else ""
     return Layer(
-        name=f"{inputs}->{outputs} {kernel}x{kernel}{stride} at {size}x{size}",
+        name=f"{inputs}->{outputs} {kernel}x{kernel}{stride} at {size}x{size}{what}",
         weight_shape=(outputs, inputs, kernel, kernel),
         input_size=(size, size),
         std=(inputs * kernel**2) ** -0.5,
         options=options,
+        smooth=smooth,
     )
 
 
@@ -93,6 +111,11 @@ STRIDED = (
     random_layer(128, 256, 3, 28, stride=2, padding=1),
     random_layer(3, 64, 7, 112, stride=2, padding=3),
 )
+SMOOTH = (
+    random_layer(64, 128, 3, 28, smooth=12.0, padding=1),
+    random_layer(64, 128, 3, 28, smooth=12.0, stride=2, padding=1),
+    random_layer(3, 64, 7, 112, smooth=12.0, stride=2, padding=3),
+)
 SMALL_SQUARE = (random_layer(4, 4, 3, 8),)
 SMALL_STRIDED = (random_layer(4, 8, 3, 8, stride=2, padding=1),)
 
@@ -105,11 +128,12 @@ def border_order(layer: Layer) -> int:
 
 def find(name: str) -> Layer:
     """The layer of this name, among those of the table."""
-    return {layer.name: layer for layer in SQUARE + STRIDED + SMALL_SQUARE + SMALL_STRIDED}[name]
+    every = SQUARE + STRIDED + SMOOTH + SMALL_SQUARE + SMALL_STRIDED
+    return {layer.name: layer for layer in every}[name]
 
 
 def main() -> None:
-    for layer in SQUARE + STRIDED + resnet50():
+    for layer in SQUARE + STRIDED + SMOOTH + resnet50():
         print(f"{layer.name:45} {layer.weights:10,} weights, {layer.options}")
 
 

@@ -20,7 +20,7 @@ def weight(*shape: int, seed: int = 0, smooth: float = 0.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(*shape, dtype=torch.float64, generator=generator)
     if smooth:
-        frequencies = [torch.fft.fftfreq(k).abs() for k in shape[2:]]
+        frequencies = [torch.fft.fftfreq(k, dtype=torch.float64).abs() for k in shape[2:]]
         damping = torch.exp(-smooth * sum(torch.meshgrid(*frequencies, indexing="ij")))
         w = torch.fft.ifftn(torch.fft.fftn(w, dim=(2, 3)) * damping, dim=(2, 3)).real
     return w

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_weights_come_from_the_seed_and_the_name() -> None:
     layer = layers.SMALL_SQUARE[0]
     assert torch.equal(layer.operator(3).weight, layer.operator(3).weight)
     assert not torch.equal(layer.operator(3).weight, layer.operator(4).weight)
+
+
+def test_smooth_kernels_have_their_amplitudes() -> None:
+    smooth = layers.random_layer(2, 3, 4, 8, smooth=2.0, padding=1)
+    plain = replace(smooth, smooth=0.0)
+    assert smooth.name == "2->3 4x4 at 8x8, smooth"
+    amplitudes = (torch.fft.fft2(layer.operator().weight) for layer in (smooth, plain))
+    ratio = torch.div(*amplitudes)
+    cycles = [0, 0.25, 0.5, 0.25]
+    expected = [[np.exp(-2 * (a + b)) for b in cycles] for a in cycles]
+    np.testing.assert_allclose(ratio, np.broadcast_to(expected, ratio.shape), rtol=1e-10)
 
 
 def test_the_border_of_the_table_has_the_orders_known() -> None:
