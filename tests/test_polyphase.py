@@ -6,50 +6,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convspectra.operator import ConvOperator
-from convspectra.polyphase import from_phases, has_polyphase, polyphase
+from convspectra.polyphase import (
+    from_grid,
+    from_phases,
+    grid,
+    is_square_grid,
+    phase_lengths,
+    polyphase,
+    to_grid,
+    to_phases,
+)
 
 
 @st.composite
-def same_layers(draw):
-    ndim = draw(st.integers(1, 3))
-    points, strides, kernels, dilations, padding = [], [], [], [], []
-    for _ in range(ndim):
-        m, stride, dilation = (draw(st.integers(1, n)) for n in (4, 3, 2))
-        k = draw(st.integers(1, 4))
-        # As many outputs as there are strides of inputs.
-        total = dilation * (k - 1) + 1 - stride + draw(st.integers(0, stride - 1))
-        if total < 0:
-            k, dilation, total = stride, 1, 0
-        before = draw(st.integers(0, total))
-        points.append(m), strides.append(stride), kernels.append(k), dilations.append(dilation)
-        padding.append((before, total - before))
+def zero_padded(draw):
+    sizes, strides, kernels, dilations, padding = [], [], [], [], []
+    for _ in range(draw(st.integers(1, 3))):
+        stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+        n, k = draw(st.integers(stride, 7)), draw(st.integers(1, 4))
+        before, after = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+        after = max(after, dilation * (k - 1) + 1 - n - before)
+        sizes.append(n), strides.append(stride), kernels.append(k), dilations.append(dilation)
+        padding.append((before, after))
     groups, h, g = (draw(st.integers(1, n)) for n in (2, 3, 2))
     weight = torch.randn(groups * h, g, *kernels, dtype=torch.float64)
-    sizes = [m * s for m, s in zip(points, strides, strict=True)]
     return ConvOperator(
         weight, sizes, stride=strides, padding=padding, dilation=dilations, groups=groups
     )
 
 
-@given(same_layers())
+@given(zero_padded())
 @settings(max_examples=150)
-def test_a_permutation_of_the_inputs_makes_the_stride_1(op):
-    assert has_polyphase(op)
+def test_it_is_the_layer_between_its_points_on_the_grid(op):
     layer = polyphase(op)
-    assert layer.shape == op.shape
     assert set(layer.geometry.stride) == {1}
-    assert layer.geometry.output_size == layer.geometry.input_size == op.geometry.output_size
-    x = torch.randn(3, *layer.input_shape, dtype=torch.float64)
-    inputs = from_phases(op, x)
-    assert torch.allclose(layer.apply(x), op.apply(inputs), rtol=0, atol=1e-13)
-    assert torch.equal(inputs.flatten().sort().values, x.flatten().sort().values)
+    assert layer.geometry.output_size == layer.geometry.input_size == grid(op)
+    x = torch.randn(2, *op.input_shape, dtype=torch.float64)
+    y = from_grid(op, layer.apply(to_phases(op, x)))
+    assert torch.allclose(y, op.apply(x), rtol=0, atol=1e-12)
+    y = torch.randn(2, *op.output_shape, dtype=torch.float64)
+    x = from_phases(op, layer.apply_adjoint(to_grid(op, y)))
+    assert torch.allclose(x, op.apply_adjoint(y), rtol=0, atol=1e-12)
+
+
+@given(zero_padded())
+@settings(max_examples=80)
+def test_the_points_are_those_of_the_lengths(op):
+    there = to_phases(op, torch.ones(1, *op.input_shape, dtype=torch.float64))[0]
+    expected = torch.ones(1)
+    for n, lengths in zip(grid(op), phase_lengths(op), strict=True):
+        along = torch.arange(n) < lengths.reshape(-1, *(1,) * expected.ndim)
+        expected = expected[..., None] * along
+    assert torch.equal(there, expected.repeat(op.groups, *(1,) * op.geometry.ndim).double())
+    assert is_square_grid(op) == (bool(there.all()) and op.geometry.output_size == grid(op))
 
 
 def test_stride_1_is_left_as_it_is():
     op = ConvOperator(torch.randn(3, 2, 3, 3, dtype=torch.float64), (4, 5))
     assert torch.equal(polyphase(op).weight, op.weight)
     x = torch.randn(2, *op.input_shape, dtype=torch.float64)
-    assert torch.equal(from_phases(op, x), x)
+    assert torch.equal(to_phases(op, x), x)
+    assert is_square_grid(op)
 
 
 def test_the_weight_keeps_its_gradient():
@@ -59,15 +76,6 @@ def test_the_weight_keeps_its_gradient():
     assert torch.equal(weight.grad, weight)
 
 
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [
-        (7, {"stride": 2, "padding": 1}),
-        (6, {"padding": 0}),
-        (6, {"padding": 2}),
-        (6, {"padding": 1, "padding_mode": "circular"}),
-    ],
-)
-def test_others_have_none(size, options):
-    assert not has_polyphase(ConvOperator(torch.ones(1, 1, 3), size, **options))
-    assert not has_polyphase(ConvOperator(torch.ones(2, 1), ()))
+@pytest.mark.parametrize(("size", "padding"), [(7, 1), (6, 0), (6, 2)])
+def test_other_sizes_leave_holes_in_the_grid(size, padding):
+    assert not is_square_grid(ConvOperator(torch.ones(1, 1, 3), size, stride=2, padding=padding))

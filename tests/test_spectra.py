@@ -16,8 +16,8 @@ from torch import Tensor
 
 import convspectra as cs
 from convspectra import ConvOperator, spectra, strategy
+from convspectra.augmented import has_augmented
 from convspectra.capacitance import is_square_toeplitz
-from convspectra.polyphase import has_polyphase
 
 EPS = 2.0**-52
 
@@ -49,7 +49,7 @@ BY_FACTORS = ("capacitance", "augmented")
 def methods(op: ConvOperator, which: str) -> list[str]:
     if which == "LM":
         return ["auto", "dense", "gram", "lanczos"]
-    same = has_polyphase(op.T if op.transposed else op)
+    same = has_augmented(op.T if op.transposed else op)
     by_factors = ["capacitance"] * is_square_toeplitz(op) + ["augmented"] * same
     return ["auto", "dense", "gram", "lobpcg", *by_factors]
 

@@ -20,8 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convspectra.capacitance import BOUND_VECTORS, CapacitanceFactorization
+from convspectra.cut_torus import border_orders
 from convspectra.matrices import check_bytes
 from convspectra.operator import ConvOperator
+from convspectra.polyphase import (
+    from_grid,
+    from_phases,
+    grid,
+    inputs_per_point,
+    is_square_grid,
+    phase_lengths,
+    polyphase,
+    to_grid,
+    to_phases,
+)
 from convspectra.solvers.gaussian import log_smallest_norm
 
 SHIFT = 1e-4
@@ -29,20 +41,31 @@ SHIFT = 1e-4
 known."""
 
 
+def has_augmented(op: ConvOperator) -> bool:
+    """Whether K is part of a convolution whose circulant may be regular.
+
+    That takes zero padding, a point of every phase, and as many channels on the longer side of M as
+    on the other at least.
+    """
+    g = op.geometry
+    if g.ndim == 0 or g.padding_mode != "zeros":
+        return False
+    outputs, inputs = op.weight.shape[0] // op.groups, inputs_per_point(op)
+    agree = outputs <= inputs if op.shape[0] < op.shape[1] else outputs >= inputs
+    return agree and all(s <= n for s, n in zip(g.stride, g.input_size, strict=True))
+
+
 def augmented_order(op: ConvOperator) -> int:
     """Order of one group's border matrix of K."""
-    sizes = op.geometry.output_size
-    points = min(
-        reach * math.prod(sizes) // n for n, reach in zip(sizes, _reaches(op), strict=True)
-    )
-    return sum(_channels(op)) * points
+    periods = [n + reach for n, reach in zip(grid(op), _reaches(polyphase(op)), strict=True)]
+    return min(border_orders(periods, _lengths(op)))
 
 
 def augmented_bytes(op: ConvOperator) -> int:
     """Size of the border matrix of K and of its inverted symbols, in float64."""
-    sizes = op.geometry.output_size
-    points = math.prod(n + reach for n, reach in zip(sizes, _reaches(op), strict=True))
-    return 8 * op.groups * (augmented_order(op) ** 2 + sum(_channels(op)) ** 2 * points)
+    reaches, channels = _reaches(polyphase(op)), _lengths(op).shape[1]
+    points = math.prod(n + reach for n, reach in zip(grid(op), reaches, strict=True))
+    return 8 * op.groups * (augmented_order(op) ** 2 + channels**2 * points)
 
 
 class AugmentedFactorization:
@@ -51,8 +74,8 @@ class AugmentedFactorization:
     Parameters
     ----------
     op : ConvOperator
-        Not transposed, of stride 1, with zero padding and as many output as input points; float64.
-        Gradients flow from `logabsdet` to its weight.
+        Not transposed, such that `has_augmented(op)`; float64. Gradients flow from `logabsdet` to
+        its weight.
     max_bytes : int
         Limit on `augmented_bytes(op)`.
 
@@ -74,7 +97,8 @@ class AugmentedFactorization:
         blocks = op.weight.detach().unflatten(0, (op.groups, -1)).flatten(1)
         taps = math.prod(op.weight.shape[2:])
         self._shift = SHIFT * taps**0.5 * float(torch.linalg.vector_norm(blocks, dim=1).amax())
-        self._factorization = CapacitanceFactorization(self._augmented(), max_bytes)
+        lengths = None if is_square_grid(op) else _lengths(op)
+        self._factorization = CapacitanceFactorization(self._augmented(), max_bytes, lengths)
 
     def solve(self, y: Tensor) -> Tensor:
         """M^+ y for a batch of the longer side, with one step of refinement where it helps."""
@@ -125,47 +149,47 @@ class AugmentedFactorization:
         return 0.5 * (self._factorization.logabsdet() - shifts)
 
     def _augmented(self) -> ConvOperator:
-        op, reaches = self._op, _reaches(self._op)
-        sides = zip(reversed(reaches), reversed(op.geometry.padding), strict=True)
+        layer = polyphase(self._op)
+        reaches, groups = _reaches(layer), layer.groups
+        sides = zip(reversed(reaches), reversed(layer.geometry.padding), strict=True)
         amounts = [reach - side for reach, padding in sides for side in padding]
-        taps = F.pad(op.weight.unflatten(0, (op.groups, -1)), amounts)
+        taps = F.pad(layer.weight.unflatten(0, (groups, -1)), amounts)
         adjoint = taps.transpose(1, 2).flip(tuple(range(3, taps.ndim)))
-        outputs, inputs = _channels(op)
-        above, below = (taps.new_zeros(op.groups, n, n, *taps.shape[3:]) for n in (outputs, inputs))
+        above, below = (taps.new_zeros(groups, n, n, *taps.shape[3:]) for n in taps.shape[1:3])
         weight = torch.cat([torch.cat([above, taps], 2), torch.cat([adjoint, below], 2)], 1)
         taps_last = weight.flatten(3)
         middle = taps_last.shape[3] // 2
-        taps_last[..., middle].diagonal(dim1=1, dim2=2)[:, self._channels_of(longer=True)] = (
-            self._shift
-        )
-        return ConvOperator(
-            weight.flatten(0, 1), op.geometry.output_size, padding=reaches, groups=op.groups
-        )
-
-    def _channels_of(self, *, longer: bool) -> slice:
-        """The channels of K, in a group, that are those of one side of M."""
-        outputs = _channels(self._op)[0]
-        return slice(outputs, None) if longer == self._wide else slice(outputs)
+        longer = slice(taps.shape[1], None) if self._wide else slice(taps.shape[1])
+        taps_last[..., middle].diagonal(dim1=1, dim2=2)[:, longer] = self._shift
+        return ConvOperator(weight.flatten(0, 1), grid(self._op), padding=reaches, groups=groups)
 
     def _stacked(self, side: Tensor, *, longer: bool) -> Tensor:
         """What K acts on, from one side of M and zeros on the other."""
-        blocks = side.unflatten(1, (self._op.groups, -1))
-        channels = sum(_channels(self._op))
-        stacked = side.new_zeros(len(side), self._op.groups, channels, *side.shape[2:])
-        stacked[:, :, self._channels_of(longer=longer)] = blocks
-        return stacked.flatten(1, 2)
+        op, groups = self._op, self._op.groups
+        of_inputs = longer == self._wide
+        blocks = (to_phases(op, side) if of_inputs else to_grid(op, side)).unflatten(
+            1, (groups, -1)
+        )
+        others = op.weight.shape[0] // groups if of_inputs else inputs_per_point(op)
+        zeros = side.new_zeros(len(side), groups, others, *blocks.shape[3:])
+        parts = (zeros, blocks) if of_inputs else (blocks, zeros)
+        return torch.cat(parts, 2).flatten(1, 2)
 
     def _part(self, stacked: Tensor, *, longer: bool) -> Tensor:
         """One side of M from what K acts on."""
-        blocks = stacked.unflatten(1, (self._op.groups, -1))
-        return blocks[:, :, self._channels_of(longer=longer)].flatten(1, 2)
+        op, outputs = self._op, self._op.weight.shape[0] // self._op.groups
+        blocks = stacked.unflatten(1, (op.groups, -1))
+        if longer == self._wide:
+            return from_phases(op, blocks[:, :, outputs:].flatten(1, 2))
+        return from_grid(op, blocks[:, :, :outputs].flatten(1, 2))
 
 
-def _channels(op: ConvOperator) -> tuple[int, int]:
-    """Outputs and inputs of a group."""
-    return op.weight.shape[0] // op.groups, op.weight.shape[1]
+def _lengths(op: ConvOperator) -> Tensor:
+    """How many points, from the first, each channel of K in a group has, (axes, channels)."""
+    outputs = torch.tensor(op.geometry.output_size)[:, None]
+    return torch.cat([outputs.expand(-1, op.weight.shape[0] // op.groups), phase_lengths(op)], 1)
 
 
-def _reaches(op: ConvOperator) -> tuple[int, ...]:
+def _reaches(layer: ConvOperator) -> tuple[int, ...]:
     """How many points to either side of an output its taps reach, per axis."""
-    return tuple(max(sides) for sides in op.geometry.padding)
+    return tuple(max(sides) for sides in layer.geometry.padding)

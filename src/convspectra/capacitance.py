@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from convspectra.cut_torus import CutTorus
+from convspectra.cut_torus import CutTorus, all_lengths, border_orders
 from convspectra.matrices import check_bytes
 from convspectra.operator import ConvOperator
 from convspectra.solvers.gaussian import log_smallest_norm
@@ -71,6 +71,10 @@ class CapacitanceFactorization:
     max_bytes : int
         Limit on the border matrix W, of ``groups * (g / groups * border)^2`` numbers; border is the
         number of points of the last cut, N for 3 x 3 taps on N x N points.
+    lengths : Tensor, optional
+        Of the points of `op` along each axis, how many, from the first, each channel of a group has
+        in M, (axes, channels): M is the layer with the other rows and columns left out. Arrays have
+        all points; those left out are ignored, and come out as 0.
 
     Raises
     ------
@@ -86,9 +90,12 @@ class CapacitanceFactorization:
     three times until W is there, and up to three times W.
     """
 
-    def __init__(self, op: ConvOperator, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(
+        self, op: ConvOperator, max_bytes: int = DEFAULT_MAX_BYTES, lengths: Tensor | None = None
+    ) -> None:
         self._op = op.with_weight(op.weight.detach())
-        check_bytes("the border matrix", border_bytes(op), max_bytes)
+        self._inside = None if lengths is None else _inside(op, lengths)
+        check_bytes("the border matrix", border_bytes(op, lengths), max_bytes)
         direct = op.T if op.transposed else op
         best: tuple[float, CutTorus, Tensor, float] | None = None
         others: list[tuple[float, int, CutTorus]] = []
@@ -104,7 +111,7 @@ class CapacitanceFactorization:
             return error <= PROBE_ACCEPTED_AT_ONCE
 
         for extra, phase in itertools.product(range(3), (0.0, 0.5)):
-            torus = CutTorus(direct, extra, phase)
+            torus = CutTorus(direct, extra, phase, lengths)
             if torus.condition <= CONDITION_ACCEPTED_AT_ONCE:
                 if attempt(torus) or tried == MAX_FACTORIZATIONS:
                     break
@@ -130,7 +137,7 @@ class CapacitanceFactorization:
         """
         x = self._direction
         solution = self._refined(x, not self._op.transposed)
-        residual = torch.linalg.vector_norm(x - self._op.apply_adjoint(solution))
+        residual = torch.linalg.vector_norm(x - self._forward(solution, not self._op.transposed))
         return bool(residual >= SINGULAR_RESIDUAL * torch.linalg.vector_norm(x))
 
     def solve(self, y: Tensor) -> Tensor:
@@ -165,9 +172,10 @@ class CapacitanceFactorization:
         Cost: two applications to 4 vectors each.
         """
         y = self._gaussian(self._op.output_shape, BOUND_VECTORS, seed=1)
+        plain, adjoint = self._op.transposed, not self._op.transposed
         errors = (
-            self._op.apply(self.apply_inverse(y)) - y,
-            self.apply_inverse_adjoint(self._op.apply_adjoint(y)) - y,
+            self._forward(self.apply_inverse(y), plain) - y,
+            self.apply_inverse_adjoint(self._forward(y, adjoint)) - y,
         )
         largest = max(float(torch.linalg.vector_norm(error)) for error in errors)
         return largest / math.exp(log_smallest_norm(BOUND_VECTORS))
@@ -181,13 +189,14 @@ class CapacitanceFactorization:
 
     def _gaussian(self, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
         generator = torch.Generator(device=self._op.device).manual_seed(seed)
-        return torch.randn(
+        gaussian = torch.randn(
             count,
             *shape,
             dtype=self._op.dtype,
             device=self._op.device,
             generator=generator,
         )
+        return self._restricted(gaussian)
 
     def _probe(self, torus: CutTorus) -> tuple[float, Tensor, float]:
         """Backward error ``||M x - y|| / (||M|| ||x||)`` of a solve for a random y, x, and what is
@@ -196,24 +205,34 @@ class CapacitanceFactorization:
         The first tells a poor embedding from an ill-conditioned M, which no embedding can mend.
         """
         y = self._gaussian(self._op.output_shape, 1, seed=0)
-        x = torus.apply_inverse(y, self._op.transposed)
-        residual = float(torch.linalg.vector_norm(y - self._op.apply(x)))
+        x = self._restricted(torus.apply_inverse(y, self._op.transposed))
+        residual = float(torch.linalg.vector_norm(y - self._forward(x, self._op.transposed)))
         error = residual / (torus.norm * float(torch.linalg.vector_norm(x)))
         left = residual / float(torch.linalg.vector_norm(y))
         return error if math.isfinite(error) else math.inf, x, left
 
     def _forward(self, x: Tensor, adjoint: bool) -> Tensor:
         """The direct layer, or its adjoint."""
-        return self._op.apply_adjoint(x) if adjoint != self._op.transposed else self._op.apply(x)
+        apply = self._op.apply_adjoint if adjoint != self._op.transposed else self._op.apply
+        return self._restricted(apply(x))
+
+    def _backward(self, y: Tensor, adjoint: bool) -> Tensor:
+        """The inverse of `_forward` by the torus, without refinement."""
+        return self._restricted(self._torus.apply_inverse(self._restricted(y), adjoint))
+
+    def _restricted(self, x: Tensor) -> Tensor:
+        return x if self._inside is None else x * self._inside
 
     def _linear(self, y: Tensor, adjoint: bool) -> Tensor:
-        x = self._torus.apply_inverse(y, adjoint)
+        y = self._restricted(y)
+        x = self._backward(y, adjoint)
         if self._refine_always:
-            x = x + self._torus.apply_inverse(y - self._forward(x, adjoint), adjoint)
+            x = x + self._backward(y - self._forward(x, adjoint), adjoint)
         return x
 
     def _refined(self, y: Tensor, adjoint: bool) -> Tensor:
-        x = self._torus.apply_inverse(y, adjoint)
+        y = self._restricted(y)
+        x = self._backward(y, adjoint)
         residual = y - self._forward(x, adjoint)
         size = float(torch.linalg.vector_norm(residual))
         if not math.isfinite(size):
@@ -223,15 +242,21 @@ class CapacitanceFactorization:
             BACKWARD_ERROR_REACHED * self._torus.norm * float(torch.linalg.vector_norm(x)),
         )
         if size > reached:
-            refined = x + self._torus.apply_inverse(residual, adjoint)
+            refined = x + self._backward(residual, adjoint)
             if float(torch.linalg.vector_norm(y - self._forward(refined, adjoint))) < size:
                 return refined
         return x
 
 
-def border_bytes(op: ConvOperator) -> int:
+def border_bytes(op: ConvOperator, lengths: Tensor | None = None) -> int:
     """Size of the border matrix, in float64: of the points across the longest axis."""
-    sizes, periods = op.geometry.input_size, smallest_periods(op.geometry)
-    lines = zip(sizes, periods, strict=True)
-    points = min((period - n) * math.prod(sizes) // n for n, period in lines)
-    return 8 * op.groups * (op.weight.shape[1] * points) ** 2
+    lengths = all_lengths(op) if lengths is None else lengths
+    return 8 * op.groups * min(border_orders(smallest_periods(op.geometry), lengths)) ** 2
+
+
+def _inside(op: ConvOperator, lengths: Tensor) -> Tensor:
+    """1 at the points that a channel has, and 0 elsewhere, (channels, *input_size)."""
+    inside = torch.ones(op.weight.shape[1], dtype=op.dtype)
+    for n, along in zip(op.geometry.input_size, lengths, strict=True):
+        inside = inside[..., None] * (torch.arange(n) < along.reshape(-1, *(1,) * inside.ndim))
+    return inside.repeat(op.groups, *(1,) * op.geometry.ndim).to(op.device)

@@ -1,5 +1,7 @@
 """The torus of a block circulant cut open axis by axis: C^{-1} becomes M^{-1}.
 
+A channel may have fewer points along an axis than others: all else of it is cut out, too.
+
 Arrays are laid out (groups, axis 0, ..., axis d - 1, channels, vectors), the axes in the order in
 which they are cut, last to first; each is in Fourier space until its cut, in points after it.
 See Note [One axis at a time].
@@ -8,7 +10,7 @@ See Note [One axis at a time].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +23,17 @@ from convspectra.symbol import angles, half_count, half_multiplicity, smallest_p
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of the torus: n interior points of `period`, and the twist phase."""
+    """One axis of the torus: n interior points of `period`, and the twist phase.
+
+    Of them every channel of a group has the first `lengths`.
+    """
 
     place: int
     n: int
     period: int
     phase: float
     before: int
+    lengths: Tensor
 
     def twist(self, count: int, like: Tensor) -> Tensor:
         """exp(2 pi i phase n / period) at the first points."""
@@ -37,7 +43,7 @@ class _Axis:
 
     def waves(self, theta: Tensor) -> Tensor:
         """exp(-i theta point) at these frequencies and the points of the border."""
-        angle = -theta[:, None] * torch.arange(self.n, self.period, dtype=torch.float64)
+        angle = -theta[:, None] * torch.tensor(self.border, dtype=torch.float64)
         return torch.polar(torch.ones_like(angle), angle)
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
@@ -50,7 +56,8 @@ class _Axis:
 
     @property
     def border(self) -> range:
-        return range(self.n, self.period)
+        """All points that some channel lacks."""
+        return range(int(self.lengths.min()), self.period)
 
 
 def block_toeplitz(
@@ -95,6 +102,9 @@ class CutTorus:
     phase : float
         0, or 1/2 for a torus on which functions change sign as they go around an axis: no frequency
         is 0 then, and a circulant that is singular there (the Laplacian, say) becomes regular.
+    lengths : Tensor, optional
+        How many points, from the first, each channel of a group has along each axis, (axes,
+        channels), if it is not all of them. M has the others' rows and columns left out.
 
     Attributes
     ----------
@@ -104,13 +114,19 @@ class CutTorus:
         Largest Frobenius norm of a symbol.
     """
 
-    def __init__(self, op: ConvOperator, extra: int, phase: float) -> None:
+    def __init__(
+        self, op: ConvOperator, extra: int, phase: float, lengths: Tensor | None = None
+    ) -> None:
         g = op.geometry
         periods = [p + extra for p in smallest_periods(g)]
-        order = sorted(
-            range(g.ndim), key=lambda i: (periods[i] - g.input_size[i]) / g.input_size[i]
-        )
-        self._axes = [_Axis(i, g.input_size[i], periods[i], phase, g.padding[i][0]) for i in order]
+        sizes = all_lengths(op) if lengths is None else lengths
+        order = sorted(range(g.ndim), key=lambda i: border_orders(periods, sizes)[i])
+        self._axes = [
+            _Axis(i, g.input_size[i], periods[i], phase, g.padding[i][0], sizes[i]) for i in order
+        ]
+        self._kept = [
+            None if lengths is None else self._places(cut).to(op.device) for cut in range(g.ndim)
+        ]
         first = self._axes[0]
         frequencies = [
             angles(a.period, phase, half_count(a.period, phase) if a is first else None)
@@ -141,14 +157,16 @@ class CutTorus:
         """Cut every axis; the large matrix is that of the first axis, cut last."""
         blocks = self._inverse
         self._borders = []
-        for axis in reversed(self._axes[1:]):
-            dim = blocks.ndim - 3
+        for cut in reversed(range(1, len(self._axes))):
+            axis, kept, dim = self._axes[cut], self._kept[cut], blocks.ndim - 3
             kernel = torch.fft.ifft(blocks, dim=dim)
             if axis.phase:
                 kernel = kernel * axis.twist(axis.period, blocks)[:, None, None]
-            small, log_dets = inverse_and_logabsdet(axis.toeplitz(kernel, axis.border, axis.border))
-            to_interior = axis.toeplitz(kernel, axis.interior, axis.border) @ small
-            to_border = axis.toeplitz(kernel, axis.border, axis.interior)
+            border = _taken(axis.toeplitz(kernel, axis.border, axis.border), kept, kept)
+            small, log_dets = inverse_and_logabsdet(border)
+            to_interior = axis.toeplitz(kernel, axis.interior, axis.border)
+            to_interior = _taken(to_interior, None, kept) @ small
+            to_border = _taken(axis.toeplitz(kernel, axis.border, axis.interior), kept, None)
             weights = self._half.reshape(-1, *(1,) * (log_dets.ndim - 2))
             self._log_det = self._log_det + (log_dets * weights).sum()
             self._borders.insert(0, small.detach())
@@ -198,14 +216,20 @@ class CutTorus:
             return _product(self._inverse, y, adjoint)
         axis, dim = self._axes[cut], 1 + cut
         u = self._through_torus(cut, self._transformed(cut, y), adjoint)
-        inside, outside = u.split([axis.n, axis.period - axis.n], dim)
+        inside = u.narrow(dim, 0, axis.n)
+        outside = u.narrow(dim, axis.border.start, len(axis.border))
         if outside.shape[dim] == 0:
             return inside
-        right = outside.flatten(dim, -2)
+        right = all_right = outside.flatten(dim, -2)
+        kept = self._kept[cut]
+        if kept is not None:
+            right = all_right.index_select(-2, kept)
         if cut == 0:
             w = torch.linalg.lu_solve(*self._factors, right, adjoint=adjoint)
         else:
             w = _product(self._borders[cut - 1], right, adjoint)
+        if kept is not None:
+            w = torch.zeros_like(all_right).index_copy(-2, kept, w)
         # A few points of the border: a product with their waves is faster than a transform.
         waves = self._waves[cut]
         at_border = waves @ w.reshape(outside.shape).flatten(dim + 1).to(waves.dtype)
@@ -238,9 +262,9 @@ class CutTorus:
 
     def _border_matrix(self, block: Callable[[Tensor], Tensor]) -> Tensor:
         """W, from a function of the weights with which the frequencies of the first axis enter."""
-        axis = self._axes[0]
+        axis, kept = self._axes[0], self._kept[0]
         theta = angles(axis.period, axis.phase, len(self._half)).to(self._half.device)
-        width = axis.period - axis.n
+        width = len(axis.border)
         if width == 0:
             return self._half.new_zeros(self._inverse.shape[0], 0, 0)
         diagonals = {
@@ -248,9 +272,41 @@ class CutTorus:
             for step in range(1 - width, width)
         }
         if width == 1:
-            return diagonals[0]
+            return _taken(diagonals[0], kept, kept)
         rows = [torch.cat([diagonals[i - j] for j in range(width)], -1) for i in range(width)]
-        return torch.cat(rows, -2)
+        return _taken(torch.cat(rows, -2), kept, kept)
+
+    def _places(self, cut: int) -> Tensor:
+        """Of the border's points, those of the axes cut before and the channels, what is cut out.
+
+        The others are the interior's, or were cut out before.
+        """
+        axis = self._axes[cut]
+        out = torch.tensor(axis.border)[:, None] >= axis.lengths
+        for later in self._axes[cut + 1 :]:
+            out = out.unsqueeze(-2) & (torch.arange(later.n)[:, None] < later.lengths)
+        return torch.nonzero(out.flatten()).flatten()
+
+
+def all_lengths(op: ConvOperator) -> Tensor:
+    """The points of a layer that every channel of a group has, (axes, channels)."""
+    return torch.tensor(op.geometry.input_size)[:, None].expand(-1, op.weight.shape[1])
+
+
+def border_orders(periods: Sequence[int], lengths: Tensor) -> list[int]:
+    """Order of one group's border matrix, by the axis that is cut last."""
+    points = lengths.prod(0)
+    return [
+        int(((period - along) * points.div(along, rounding_mode="floor")).sum())
+        for period, along in zip(periods, lengths, strict=True)
+    ]
+
+
+def _taken(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """These rows and columns; all if None."""
+    if rows is not None:
+        matrix = matrix.index_select(-2, rows)
+    return matrix if columns is None else matrix.index_select(-1, columns)
 
 
 def _product(blocks: Tensor, y: Tensor, adjoint: bool) -> Tensor:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convspectra.augmented import AugmentedFactorization, augmented_bytes, augmented_order
+from convspectra.augmented import (
+    AugmentedFactorization,
+    augmented_bytes,
+    augmented_order,
+    has_augmented,
+)
 from convspectra.batched_lu import differentiable_once, inverse_and_logabsdet, lu_factor
 from convspectra.blocks import Block, gather, independent_blocks, scatter
 from convspectra.capacitance import CapacitanceFactorization, is_square_toeplitz
@@ -17,7 +22,7 @@ from convspectra.checks import check_array, check_type
 from convspectra.circulant import CirculantEmbedding, is_circulant
 from convspectra.matrices import DEFAULT_MAX_BYTES, check_bytes
 from convspectra.operator import ConvOperator
-from convspectra.polyphase import has_polyphase, polyphase
+from convspectra.polyphase import is_square_grid, polyphase
 from convspectra.request import group_matrices
 from convspectra.spectra import ldexp, normalised
 from convspectra.strategy import SMALL_WORK
@@ -84,11 +89,15 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
         return _log_pseudo_det(CirculantEmbedding(op).symbols(half=False))
     rows, columns = (n // op.groups for n in op.shape)
     work = rows * columns * min(rows, columns)
-    layer = polyphase(op) if op.groups * work > SMALL_WORK and has_polyphase(op) else None
-    if layer is not None and (rows == columns or _is_cheaper_augmented(layer, work, max_bytes)):
-        factorise = CapacitanceFactorization if rows == columns else AugmentedFactorization
+    square = rows == columns and is_square_grid(op)
+    is_large = op.groups * work > SMALL_WORK and has_augmented(op)
+    if is_large and (square or _is_cheaper_augmented(op, work, max_bytes)):
         with contextlib.suppress(ArithmeticError):
-            factorization = factorise(layer, max_bytes)
+            factorization = (
+                CapacitanceFactorization(polyphase(op), max_bytes)
+                if square
+                else AugmentedFactorization(op, max_bytes)
+            )
             if not factorization.is_singular():
                 return factorization.logabsdet()
         size = 8 * op.groups * rows * columns
@@ -96,8 +105,8 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
     return _log_pseudo_det(group_matrices(op, max_bytes))
 
 
-def _is_cheaper_augmented(layer: ConvOperator, dense_work: int, max_bytes: int) -> bool:
-    return augmented_order(layer) ** 3 < dense_work and augmented_bytes(layer) <= max_bytes
+def _is_cheaper_augmented(op: ConvOperator, dense_work: int, max_bytes: int) -> bool:
+    return augmented_order(op) ** 3 < dense_work and augmented_bytes(op) <= max_bytes
 
 
 def _log_pseudo_det(matrices: Tensor) -> Tensor:

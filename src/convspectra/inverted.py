@@ -56,24 +56,19 @@ class Factorization(Protocol):
 
 def capacitance(request: Request) -> SingularTriplets:
     """The smallest triplets of a square layer from the largest of its inverse."""
-    return _by_factors(request, CapacitanceFactorization)
+    op, layer = request.op, polyphase(request.op)
+    factorization = CapacitanceFactorization(layer, request.max_bytes)
+    triplets = _smallest(request, layer, factorization)
+    v = from_phases(op, triplets.v.reshape(-1, *layer.input_shape)).flatten(1)
+    return replace(triplets, v=v)
 
 
 def augmented(request: Request) -> SingularTriplets:
     """The smallest triplets of a layer from the largest of its pseudo-inverse."""
-    return _by_factors(request, AugmentedFactorization)
-
-
-def _by_factors(
-    request: Request, factorise: Callable[[ConvOperator, int], Factorization]
-) -> SingularTriplets:
-    layer = polyphase(request.op)
-    wide = layer.shape[0] < layer.shape[1]
-    factorization = factorise(layer, request.max_bytes)
-    triplets = _smallest(request, layer.T if wide else layer, factorization)
-    triplets = triplets.transposed() if wide else triplets
-    v = from_phases(request.op, triplets.v.reshape(-1, *layer.input_shape)).flatten(1)
-    return replace(triplets, v=v)
+    op, wide = request.op, request.op.shape[0] < request.op.shape[1]
+    factorization = AugmentedFactorization(op, request.max_bytes)
+    triplets = _smallest(request, op.T if wide else op, factorization)
+    return triplets.transposed() if wide else triplets
 
 
 def _smallest(request: Request, op: ConvOperator, factorization: Factorization) -> SingularTriplets:

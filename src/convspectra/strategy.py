@@ -8,12 +8,12 @@ from typing import TypeAlias
 
 import torch
 
-from convspectra.augmented import augmented_bytes, augmented_order
+from convspectra.augmented import augmented_bytes, augmented_order, has_augmented
 from convspectra.capacitance import border_bytes
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import augmented, capacitance
 from convspectra.krylov import lanczos_trial, lanczos_triplets, seems_well_conditioned
-from convspectra.polyphase import has_polyphase, polyphase
+from convspectra.polyphase import is_square_grid, polyphase
 from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
 from convspectra.request import ZERO, Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
@@ -64,8 +64,8 @@ def admits(request: Request, method: str) -> bool:
     """Whether a method can be forced on this block."""
     op = request.op
     return {
-        "capacitance": has_polyphase(op) and op.shape[0] == op.shape[1],
-        "augmented": has_polyphase(op),
+        "capacitance": has_augmented(op) and is_square_grid(op) and op.shape[0] == op.shape[1],
+        "augmented": has_augmented(op),
         "circulant": is_circulant(op),
         "davidson": has_embedding(op) and request.separation is None,
     }.get(method, True)
@@ -94,7 +94,7 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
             ("dense", fits),
         ]
     else:
-        square, factors = op.shape[0] == op.shape[1], _products_for_factors(request)
+        square, factors = admits(request, "capacitance"), _products_for_factors(request)
         if TRIAL_PRODUCTS < factors < math.inf and seems_well_conditioned(request):
             first = [("lanczos", lanczos_trial)]
         order = [
@@ -115,14 +115,13 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
 def _products_for_factors(request: Request) -> float:
     """As many products with M as the factors of M or K cost; inf if they cannot be had."""
     op = request.op
-    if not has_polyphase(op):
-        return math.inf
-    layer = polyphase(op)
-    if op.shape[0] == op.shape[1]:
-        needed = border_bytes(layer)
+    if admits(request, "capacitance"):
+        needed = border_bytes(polyphase(op))
         order = (needed / (8 * op.groups)) ** 0.5
+    elif has_augmented(op):
+        needed, order = augmented_bytes(op), augmented_order(op)
     else:
-        needed, order = augmented_bytes(layer), augmented_order(layer)
+        return math.inf
     product = 2 * op.weight.numel() * math.prod(op.geometry.output_size)
     return math.inf if needed > request.max_bytes else 8 / 3 * op.groups * order**3 / product
 
