@@ -1,4 +1,4 @@
-"""Pseudo-inverse and pseudo-determinant of a rectangular zero-padded convolution of stride 1.
+"""Pseudo-inverse and pseudo-determinant of a rectangular zero-padded convolution.
 
 For a tall M of full rank, m x n, the augmented matrix
 
@@ -6,8 +6,9 @@ For a tall M of full rank, m x n, the augmented matrix
 
 is square, ``log |det K| = (m - n) log a + 2 sum log s`` over the singular values s of M, and the
 condition number of K grows with that of M for a good a, not with its square as that of M'M (Bjorck,
-BIT 7, 1967). K is a zero-padded convolution itself: it has the channels of both sides, the taps of
-M, and those of M' reversed. So the capacitance method inverts it.
+BIT 7, 1967). K is part of a square zero-padded convolution: on the grid of `polyphase`, with the
+channels of both sides, the taps of M, and those of M' reversed. So the capacitance method, which
+cuts out any points, inverts it.
 """
 
 from __future__ import annotations

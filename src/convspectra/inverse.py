@@ -56,10 +56,10 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
 
     Notes
     -----
-    A layer with zero padding and as many outputs as inputs, over the stride, per axis costs one LU
-    factorisation of the border matrix (`CapacitanceFactorization`, or of the augmented matrix where
-    M is not square), and one inversion of it for the gradient. Any other layer costs a QR
-    factorisation of the dense M. Twice differentiable nowhere: a second derivative raises.
+    A layer with zero padding costs one LU factorisation of the border matrix of M or, where that is
+    not square, of its augmented matrix (`CapacitanceFactorization`), and one inversion of it for
+    the gradient, if that is less than what any other layer costs: a QR factorisation of the dense
+    M. Twice differentiable nowhere: a second derivative raises.
 
     Examples
     --------

@@ -126,8 +126,8 @@ def svds(
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
         forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
         with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
-        for its smallest values, and "augmented" one that is not square, as far as
-        ``[[a I, M], [M', 0]]`` has an inverse; "lanczos" needs only products with M; "davidson"
+        for its smallest values, and "augmented" a zero-padded one that is not, by the inverse of
+        ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson"
         (largest values) and "lobpcg" (smallest) precondition them by the layer's circulant.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
         by dependent channels, without vectors, it reads off the weight ("structure").
