@@ -114,7 +114,6 @@ STRIDED = (
 SMOOTH = (
     random_layer(64, 128, 3, 28, smooth=12.0, padding=1),
     random_layer(64, 128, 3, 28, smooth=12.0, stride=2, padding=1),
-    random_layer(3, 64, 7, 112, smooth=12.0, stride=2, padding=3),
 )
 SMALL_SQUARE = (random_layer(4, 4, 3, 8),)
 SMALL_STRIDED = (random_layer(4, 8, 3, 8, stride=2, padding=1),)

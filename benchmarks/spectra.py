@@ -122,8 +122,8 @@ class Run:
         once = self.ours("smallest", layer=layer.name)
         if order is None:
             ratio, target, reached = self._against_primme(best, answers["PRIMME SM"])
-            if layer.smooth:  # nothing was set for these
-                target, reached = "", None
+            if layer.smooth:  # nothing was set for these, and PRIMME has no answer
+                ratio, target, reached = "", "", None
         else:
             ratio, target, reached = self._against_lu(best, order)
         self.rows.append(_row(layer, "sigma_min", best, ratio, target, reached, once))

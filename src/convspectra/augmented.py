@@ -63,10 +63,18 @@ def augmented_order(op: ConvOperator) -> int:
 
 
 def augmented_bytes(op: ConvOperator) -> int:
-    """Size of the border matrix of K and of its inverted symbols, in float64."""
-    reaches, channels = _reaches(polyphase(op)), _lengths(op).shape[1]
-    points = math.prod(n + reach for n, reach in zip(grid(op), reaches, strict=True))
-    return 8 * op.groups * (augmented_order(op) ** 2 + channels**2 * points)
+    """Size of the inverted symbols of K and of its border matrix, in float64.
+
+    With all that is on the lines of the border, as it is before the channels that have points there
+    are left out of it.
+    """
+    sizes, lengths = grid(op), _lengths(op)
+    periods = [n + reach for n, reach in zip(sizes, _reaches(polyphase(op)), strict=True)]
+    orders, channels = border_orders(periods, lengths), lengths.shape[1]
+    last = orders.index(min(orders))
+    lines = periods[last] - int(lengths[last].min())
+    on_lines = channels * lines * math.prod(sizes) // sizes[last]
+    return 8 * op.groups * (on_lines**2 + channels**2 * math.prod(periods))
 
 
 class AugmentedFactorization:

@@ -95,14 +95,15 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
         ]
     else:
         square, factors = admits(request, "capacitance"), _products_for_factors(request)
-        if TRIAL_PRODUCTS < factors < math.inf and seems_well_conditioned(request):
+        late = not square and factors > LANCZOS_PRODUCTS
+        if TRIAL_PRODUCTS < factors < math.inf and not late and seems_well_conditioned(request):
             first = [("lanczos", lanczos_trial)]
         order = [
             ("capacitance", square and factors < math.inf),
             ("gram", at_once),
-            ("augmented", not square and factors <= LANCZOS_PRODUCTS),
+            ("augmented", not square and not late),
             ("lanczos", True),
-            ("augmented", not square and LANCZOS_PRODUCTS < factors < math.inf),
+            ("augmented", late and factors < math.inf),
             ("lobpcg", True),
             ("gram", gram and not at_once),
             ("dense", fits),
