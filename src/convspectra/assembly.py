@@ -164,7 +164,7 @@ def layer_triplets(
 
 _FITTING = {
     "capacitance": "a square layer with zero padding and N = stride N_out on every axis",
-    "augmented": "zero padding and as many channels on the longer side of M at least",
+    "augmented": "zero padding and at least as many channels on the longer side of M",
     "circulant": "a layer with circular padding all around",
     "davidson": "a layer with zero padding, or circular all around, and no separation",
 }

@@ -56,10 +56,11 @@ def has_augmented(op: ConvOperator) -> bool:
     return agree and all(s <= n for s, n in zip(g.stride, g.input_size, strict=True))
 
 
-def augmented_order(op: ConvOperator) -> int:
-    """Order of one group's border matrix of K."""
-    periods = [n + reach for n, reach in zip(grid(op), _reaches(polyphase(op)), strict=True)]
-    return min(border_orders(periods, _lengths(op)))
+def augmented_flops(op: ConvOperator) -> float:
+    """What the factors of K cost, about: its border matrix, and the inverses of its symbols."""
+    periods, lengths = _periods(op), _lengths(op)
+    order, channels = min(border_orders(periods, lengths)), lengths.shape[1]
+    return op.groups * (8 / 3 * order**3 + 4.0 * channels**3 * math.prod(periods))
 
 
 def augmented_bytes(op: ConvOperator) -> int:
@@ -68,8 +69,7 @@ def augmented_bytes(op: ConvOperator) -> int:
     With all that is on the lines of the border, as it is before the channels that have points there
     are left out of it.
     """
-    sizes, lengths = grid(op), _lengths(op)
-    periods = [n + reach for n, reach in zip(sizes, _reaches(polyphase(op)), strict=True)]
+    sizes, periods, lengths = grid(op), _periods(op), _lengths(op)
     orders, channels = border_orders(periods, lengths), lengths.shape[1]
     last = orders.index(min(orders))
     lines = periods[last] - int(lengths[last].min())
@@ -197,6 +197,11 @@ def _lengths(op: ConvOperator) -> Tensor:
     """How many points, from the first, each channel of K in a group has, (axes, channels)."""
     outputs = torch.tensor(op.geometry.output_size)[:, None]
     return torch.cat([outputs.expand(-1, op.weight.shape[0] // op.groups), phase_lengths(op)], 1)
+
+
+def _periods(op: ConvOperator) -> list[int]:
+    """Points of the smallest torus for K, per axis."""
+    return [n + reach for n, reach in zip(grid(op), _reaches(polyphase(op)), strict=True)]
 
 
 def _reaches(layer: ConvOperator) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from convspectra.augmented import (
     AugmentedFactorization,
     augmented_bytes,
-    augmented_order,
+    augmented_flops,
     has_augmented,
 )
 from convspectra.batched_lu import differentiable_once, inverse_and_logabsdet, lu_factor
@@ -91,7 +91,8 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
     work = rows * columns * min(rows, columns)
     square = rows == columns and is_square_grid(op)
     is_large = op.groups * work > SMALL_WORK and has_augmented(op)
-    if is_large and (square or _is_cheaper_augmented(op, work, max_bytes)):
+    by_augmented = is_large and not square and augmented_bytes(op) <= max_bytes
+    if is_large and (square or (by_augmented and augmented_flops(op) < 2.0 * op.groups * work)):
         with contextlib.suppress(ArithmeticError):
             factorization = (
                 CapacitanceFactorization(polyphase(op), max_bytes)
@@ -103,10 +104,6 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
         size = 8 * op.groups * rows * columns
         check_bytes("the dense matrix of a layer close to singular", size, max_bytes)
     return _log_pseudo_det(group_matrices(op, max_bytes))
-
-
-def _is_cheaper_augmented(op: ConvOperator, dense_work: int, max_bytes: int) -> bool:
-    return augmented_order(op) ** 3 < dense_work and augmented_bytes(op) <= max_bytes
 
 
 def _log_pseudo_det(matrices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from convspectra.augmented import augmented_bytes, augmented_order, has_augmented
+from convspectra.augmented import augmented_bytes, augmented_flops, has_augmented
 from convspectra.capacitance import border_bytes
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import augmented, capacitance
@@ -118,13 +118,13 @@ def _products_for_factors(request: Request) -> float:
     op = request.op
     if admits(request, "capacitance"):
         needed = border_bytes(polyphase(op))
-        order = (needed / (8 * op.groups)) ** 0.5
+        flops = 8 / 3 * op.groups * (needed / (8 * op.groups)) ** 1.5
     elif has_augmented(op):
-        needed, order = augmented_bytes(op), augmented_order(op)
+        needed, flops = augmented_bytes(op), augmented_flops(op)
     else:
         return math.inf
     product = 2 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return math.inf if needed > request.max_bytes else 8 / 3 * op.groups * order**3 / product
+    return math.inf if needed > request.max_bytes else flops / product
 
 
 def _certified(request: Request, triplets: SingularTriplets) -> bool:
