@@ -28,6 +28,7 @@ from convspectra.polyphase import (
     from_grid,
     from_phases,
     grid,
+    grid_padding,
     inputs_per_point,
     is_square_grid,
     phase_lengths,
@@ -159,7 +160,7 @@ class AugmentedFactorization:
 
     def _augmented(self) -> ConvOperator:
         layer = polyphase(self._op)
-        reaches, groups = _reaches(layer), layer.groups
+        reaches, groups = _reaches(self._op), layer.groups
         sides = zip(reversed(reaches), reversed(layer.geometry.padding), strict=True)
         amounts = [reach - side for reach, padding in sides for side in padding]
         taps = F.pad(layer.weight.unflatten(0, (groups, -1)), amounts)
@@ -201,9 +202,9 @@ def _lengths(op: ConvOperator) -> Tensor:
 
 def _periods(op: ConvOperator) -> list[int]:
     """Points of the smallest torus for K, per axis."""
-    return [n + reach for n, reach in zip(grid(op), _reaches(polyphase(op)), strict=True)]
+    return [n + reach for n, reach in zip(grid(op), _reaches(op), strict=True)]
 
 
-def _reaches(layer: ConvOperator) -> tuple[int, ...]:
+def _reaches(op: ConvOperator) -> tuple[int, ...]:
     """How many points to either side of an output its taps reach, per axis."""
-    return tuple(max(sides) for sides in layer.geometry.padding)
+    return tuple(map(max, grid_padding(op)))

@@ -23,24 +23,25 @@ def polyphase(op: ConvOperator) -> ConvOperator:
 
     Its taps are those of `op`, and zeros where a phase has none at a point.
     """
-    g = op.geometry
+    g, padding = op.geometry, grid_padding(op)
+    if is_square_grid(op) and all(n == 1 for n in (*g.stride, *g.dilation)):
+        return op
     taps = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
-    padding = []
-    for axis in range(g.ndim):
-        reads = [
-            divmod(tap * g.dilation[axis] - g.padding[axis][0], g.stride[axis])
-            for tap in range(g.kernel_size[axis])
-        ]
-        before, after = max(0, -reads[0][0]), max(0, reads[-1][0])
-        table = taps.new_zeros(len(reads), g.stride[axis], before + 1 + after)
-        for tap, (point, phase) in enumerate(reads):
+    for axis, (before, after) in enumerate(padding):
+        table = taps.new_zeros(g.kernel_size[axis], g.stride[axis], before + 1 + after)
+        for tap, (point, phase) in enumerate(_reads(op, axis)):
             table[tap, phase, before + point] = 1
         taps = torch.tensordot(taps, table, dims=([3], [0]))
-        padding.append((before, after))
     phases = range(3, 3 + 2 * g.ndim, 2)
     taps = taps.permute(0, 1, 2, *phases, *(i + 1 for i in phases))
     weight = taps.flatten(2, 2 + g.ndim).flatten(0, 1)
     return ConvOperator(weight, grid(op), padding=padding, groups=op.groups)
+
+
+def grid_padding(op: ConvOperator) -> list[tuple[int, int]]:
+    """How many points before and after an output its taps reach, per axis: from integers alone."""
+    reads = [_reads(op, axis) for axis in range(op.geometry.ndim)]
+    return [(max(0, -of_axis[0][0]), max(0, of_axis[-1][0])) for of_axis in reads]
 
 
 def grid(op: ConvOperator) -> tuple[int, ...]:
@@ -101,6 +102,15 @@ def is_square_grid(op: ConvOperator) -> bool:
 def inputs_per_point(op: ConvOperator) -> int:
     """Channels of the inputs of a group on the grid."""
     return op.weight.shape[1] * math.prod(op.geometry.stride)
+
+
+def _reads(op: ConvOperator, axis: int) -> list[tuple[int, int]]:
+    """The point, from that of an output, and the phase that each tap reads."""
+    g = op.geometry
+    return [
+        divmod(tap * g.dilation[axis] - g.padding[axis][0], g.stride[axis])
+        for tap in range(g.kernel_size[axis])
+    ]
 
 
 def _first(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
