@@ -41,15 +41,17 @@ class Layer:
         """The layer with the weights of this seed."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {self.name}".encode()))
         weight = torch.randn(self.weight_shape, dtype=torch.float64, generator=generator)
-        if self.smooth:
-            axes = tuple(range(2, weight.ndim))
-            frequencies = (
-                torch.fft.fftfreq(n, dtype=torch.float64).abs() for n in weight.shape[2:]
-            )
-            damping = functools.reduce(torch.add, torch.meshgrid(*frequencies, indexing="ij"))
-            amplitudes = torch.fft.fftn(weight, dim=axes) * torch.exp(-self.smooth * damping)
-            weight = torch.fft.ifftn(amplitudes, dim=axes).real
+        weight = smoothed(weight, self.smooth) if self.smooth else weight
         return cs.ConvOperator(self.std * weight, self.input_size, **self.options)
+
+
+def smoothed(weight: torch.Tensor, smooth: float) -> torch.Tensor:
+    """A weight with the amplitudes of its frequencies damped: see `Layer`."""
+    axes = tuple(range(2, weight.ndim))
+    frequencies = (torch.fft.fftfreq(n, dtype=torch.float64).abs() for n in weight.shape[2:])
+    damping = functools.reduce(torch.add, torch.meshgrid(*frequencies, indexing="ij"))
+    amplitudes = torch.fft.fftn(weight, dim=axes) * torch.exp(-smooth * damping)
+    return torch.fft.ifftn(amplitudes, dim=axes).real
 
 
 def random_layer(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import convspectra as cs
+from benchmarks.layers import smoothed
 from convspectra import strategy
 from convspectra.augmented import AugmentedFactorization, augmented_bytes, has_augmented
 from convspectra.operator import ConvOperator
@@ -18,11 +19,7 @@ def weight(*shape: int, seed: int = 0, smooth: float = 0.0) -> torch.Tensor:
     """Gaussian; `smooth` damps high frequencies as training does."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(*shape, dtype=torch.float64, generator=generator)
-    if smooth:
-        frequencies = [torch.fft.fftfreq(k, dtype=torch.float64).abs() for k in shape[2:]]
-        damping = torch.exp(-smooth * sum(torch.meshgrid(*frequencies, indexing="ij")))
-        w = torch.fft.ifftn(torch.fft.fftn(w, dim=(2, 3)) * damping, dim=(2, 3)).real
-    return w
+    return smoothed(w, smooth) if smooth else w
 
 
 LAYERS = {
