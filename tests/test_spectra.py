@@ -500,12 +500,13 @@ def test_lobpcg_is_bounded_from_below():
 
 
 def test_without_room_for_a_matrix_there_are_other_ways():
-    rectangular, valid = LARGE["rectangular"], Layer(random(4, 3, 3, 3), (11, 12), {"padding": 0})
-    for k, (layer, ways) in itertools.product(
-        (1, 3), ((rectangular, ["augmented"]), (valid, ["lanczos", "lobpcg"]))
+    zeros = LARGE["rectangular"]
+    reflect = Layer(zeros.weight, zeros.input_size, {"padding": 1, "padding_mode": "reflect"})
+    for k, (layer, method) in itertools.product(
+        (1, 3), ((zeros, "augmented"), (reflect, "lanczos"))
     ):
         result = cs.svds(layer.operator(), k, "SM", max_bytes=500_000)
-        assert result.method in ways
+        assert result.method == method
         check(layer, result, k, "SM", cached_truth(layer))
 
 
