@@ -69,6 +69,7 @@ def extreme_eigenpairs(
     full_orthogonalisation: bool = False,
     most_kept: int | None = None,
     resolution: float = 0.0,
+    first: Eigenpairs | None = None,
 ) -> ExtremeEigenpairs:
     """The k largest or smallest eigenpairs of a symmetric operator A, all copies of them.
 
@@ -94,6 +95,8 @@ def extreme_eigenpairs(
     resolution : float
         Values that are less than this fraction of the first are lost in its rounding: they are
         looked for again in the complement.
+    first : Eigenpairs, optional
+        Instead of the first run: k pairs that have converged, Rayleigh-Ritz in one subspace.
 
     Notes
     -----
@@ -134,7 +137,9 @@ def extreme_eigenpairs(
 
     while len(values) < size:
         if len(values) < k:
-            pairs = run(k - len(values), **({"enclosure": enclosure} if alone else {}))
+            pairs, first = first, None
+            if pairs is None:
+                pairs = run(k - len(values), **({"enclosure": enclosure} if alone else {}))
             products, norm = products + pairs.products, max(norm, pairs.norm)
             if len(values) == 0:
                 all_bounds = sign * pairs.bound

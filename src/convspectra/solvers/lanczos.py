@@ -7,13 +7,6 @@ along Ritz vectors that have converged (Paige, J. Inst. Maths Applics 18, 1976).
 made orthogonal to those, and copies of them never appear (Parlett and Scott, Math. Comp. 33, 1979).
 As long as the basis is small they are made orthogonal to all of it.
 
-Note [Bound beyond an end]. Let p_j be the polynomial of the recurrence, q_{j+1} = p_j(A) q_1. For a
-unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{j+1})^2 <= 1``.
-Outside the Ritz values p_j grows, and a Gaussian q_1 has a component |z'q_1| of at least delta,
-except with the probability `FAILURE_PROBABILITY`: no eigenvalue lies where the sum is larger than
-``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl.
-22, 2000). Rounding enters as a change of q_1 by a few eps, which is far below delta.
-
 Note [Repeated values]. A Krylov sequence sees one copy of a repeated eigenvalue: see `deflation`.
 """
 
@@ -29,7 +22,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from convspectra.solvers.gaussian import log_smallest_norm
+from convspectra.solvers.gaussian import bound_beyond, log_smallest_norm
 from convspectra.solvers.orthonormal import less
 from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, Eigenpairs
 
@@ -37,6 +30,8 @@ FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
+RESIDUAL_UNITS = 4
+"""Residuals of so many eps of the norm are none: a recurrence goes on to say less and less."""
 LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
@@ -83,7 +78,7 @@ def lanczos(
     maxiter : int
         Most steps, k at least.
     like : Tensor
-        Gives the dtype and the device.
+        Gives the dtype and the device. In single precision the bound means nothing.
     generator : torch.Generator, optional
         Of the Gaussian start vector, on that device.
     values_only : bool
@@ -135,12 +130,12 @@ def lanczos(
         ritz = run.ritz(k)
         errors = ritz.errors(tol) if values_only else ritz.residuals
         allowed = tol * np.abs(ritz.values[:k])
-        near = ritz.residuals[:k] <= np.maximum(PAIRS_COUNT_AS_ONE * allowed, run.floor)
+        near = ritz.residuals[:k] <= np.maximum(PAIRS_COUNT_AS_ONE * allowed, run.least_residual)
         if values_only:
             # Beside a multiple of the identity every residual is small, and says nothing.
             relative = min(tol, LOOSEST_ESTIMATE)
             allowed = relative * np.minimum(np.abs(ritz.values[:k]), ritz.spread)
-        reached = near & (errors[:k] <= np.maximum(allowed, run.floor))
+        reached = near & (errors[:k] <= np.maximum(allowed, run.least_residual))
         if not reached_at and len(ritz.values) >= k and bool(reached.all()):
             reached_at = steps
         converged = bool(reached_at) or run.exhausted
@@ -150,7 +145,7 @@ def lanczos(
             if beyond is None:
                 last = math.isinf(enclosure) or steps >= 2 * reached_at
             else:
-                in_vain = ritz.residuals[0] <= run.floor and steps >= 4 * reached_at
+                in_vain = ritz.residuals[0] <= run.least_residual and steps >= 4 * reached_at
                 last = first > target or in_vain
         expected = converged if beyond is None else first + ritz.errors(tol)[0] <= target
         if expected and not last:
@@ -268,6 +263,11 @@ class _Recurrence:
         return ROUNDING_UNITS * self._eps * self.norm
 
     @property
+    def least_residual(self) -> float:
+        """Residuals up to which count as 0."""
+        return RESIDUAL_UNITS * self._eps * self.norm
+
+    @property
     def exhausted(self) -> bool:
         """Whether the Krylov space is invariant."""
         return self.steps > 0 and self._betas[-1] <= self.floor
@@ -346,33 +346,8 @@ class _Recurrence:
         return orthonormal
 
     def bound(self, value: float) -> float:
-        """The nearest point above the first Ritz value where the sum of squares is 1 / delta^2."""
-        enough = -2 * self._log_delta
-
-        def reaches(gap: float) -> bool:
-            x = value + gap
-            now, before, behind, total, log_scale = 1.0, 0.0, 0.0, 1.0, 0.0
-            for alpha, beta in zip(self._alphas, betas, strict=True):
-                now, before = ((x - alpha) * now - behind * before) / beta, now
-                behind = beta
-                total += now * now
-                if total > 1e100:
-                    now, before, total = now * 1e-50, before * 1e-50, total * 1e-100
-                    log_scale += 100 * math.log(10.0)
-                    if log_scale >= enough:
-                        return True
-            return math.log(total) + log_scale >= enough
-
-        floor = max(self.floor, 1e-300)
-        betas = [max(beta, floor) for beta in self._betas]
-        high = floor
-        while not reaches(high):
-            high *= 4
-        low = high / 4
-        for _ in range(12):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if reaches(middle) else (middle, high)
-        return value + high
+        """What no eigenvalue is above, but with the failure probability: above the Ritz value."""
+        return bound_beyond(value, self._alphas, self._betas, self._log_delta, self.floor)
 
     def _lost(self) -> Iterator[Tensor]:
         """The basis vectors that were not kept, computed once more."""
