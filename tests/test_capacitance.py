@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from strategies import Layer, layers, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
-from convspectra import ConvOperator, capacitance
+from convspectra import ConvOperator
 from convspectra.capacitance import (
     CapacitanceFactorization,
     border_bytes,
@@ -343,18 +344,26 @@ def test_error_bound_follows_an_error_that_is_put_in(size, spoiled):
     assert exact <= factorization.error_bound <= 1000 * len(dense) ** 0.5 * exact
 
 
-def test_refinement_is_kept_only_where_it_helps(monkeypatch):
+def test_refinement_is_made_only_where_it_is_asked_for():
     """With the factors spoiled a little, one step of refinement squares the error."""
     op = ConvOperator(random(2, 2, 3, 3), 5)
     factorization = CapacitanceFactorization(op)
     lu, pivots = factorization._torus._factors
     factorization._torus._factors = (lu * (1 + 1e-7 * random(*lu.shape)), pivots)
     y = random(1, 2, 5, 5)
-    refined = (op.matvec(factorization.solve(y)) - y).norm() / y.norm()
-    monkeypatch.setattr(capacitance, "REFINEMENT_THRESHOLD", math.inf)
-    plain = (op.matvec(factorization.solve(y)) - y).norm() / y.norm()
-    assert 1e-8 < plain < 1e-3
-    assert refined < 1e-3 * plain
+
+    def left(solve: Callable[..., Tensor], product: Callable[[Tensor], Tensor], **options: float):
+        return float((product(solve(y, **options)) - y).norm() / y.norm())
+
+    for solve, product in (
+        (factorization.solve, op.matvec),
+        (factorization.solve_adjoint, op.rmatvec),
+    ):
+        plain = left(solve, product, rtol=1e-3)
+        assert 1e-8 < plain < 1e-3
+        assert left(solve, product) < 1e-3 * plain
+        assert left(solve, product, rtol=0.9 * plain) < 1e-3 * plain
+        assert left(solve, product, rtol=1.1 * plain) == plain
 
 
 def test_overflow_is_not_an_answer():

@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convspectra.capacitance import BOUND_VECTORS, CapacitanceFactorization
+from convspectra.capacitance import (
+    BOUND_VECTORS,
+    REFINEMENT_THRESHOLD,
+    CapacitanceFactorization,
+)
 from convspectra.cut_torus import border_orders
 from convspectra.matrices import check_bytes
 from convspectra.operator import ConvOperator
@@ -110,13 +114,14 @@ class AugmentedFactorization:
         lengths = None if is_square_grid(op) else _lengths(op)
         self._factorization = CapacitanceFactorization(self._augmented(), max_bytes, lengths)
 
-    def solve(self, y: Tensor) -> Tensor:
-        """M^+ y for a batch of the longer side, with one step of refinement where it helps."""
-        return self._part(self._factorization.solve(self._stacked(y, longer=True)), longer=False)
+    def solve(self, y: Tensor, rtol: float = REFINEMENT_THRESHOLD) -> Tensor:
+        """M^+ y for a batch of the longer side: as `CapacitanceFactorization.solve` for K."""
+        solution = self._factorization.solve(self._stacked(y, longer=True), rtol)
+        return self._part(solution, longer=False)
 
-    def solve_adjoint(self, x: Tensor) -> Tensor:
+    def solve_adjoint(self, x: Tensor, rtol: float = REFINEMENT_THRESHOLD) -> Tensor:
         """M^+' x for a batch of the shorter side: as `solve`."""
-        solution = self._factorization.solve_adjoint(self._stacked(x, longer=False))
+        solution = self._factorization.solve_adjoint(self._stacked(x, longer=False), rtol)
         return self._part(solution, longer=True)
 
     def apply_inverse(self, y: Tensor) -> Tensor:

@@ -136,20 +136,21 @@ class CapacitanceFactorization:
         rounding that solve leaves a residual as large as its data. Cost: one solve.
         """
         x = self._direction
-        solution = self._refined(x, not self._op.transposed)
+        solution = self.solve_adjoint(x)
         residual = torch.linalg.vector_norm(x - self._forward(solution, not self._op.transposed))
         return bool(residual >= SINGULAR_RESIDUAL * torch.linalg.vector_norm(x))
 
-    def solve(self, y: Tensor) -> Tensor:
+    def solve(self, y: Tensor, rtol: float = REFINEMENT_THRESHOLD) -> Tensor:
         """M^{-1} y for a batch (b, *output_shape), with one step of refinement where it helps.
 
-        Cost: 2^d passes over the inverted symbols in d dimensions, and one solve with W's factors.
+        It is left out where the residual is at most `rtol` times the size of y without it. Cost:
+        2^d passes over the inverted symbols in d dimensions, and one solve with W's factors.
         """
-        return self._refined(y, self._op.transposed)
+        return self._refined(y, self._op.transposed, rtol)
 
-    def solve_adjoint(self, x: Tensor) -> Tensor:
+    def solve_adjoint(self, x: Tensor, rtol: float = REFINEMENT_THRESHOLD) -> Tensor:
         """M'^{-1} x for a batch (b, *input_shape): as `solve`."""
-        return self._refined(x, not self._op.transposed)
+        return self._refined(x, not self._op.transposed, rtol)
 
     def apply_inverse(self, y: Tensor) -> Tensor:
         """X y with a fixed X near M^{-1}, for a batch (b, *output_shape): see `error_bound`.
@@ -230,7 +231,7 @@ class CapacitanceFactorization:
             x = x + self._backward(y - self._forward(x, adjoint), adjoint)
         return x
 
-    def _refined(self, y: Tensor, adjoint: bool) -> Tensor:
+    def _refined(self, y: Tensor, adjoint: bool, rtol: float) -> Tensor:
         y = self._restricted(y)
         x = self._backward(y, adjoint)
         residual = y - self._forward(x, adjoint)
@@ -238,7 +239,7 @@ class CapacitanceFactorization:
         if not math.isfinite(size):
             raise ArithmeticError("a solve with M overflowed: M is singular to working precision")
         reached = max(
-            REFINEMENT_THRESHOLD * float(torch.linalg.vector_norm(y)),
+            rtol * float(torch.linalg.vector_norm(y)),
             BACKWARD_ERROR_REACHED * self._torus.norm * float(torch.linalg.vector_norm(x)),
         )
         if size > reached:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from convspectra.augmented import AugmentedFactorization
-from convspectra.capacitance import CapacitanceFactorization
+from convspectra.capacitance import REFINEMENT_THRESHOLD, CapacitanceFactorization
 from convspectra.operator import ConvOperator
 from convspectra.polyphase import from_phases, polyphase
 from convspectra.request import Product, Request, rounding_of
@@ -29,6 +30,8 @@ STEPS = 300
 ROUNDING_UNITS = 64
 RESIDUAL_UNITS = 100
 """Residuals with M may be so many times the tolerance of an iteration with the inverse."""
+SOLVED = 0.1
+"""Residuals of the last solves, relative to what they solve for, in tolerances."""
 
 
 class Factorization(Protocol):
@@ -40,10 +43,10 @@ class Factorization(Protocol):
     def apply_inverse_adjoint(self, x: Tensor) -> Tensor:
         """X' x for a batch."""
 
-    def solve(self, y: Tensor) -> Tensor:
+    def solve(self, y: Tensor, rtol: float) -> Tensor:
         """M^+ y for a batch."""
 
-    def solve_adjoint(self, x: Tensor) -> Tensor:
+    def solve_adjoint(self, x: Tensor, rtol: float) -> Tensor:
         """M^+' x for a batch."""
 
     @property
@@ -106,8 +109,9 @@ def _smallest(request: Request, op: ConvOperator, factorization: Factorization) 
         resolution=INVERSE_RESOLUTION,
     )
     # One step of inverse iteration for each side: what is left is small beside s, not the norm.
-    u = _solved(factorization.solve_adjoint, found.vectors, op.input_shape)
-    v = _solved(factorization.solve, u, op.output_shape)
+    rtol = max(REFINEMENT_THRESHOLD, SOLVED * request.tol)
+    u = _solved(partial(factorization.solve_adjoint, rtol=rtol), found.vectors, op.input_shape)
+    v = _solved(partial(factorization.solve, rtol=rtol), u, op.output_shape)
     # The solves invert M (I + R): a bound on ||R|| bounds what they say of M.
     wrong = factorization.error_bound
     if not math.isfinite(wrong) or wrong >= 0.5:

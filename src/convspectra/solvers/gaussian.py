@@ -5,7 +5,7 @@ unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{
 Outside the Ritz values p_j grows, and a Gaussian q_1 has a component |z'q_1| of at least delta,
 except with the probability `FAILURE_PROBABILITY`: no eigenvalue lies where the sum is larger than
 ``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl.
-22, 2000). Rounding enters as a change of q_1 by a few eps, which is far below delta.
+22, 2000). Rounding enters as a change of q_1 by a few eps: far below delta in double precision.
 """
 
 from __future__ import annotations
