@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -98,29 +99,14 @@ class CapacitanceFactorization:
         check_bytes("the border matrix", border_bytes(op, lengths), max_bytes)
         direct = op.T if op.transposed else op
         best: tuple[float, CutTorus, Tensor, float] | None = None
-        others: list[tuple[float, int, CutTorus]] = []
-        tried = 0
-
-        def attempt(torus: CutTorus) -> bool:
-            nonlocal best, tried
-            tried += 1
+        for torus in itertools.islice(_tori(direct, lengths), MAX_FACTORIZATIONS):
             torus.factorise()
             error, direction, left = self._probe(torus)
             if best is None or error < best[0]:
                 best = error, torus, direction, left
-            return error <= PROBE_ACCEPTED_AT_ONCE
-
-        for extra, phase in itertools.product(range(3), (0.0, 0.5)):
-            torus = CutTorus(direct, extra, phase, lengths)
-            if torus.condition <= CONDITION_ACCEPTED_AT_ONCE:
-                if attempt(torus) or tried == MAX_FACTORIZATIONS:
-                    break
-            elif math.isfinite(torus.condition):
-                others.append((torus.condition, len(others), torus))
-        else:
-            for _, _, torus in sorted(others)[: MAX_FACTORIZATIONS - tried]:
-                if attempt(torus):
-                    break
+            del torus  # A torus holds memory, and the next is to come.
+            if error <= PROBE_ACCEPTED_AT_ONCE:
+                break
         if best is None or best[0] > PROBE_LIMIT:
             raise ArithmeticError(
                 "the circulant embedding is singular or nearly so on every torus tried; the "
@@ -253,6 +239,20 @@ def border_bytes(op: ConvOperator, lengths: Tensor | None = None) -> int:
     """Size of the border matrix, in float64: of the points across the longest axis."""
     lengths = all_lengths(op) if lengths is None else lengths
     return 8 * op.groups * min(border_orders(smallest_periods(op.geometry), lengths)) ** 2
+
+
+def _tori(op: ConvOperator, lengths: Tensor | None) -> Iterator[CutTorus]:
+    """Tori to try, one at a time: well-conditioned ones as they come, then the others by condition."""
+    others = []
+    for extra, phase in itertools.product(range(3), (0.0, 0.5)):
+        torus = CutTorus(op, extra, phase, lengths)
+        if torus.condition <= CONDITION_ACCEPTED_AT_ONCE:
+            yield torus
+        elif math.isfinite(torus.condition):
+            others.append((torus.condition, extra, phase))
+        del torus
+    for _, extra, phase in sorted(others):
+        yield CutTorus(op, extra, phase, lengths)
 
 
 def _inside(op: ConvOperator, lengths: Tensor) -> Tensor:
