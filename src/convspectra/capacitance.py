@@ -242,7 +242,7 @@ def border_bytes(op: ConvOperator, lengths: Tensor | None = None) -> int:
 
 
 def _tori(op: ConvOperator, lengths: Tensor | None) -> Iterator[CutTorus]:
-    """Tori to try, one at a time: well-conditioned ones as they come, then the others by condition."""
+    """Tori to try: well-conditioned ones as they come, then the others by condition."""
     others = []
     for extra, phase in itertools.product(range(3), (0.0, 0.5)):
         torus = CutTorus(op, extra, phase, lengths)
