@@ -75,6 +75,12 @@ def test_all_copies_are_found(channels, runs):
     assert len(runs) == 1
 
 
+def test_a_multiple_of_the_identity_on_some_channels():
+    """The Krylov space ends after two steps, with fewer vectors than are asked for."""
+    layer = Separable(np.diag([3.0, 1.0, 1.0]), ((0.0, 1.0, 0.0),), (20,))
+    check(layer.operator(), 6, "LM", layer.values(), method="lanczos", tol=TOL, rtol=1e-9)
+
+
 def test_values_far_below_the_norm_are_left_to_double_precision(runs):
     """Of the squares single precision loses what is below 1e-7 of the largest."""
     sizes = np.array([1.0, *(1e-4 * np.linspace(1, 0.5, 7))])
