@@ -9,7 +9,12 @@ import torch
 import convspectra as cs
 from benchmarks.layers import smoothed
 from convspectra import strategy
-from convspectra.augmented import AugmentedFactorization, augmented_bytes, has_augmented
+from convspectra.augmented import (
+    AugmentedFactorization,
+    augmented_bytes,
+    augmented_flops,
+    has_augmented,
+)
 from convspectra.operator import ConvOperator
 
 ROOM = 2**30
@@ -128,6 +133,20 @@ def test_too_little_room_is_said_in_bytes():
     with pytest.raises(ValueError, match=f"augmented matrix to take at most .* take {needed:,};"):
         AugmentedFactorization(op, needed - 1)
     assert AugmentedFactorization(op, needed).error_bound < 1e-6
+
+
+@pytest.mark.parametrize("size", [(40, 1), (1, 40), (40,)])
+def test_what_a_long_kernel_on_a_line_costs_is_the_border_of_its_line(size):
+    taps, stride, padding = (
+        tuple(along if n > 1 else across for n in size)
+        for along, across in ((17, 1), (2, 1), (8, 0))
+    )
+    op = ConvOperator(weight(5, 2, *taps), size, stride=stride, padding=padding)
+    factorization = AugmentedFactorization(op, ROOM)
+    order = factorization._factorization._torus._factors[0].shape[-1]
+    assert order >= 20
+    assert augmented_bytes(op) >= 8 * order**2
+    assert augmented_flops(op) >= 8 / 3 * order**3
 
 
 # --- singular values of smooth kernels, as trained layers have ------------------------------------

@@ -373,7 +373,7 @@ def test_overflow_is_not_an_answer():
 
 
 @pytest.mark.parametrize(
-    ("taps", "points"), [((3, 3), 5), ((3, 1), 0), ((5, 5), 10), ((2, 3), 5), ((3, 3, 3), 10)]
+    ("taps", "points"), [((3, 3), 5), ((3, 1), 6), ((5, 5), 10), ((2, 3), 5), ((3, 3, 3), 10)]
 )
 def test_the_border_is_that_of_the_longest_axis(taps, points):
     """So many block rows has W: border lines times points of a line."""

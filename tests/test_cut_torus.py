@@ -14,7 +14,8 @@ from strategies import Layer, random
 from strategies import one_thread as one_thread
 from torch import Tensor
 
-from convspectra.cut_torus import CutTorus
+from convspectra import ConvOperator
+from convspectra.cut_torus import CutTorus, all_lengths, border_cost
 from convspectra.symbol import smallest_periods
 
 PHASES = (0.0, 0.5)
@@ -225,3 +226,38 @@ def test_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(value, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="at most one derivative"):
         torch.autograd.grad(gradient.sum(), weight)
+
+
+def held(torus: CutTorus) -> list[Tensor]:
+    """The matrices of all cuts, that of the last first."""
+    return [torus._factors[0], *torus._borders]
+
+
+@given(square_layers())
+def test_the_cost_of_the_borders_is_that_of_the_matrices_that_are_held(layer):
+    op = layer.operator()
+    torus = CutTorus(op, 0, 0.5)
+    torus.factorise()
+    cost = border_cost(smallest_periods(op.geometry), all_lengths(op))
+    sizes = [m.element_size() * m.numel() for m in held(torus)]
+    # On this torus functions change sign: as many frequencies as without, or one less, by two.
+    assert max(sizes) / op.groups <= cost.bytes
+    untwisted = CutTorus(op, 0, 0.0)
+    untwisted.factorise()
+    sizes = [m.element_size() * m.numel() for m in held(untwisted)]
+    assert max(sizes) == op.groups * cost.bytes
+    flops = sum(
+        8 / 3 * (4 if m.is_complex() else 1) * m.numel() * m.shape[-1] for m in held(untwisted)
+    )
+    assert math.isclose(flops, op.groups * cost.flops, rel_tol=1e-12, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(20, 1), (1, 20)])
+def test_an_axis_that_needs_no_cut_is_not_the_last_that_is_cut(size):
+    """A long kernel on a line of points: the one border is that of the line, and real."""
+    taps = tuple(9 if n > 1 else 1 for n in size)
+    op = ConvOperator(random(3, 3, *taps), size)
+    torus = CutTorus(op, 0, 0.0)
+    torus.factorise()
+    assert [m.shape[-1] for m in held(torus)] == [3 * 4, 0]
+    assert border_cost(smallest_periods(op.geometry), all_lengths(op)).bytes == 8 * 12**2

@@ -25,7 +25,7 @@ from convspectra.capacitance import (
     REFINEMENT_THRESHOLD,
     CapacitanceFactorization,
 )
-from convspectra.cut_torus import border_orders
+from convspectra.cut_torus import border_cost
 from convspectra.matrices import check_bytes
 from convspectra.operator import ConvOperator
 from convspectra.polyphase import (
@@ -62,24 +62,17 @@ def has_augmented(op: ConvOperator) -> bool:
 
 
 def augmented_flops(op: ConvOperator) -> float:
-    """What the factors of K cost, about: its border matrix, and the inverses of its symbols."""
+    """What the factors of K cost, about: its border matrices, and the inverses of its symbols."""
     periods, lengths = _periods(op), _lengths(op)
-    order, channels = min(border_orders(periods, lengths)), lengths.shape[1]
-    return op.groups * (8 / 3 * order**3 + 4.0 * channels**3 * math.prod(periods))
+    symbols = 4.0 * lengths.shape[1] ** 3 * math.prod(periods)
+    return op.groups * (border_cost(periods, lengths).flops + symbols)
 
 
 def augmented_bytes(op: ConvOperator) -> int:
-    """Size of the inverted symbols of K and of its border matrix, in float64.
-
-    With all that is on the lines of the border, as it is before the channels that have points there
-    are left out of it.
-    """
-    sizes, periods, lengths = grid(op), _periods(op), _lengths(op)
-    orders, channels = border_orders(periods, lengths), lengths.shape[1]
-    last = orders.index(min(orders))
-    lines = periods[last] - int(lengths[last].min())
-    on_lines = channels * lines * math.prod(sizes) // sizes[last]
-    return 8 * op.groups * (on_lines**2 + channels**2 * math.prod(periods))
+    """Size of the inverted symbols of K and of its largest border matrices, in float64."""
+    periods, lengths = _periods(op), _lengths(op)
+    symbols = 8 * lengths.shape[1] ** 2 * math.prod(periods)
+    return op.groups * (border_cost(periods, lengths).bytes + symbols)
 
 
 class AugmentedFactorization:

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from convspectra.cut_torus import CutTorus, all_lengths, border_orders
+from convspectra.cut_torus import BorderCost, CutTorus, all_lengths, border_cost
 from convspectra.matrices import check_bytes
 from convspectra.operator import ConvOperator
 from convspectra.solvers.gaussian import log_smallest_norm
@@ -236,9 +236,20 @@ class CapacitanceFactorization:
 
 
 def border_bytes(op: ConvOperator, lengths: Tensor | None = None) -> int:
-    """Size of the border matrix, in float64: of the points across the longest axis."""
+    """Size of the largest border matrices, in double precision: of those across the longest axis,
+    or of all those across another.
+    """
+    return op.groups * _border_cost(op, lengths).bytes
+
+
+def factor_flops(op: ConvOperator) -> float:
+    """What a `CapacitanceFactorization` costs, about: its border matrices."""
+    return op.groups * _border_cost(op, None).flops
+
+
+def _border_cost(op: ConvOperator, lengths: Tensor | None) -> BorderCost:
     lengths = all_lengths(op) if lengths is None else lengths
-    return 8 * op.groups * min(border_orders(smallest_periods(op.geometry), lengths)) ** 2
+    return border_cost(smallest_periods(op.geometry), lengths)
 
 
 def _tori(op: ConvOperator, lengths: Tensor | None) -> Iterator[CutTorus]:

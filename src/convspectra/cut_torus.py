@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ class CutTorus:
         g = op.geometry
         periods = [p + extra for p in smallest_periods(g)]
         sizes = all_lengths(op) if lengths is None else lengths
-        order = sorted(range(g.ndim), key=lambda i: border_orders(periods, sizes)[i])
+        order = order_of_cuts(periods, sizes)
         self._axes = [
             _Axis(i, g.input_size[i], periods[i], phase, g.padding[i][0], sizes[i]) for i in order
         ]
@@ -293,13 +294,42 @@ def all_lengths(op: ConvOperator) -> Tensor:
     return torch.tensor(op.geometry.input_size)[:, None].expand(-1, op.weight.shape[1])
 
 
-def border_orders(periods: Sequence[int], lengths: Tensor) -> list[int]:
-    """Order of one group's border matrix, by the axis that is cut last."""
+def order_of_cuts(periods: Sequence[int], lengths: Tensor) -> list[int]:
+    """The axes, the one that is cut last first: where the fewest points of all are cut out.
+
+    Axes that need no cut come last.
+    """
     points = lengths.prod(0)
-    return [
+    cut_out = [
         int(((period - along) * points.div(along, rounding_mode="floor")).sum())
         for period, along in zip(periods, lengths, strict=True)
     ]
+    return sorted(range(len(cut_out)), key=lambda i: (cut_out[i] == 0, cut_out[i]))
+
+
+class BorderCost(NamedTuple):
+    """What the border matrices of one group take: flops for all, bytes for those of one cut."""
+
+    flops: float
+    bytes: int
+
+
+def border_cost(periods: Sequence[int], lengths: Tensor) -> BorderCost:
+    """About what `CutTorus.factorise` takes: a matrix for each frequency of the axes still closed.
+
+    The bytes are those before channels that have points on the border are left out of it.
+    """
+    axes, flops, largest = order_of_cuts(periods, lengths), 0.0, 0
+    for cut, axis in enumerate(axes):
+        lines, points = periods[axis] - lengths[axis], lengths[axes[cut + 1 :]].prod(0)
+        order = int((lines * points).sum())
+        on_lines = len(lines) * int(lines.max()) * int(points.max())
+        closed = [periods[i] for i in axes[:cut]]
+        # All but the last of them are complex; half of the frequencies are enough.
+        count = (closed[0] // 2 + 1) * math.prod(closed[1:]) if cut else 1
+        flops += count * (4 if cut else 1) * 8 / 3 * float(order) ** 3
+        largest = max(largest, count * (2 if cut else 1) * on_lines**2)
+    return BorderCost(flops, 8 * largest)
 
 
 def _taken(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

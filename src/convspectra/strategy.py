@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from convspectra.augmented import augmented_bytes, augmented_flops, has_augmented
-from convspectra.capacitance import border_bytes
+from convspectra.capacitance import border_bytes, factor_flops
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import augmented, capacitance
 from convspectra.krylov import lanczos_trial, lanczos_triplets, seems_well_conditioned
@@ -117,8 +117,8 @@ def _products_for_factors(request: Request) -> float:
     """As many products with M as the factors of M or K cost; inf if they cannot be had."""
     op = request.op
     if admits(request, "capacitance"):
-        needed = border_bytes(polyphase(op))
-        flops = 8 / 3 * op.groups * (needed / (8 * op.groups)) ** 1.5
+        layer = polyphase(op)
+        needed, flops = border_bytes(layer), factor_flops(layer)
     elif has_augmented(op):
         needed, flops = augmented_bytes(op), augmented_flops(op)
     else:
