@@ -187,6 +187,7 @@ def test_auto_finds_what_iterations_with_products_do_not_reach(name, monkeypatch
     shape, sizes, options = SMOOTH[name]
     op = ConvOperator(weight(*shape, smooth=14.0), sizes, **options)
     monkeypatch.setattr(strategy, "GRAM_AT_ONCE", {"LM": 0.0, "SM": 0.0})
+    monkeypatch.setattr(strategy, "DENSE_AT_ONCE", {"square": 0.0, "other": 0.0})
     result = cs.svds(op, 1, "SM", maxiter=300)
     assert result.method == "augmented"
     assert result.converged

@@ -53,6 +53,26 @@ def test_well_conditioned_layers_are_not_factored_where_that_is_dear(channels, n
     assert "capacitance" in dict(asked)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "next_way"),
+    [
+        ((88, 1, 5, 5), (3, 96), "dense"),  # 88 blocks of order 288
+        ((32, 1, 3, 3), (6, 96), "dense"),  # not even its Gram matrix at once
+        ((24, 1, 3, 3), (32, 32), "lanczos"),
+        ((60, 2, 5, 5), (9, 12), "dense"),  # the augmented matrix before
+        ((60, 2, 5, 5), (16, 24), "lanczos"),
+    ],
+)
+def test_what_factors_do_not_tell_is_dense_where_that_is_cheap(shape, size, next_way):
+    groups = shape[0] // 3 if shape[1] == 2 else shape[0]
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    op = cs.ConvOperator(weight, size, padding=shape[2] // 2, groups=groups)
+    names = [name for name, _ in strategy._candidates(request(op, 1, largest=False))]
+    tried = {"capacitance", "gram", "augmented"}
+    assert next(name for name in names if name not in tried) == next_way
+    assert names.count("dense") == 1
+
+
 def test_without_a_factor_the_value_is_the_same():
     op = near_the_identity(64, 24, 0.3)
     tried, factored = (

@@ -29,6 +29,11 @@ SMALL_WORK = 2e7
 """Flops, m n min(m, n), under which a dense SVD is taken at once."""
 GRAM_AT_ONCE = {"LM": 1e8, "SM": 2e9}
 """Flops, min(m, n)^3, under which a Gram matrix is taken before the iterative ways."""
+DENSE_AT_ONCE = {"square": 1e10, "other": 2e9}
+"""Flops, m n min(m, n), under which for a smallest value that neither factors nor a Gram matrix
+have told a dense SVD is next: an iteration would take all its steps. More if it is square, for then
+M is singular.
+"""
 GRAM_LIMIT = 4096
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
@@ -96,17 +101,19 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
     else:
         square, factors = admits(request, "capacitance"), _products_for_factors(request)
         late = not square and factors > LANCZOS_PRODUCTS
+        dense = DENSE_AT_ONCE["square" if square and factors < math.inf else "other"]
         if TRIAL_PRODUCTS < factors < math.inf and not late and seems_well_conditioned(request):
             first = [("lanczos", lanczos_trial)]
         order = [
             ("capacitance", square and factors < math.inf),
             ("gram", at_once),
             ("augmented", not square and not late),
+            ("dense", fits and work <= dense),
             ("lanczos", True),
             ("augmented", late and factors < math.inf),
             ("lobpcg", True),
             ("gram", gram and not at_once),
-            ("dense", fits),
+            ("dense", fits and work > dense),
         ]
     return first + [
         (name, WAYS[name]) for name, wanted in order if wanted and admits(request, name)
