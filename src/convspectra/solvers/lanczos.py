@@ -31,7 +31,7 @@ FloatArray = npt.NDArray[np.float64]
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
 RESIDUAL_UNITS = 4
-"""Residuals of so many eps of the norm are none: a recurrence goes on to say less and less."""
+"""Residuals of so many eps of the norm count as 0; the recurrence's own estimates go on falling."""
 LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
