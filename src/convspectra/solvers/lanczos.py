@@ -30,8 +30,9 @@ FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
-RESIDUAL_UNITS = 4
-"""Residuals of so many eps of the norm count as 0; the recurrence's own estimates go on falling."""
+SINGLE_RESIDUAL_UNITS = 4
+"""Residuals of so many eps of the norm count as 0 in single precision, whose eps is large; in
+double they do where the operator is not known better."""
 LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
@@ -265,7 +266,8 @@ class _Recurrence:
     @property
     def least_residual(self) -> float:
         """Residuals up to which count as 0."""
-        return RESIDUAL_UNITS * self._eps * self.norm
+        units = SINGLE_RESIDUAL_UNITS if self._next.dtype == torch.float32 else ROUNDING_UNITS
+        return units * self._eps * self.norm
 
     @property
     def exhausted(self) -> bool:
