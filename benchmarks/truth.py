@@ -37,7 +37,6 @@ from convspectra.testing import naive_dense
 EPS = float(np.finfo(float).eps)
 WORST_ERROR = 1e-8
 SMALLEST_COMPARED = 1e-7
-CHUNK, CHUNKS_PER_WORKER = 8, 16
 DOUBTFUL_ERROR = 1e-9
 WORST_VECTORS = 1e-10
 
@@ -231,10 +230,8 @@ def _all_outcomes(
         yield from map(one, indices)
         return
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the workers
-    context = multiprocessing.get_context("spawn")
-    # In one process for all layers a library below has been seen to corrupt its memory.
-    with context.Pool(workers, maxtasksperchild=CHUNKS_PER_WORKER) as pool:
-        yield from pool.imap_unordered(one, indices, chunksize=CHUNK)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(one, indices, chunksize=8)
 
 
 def summaries(found: list[Outcome], seed: int) -> list[dict[str, object]]:
