@@ -240,7 +240,7 @@ def test_the_cost_of_the_borders_is_that_of_the_matrices_that_are_held(layer):
     torus.factorise()
     cost = border_cost(smallest_periods(op.geometry), all_lengths(op))
     sizes = [m.element_size() * m.numel() for m in held(torus)]
-    # On this torus functions change sign: as many frequencies as without, or one less, by two.
+    # A twisted torus of an even length has one frequency less in its half.
     assert max(sizes) / op.groups <= cost.bytes
     untwisted = CutTorus(op, 0, 0.0)
     untwisted.factorise()

@@ -31,8 +31,7 @@ FloatArray = npt.NDArray[np.float64]
 ROUNDING_UNITS = 16
 """The operator is known to so many eps of its norm."""
 SINGLE_RESIDUAL_UNITS = 4
-"""Residuals of so many eps of the norm count as 0 in single precision, whose eps is large; in
-double they do where the operator is not known better."""
+"""The same for residuals that count as 0 in single precision: they come down to 2 to 4 eps."""
 LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
