@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -230,8 +231,9 @@ def _all_outcomes(
         yield from map(one, indices)
         return
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the workers
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(one, indices, chunksize=8)
+    # Unlike a multiprocessing.Pool this raises when a worker is killed, and waits for no answer.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(one, indices, chunksize=8)
 
 
 def summaries(found: list[Outcome], seed: int) -> list[dict[str, object]]:
