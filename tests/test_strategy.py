@@ -5,7 +5,8 @@ import torch
 from strategies import one_thread as one_thread
 
 import convspectra as cs
-from convspectra import ConvOperator, strategy
+from benchmarks.layers import smoothed
+from convspectra import ConvOperator, preconditioned, strategy
 from convspectra.request import Request
 
 
@@ -58,9 +59,9 @@ def test_well_conditioned_layers_are_not_factored_where_that_is_dear(channels, n
     [
         ((88, 1, 5, 5), (3, 96), "dense"),  # 88 blocks of order 288
         ((32, 1, 3, 3), (6, 96), "dense"),  # not even its Gram matrix at once
-        ((24, 1, 3, 3), (32, 32), "lanczos"),
+        ((24, 1, 3, 3), (32, 32), "davidson"),
         ((60, 2, 5, 5), (9, 12), "dense"),  # the augmented matrix before
-        ((60, 2, 5, 5), (16, 24), "lanczos"),
+        ((60, 2, 5, 5), (16, 24), "davidson"),
     ],
 )
 def test_what_factors_do_not_tell_is_dense_where_that_is_cheap(shape, size, next_way):
@@ -71,6 +72,46 @@ def test_what_factors_do_not_tell_is_dense_where_that_is_cheap(shape, size, next
     tried = {"capacitance", "gram", "augmented"}
     assert next(name for name in names if name not in tried) == next_way
     assert names.count("dense") == 1
+
+
+SMOOTH = {
+    "wide": ((32, 16, 3, 3), (28, 28), {"stride": 2, "padding": 1}, 10.0),
+    "tall": ((32, 3, 7, 7), (64, 64), {"stride": 2, "padding": 3}, 8.0),
+}
+
+
+def smooth_layer(name: str) -> ConvOperator:
+    shape, size, options, smooth = SMOOTH[name]
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return ConvOperator(smoothed(weight, smooth), size, **options)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_layers_that_are_dear_to_factor_are_not(name):
+    """The factors give the same value, with a bound that does not rest on the iteration."""
+    op = smooth_layer(name)
+    asked = strategy._candidates(request(op, 1, largest=False))
+    assert [asked[0][1].__name__, asked[1][0]] == ["davidson_trial", "augmented"]
+    found, factored = (cs.svds(op, 2, "SM", method=way) for way in ("auto", "augmented"))
+    assert (found.method, found.converged) == ("davidson", True)
+    torch.testing.assert_close(found.s, factored.s, rtol=1e-8, atol=0)
+    assert bool((found.lower >= 0.899 * found.s[0]).all())
+    assert float(found.lower[0]) <= float(factored.s[0]) * (1 + 1e-12)
+    assert float(found.others) <= float(factored.s[1]) * (1 + 1e-12)
+
+
+def test_a_trial_of_davidson_in_vain_is_followed_by_the_factors(monkeypatch):
+    monkeypatch.setattr(preconditioned, "TRIAL_STEPS", 5)
+    op = smooth_layer("wide")
+    assert cs.svds(op, 1, "SM").method == "augmented"
+
+
+def test_lanczos_is_first_where_few_steps_see_no_small_value():
+    shape = (48, 24, 3, 3)
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    op = ConvOperator(weight, (32, 32), stride=2, padding=1)
+    names = [name for name, _ in strategy._candidates(request(op, 1, largest=False))]
+    assert names[:3] == ["lanczos", "davidson", "augmented"]
 
 
 def test_without_a_factor_the_value_is_the_same():
@@ -87,7 +128,7 @@ def test_a_trial_in_vain_is_followed_by_the_factor(monkeypatch):
     op = near_the_identity(64, 24, 3.0)
     expected = cs.svds(op, 1, "SM")
     assert expected.method == "capacitance"
-    monkeypatch.setattr(strategy, "seems_well_conditioned", lambda request: True)
+    monkeypatch.setattr(strategy, "glimpsed_least", lambda request: 1.0)
     found = cs.svds(op, 1, "SM")
     assert (found.method, found.converged) == ("capacitance", True)
     torch.testing.assert_close(found.s, expected.s)

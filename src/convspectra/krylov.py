@@ -48,19 +48,24 @@ def glimpsed_ends(
     largest is given as 0: a Gram matrix loses digits of it. Without a generator the vector is
     always the same. Cost: M and M' on one array a step; memory of a few arrays.
     """
+    least, largest = _ends(op, steps, generator)
+    return least if least > WELL_CONDITIONED * largest else 0.0, largest
+
+
+def glimpsed_least(request: Request) -> float:
+    """The least singular value that a few steps of Lanczos see, over the largest, about.
+
+    They see a small one where there are many; a single one may be missed.
+    """
+    least, largest = _ends(request.op, PROBE_STEPS, request.generator)
+    return least / largest if largest > 0 else 0.0
+
+
+def _ends(op: ConvOperator, steps: int, generator: torch.Generator | None) -> tuple[float, float]:
     tall, _ = Product.tall(op, fast=True)
     generator = generator or torch.Generator(device=op.device).manual_seed(0)
     least, largest = ritz_ends(tall.gram, min(op.shape), steps, like=op.weight, generator=generator)
-    well_conditioned = least > WELL_CONDITIONED**2 * largest
-    return least**0.5 if well_conditioned else 0.0, max(largest, 0.0) ** 0.5
-
-
-def seems_well_conditioned(request: Request) -> bool:
-    """Whether a few steps of Lanczos see no small singular value.
-
-    They see one where there are many; a single one may be missed.
-    """
-    return glimpsed_ends(request.op, PROBE_STEPS, request.generator)[0] > 0
+    return max(least, 0.0) ** 0.5, max(largest, 0.0) ** 0.5
 
 
 def lanczos_trial(request: Request) -> SingularTriplets:

@@ -15,10 +15,12 @@ from convspectra.request import Product, Request, refined, rounding_of
 from convspectra.solvers.davidson import davidson
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
 from convspectra.solvers.lobpcg import lobpcg
-from convspectra.solvers.result import Eigenpairs, SingularTriplets
+from convspectra.solvers.result import NO_BOUND_BELOW, Eigenpairs, SingularTriplets
 
 STEPS = 300
 STEPS_FOR_SMALLEST = 600
+TRIAL_STEPS = 400
+"""Most steps for the smallest values where another way is next."""
 SINGLE_TOLERANCE = 1e-7
 """Least tolerance on a norm for which single precision finds the vector."""
 SINGLE_RESIDUAL = 5e-6
@@ -27,8 +29,8 @@ PRODUCTS_SAVED = 400
 """Products with M that the circulant's Gram matrices may cost as much as, over the number of
 vectors, four or more: Lanczos needs a few more products for each vector more, Davidson as many.
 """
-LOWER_FRACTIONS = (0.95, 0.8, 0.5)
-"""Lower bounds tried on a singular value of LOBPCG, relative to it."""
+LOWER_FRACTIONS = (0.9, 0.8, 0.5)
+"""Lower bounds tried on the smallest singular value, relative to it."""
 BOUND_STEPS = 400
 NOISE = 1e-7
 """The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
@@ -38,9 +40,14 @@ def circulant_helps(op: ConvOperator, k: int, max_bytes: int) -> bool:
     """Whether the circulant's Gram matrices save more than they cost, for k largest triplets."""
     if not has_embedding(op):
         return False
-    flops, memory = gram_cost(op)
     product = 2.0 * op.weight.numel() * math.prod(op.geometry.output_size)
-    return max(k, 4) * flops <= PRODUCTS_SAVED * product and memory <= max_bytes
+    saved = max(k, 4) * gram_cost(op)[0] <= PRODUCTS_SAVED * product
+    return saved and circulant_fits(op, max_bytes)
+
+
+def circulant_fits(op: ConvOperator, max_bytes: int) -> bool:
+    """Whether there is room for the circulant's Gram matrices."""
+    return gram_cost(op)[1] <= max_bytes
 
 
 def davidson_largest(request: Request) -> SingularTriplets:
@@ -96,10 +103,52 @@ def davidson_largest(request: Request) -> SingularTriplets:
     return triplets.transposed() if op.shape[0] < op.shape[1] else triplets
 
 
+def davidson_smallest(request: Request) -> SingularTriplets:
+    """The smallest triplets, with the circulant's inverse Gram matrix for a preconditioner.
+
+    By products with the layer's Gram matrix, in which values far below 1e-7 of the norm are lost.
+    """
+    op, size = request.op, min(request.op.shape)
+    tall, gram = _circulant(request)
+    found = davidson(
+        tall.gram,
+        size,
+        request.k,
+        largest=False,
+        tol=request.tol,
+        maxiter=request.most_steps(STEPS_FOR_SMALLEST),
+        like=op.weight,
+        generator=request.generator,
+        values_only=request.values_only,
+        precondition=None if gram is None else gram.inverse_near_zero(),
+        most_kept=request.max_bytes // (8 * size),
+    )
+    images, s, v = refined(tall, found.vectors, largest=False)
+    triplets = SingularTriplets(
+        u=images,
+        s=s,
+        v=v,
+        lower=torch.zeros_like(s),
+        upper=s + rounding_of(op) * found.norm**0.5,
+        others=0.0,
+        converged=found.converged and float(s[0]) > NOISE * request.norm_estimate,
+        matvecs=2 * found.products + request.k,
+        certificate=NO_BOUND_BELOW,
+    )
+    return _bounded_below(request, triplets, gram)
+
+
+def davidson_trial(request: Request) -> SingularTriplets:
+    """The same where there is another way: not many steps."""
+    return davidson_smallest(replace(request, maxiter=request.most_steps(TRIAL_STEPS)))
+
+
 def lobpcg_smallest(request: Request) -> SingularTriplets:
-    """The smallest triplets, with the circulant's Gram matrix for a preconditioner."""
-    gram = CirculantGram(request.op, fast=True)
-    tall = gram.tall
+    """The smallest triplets by products with M and M' in turns: of values down to rounding.
+
+    With the circulant's inverse Gram matrix for a preconditioner.
+    """
+    tall, gram = _circulant(request)
     triplets = lobpcg(
         tall.apply,
         tall.apply_adjoint,
@@ -110,18 +159,33 @@ def lobpcg_smallest(request: Request) -> SingularTriplets:
         like=request.op.weight,
         generator=request.generator,
         values_only=request.values_only,
-        precondition=gram.inverse_near_zero(),
+        precondition=None if gram is None else gram.inverse_near_zero(),
     )
     # M v / s of a small s is orthogonal to others only as far as rounding lets it be.
     images, s, v = refined(tall, triplets.v, largest=False)
     upper = s + (triplets.upper - triplets.s)
     matvecs = triplets.matvecs + request.k
     triplets = replace(triplets, u=images, s=s, v=v, upper=upper, matvecs=matvecs)
-    triplets = _with_null_vectors(request, triplets, tall)
+    return _bounded_below(request, _with_null_vectors(request, triplets, tall), gram)
+
+
+def _circulant(request: Request) -> tuple[Product, CirculantGram | None]:
+    """The layer, M or M', and the circulant's Gram matrices if there is room for them."""
+    if not circulant_fits(request.op, request.max_bytes):
+        return Product.tall(request.op, fast=True)[0], None
+    gram = CirculantGram(request.op, fast=True)
+    return gram.tall, gram
+
+
+def _bounded_below(
+    request: Request, triplets: SingularTriplets, gram: CirculantGram | None
+) -> SingularTriplets:
+    """With a bound below, if they have converged and one is to be had."""
     if request.op.shape[0] < request.op.shape[1]:
         triplets = triplets.transposed()
     smallest, matvecs = float(triplets.s[0]), triplets.matvecs
-    if not triplets.converged or not float(triplets.upper[0]) < smallest * (1 + 1e-6):
+    resolved = float(triplets.upper[0]) < smallest * (1 + 1e-6)
+    if gram is None or not triplets.converged or not resolved:
         return triplets
     for fraction in LOWER_FRACTIONS:
         holds, count = gram.is_above((fraction * smallest) ** 2, BOUND_STEPS, request.generator)

@@ -12,9 +12,21 @@ from convspectra.augmented import augmented_bytes, augmented_flops, has_augmente
 from convspectra.capacitance import border_bytes, factor_flops
 from convspectra.circulant import circulant_triplets, has_embedding, is_circulant
 from convspectra.inverted import augmented, capacitance
-from convspectra.krylov import lanczos_trial, lanczos_triplets, seems_well_conditioned
+from convspectra.krylov import (
+    WELL_CONDITIONED,
+    glimpsed_least,
+    lanczos_trial,
+    lanczos_triplets,
+)
 from convspectra.polyphase import is_square_grid, polyphase
-from convspectra.preconditioned import circulant_helps, davidson_largest, lobpcg_smallest
+from convspectra.preconditioned import (
+    circulant_fits,
+    circulant_helps,
+    davidson_largest,
+    davidson_smallest,
+    davidson_trial,
+    lobpcg_smallest,
+)
 from convspectra.request import ZERO, Request, group_matrices
 from convspectra.solvers.dense import dense_svd, gram_eigh
 from convspectra.solvers.result import SingularTriplets
@@ -22,7 +34,8 @@ from convspectra.solvers.result import SingularTriplets
 METHODS = {
     "LM": ("auto", "dense", "gram", "circulant", "lanczos", "davidson"),
     "SM": (
-        *("auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos", "lobpcg"),
+        *("auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos"),
+        *("davidson", "lobpcg"),
     ),
 }
 SMALL_WORK = 2e7
@@ -42,6 +55,9 @@ TRIAL_PRODUCTS = 200
 """Products with M that a trial of Lanczos takes, about, if it succeeds."""
 LANCZOS_PRODUCTS = 1000
 """The same where it is less likely to, and has all its steps."""
+WITHIN_REACH = 0.05
+"""Least singular value that a few steps see, over the largest, from which on those are enough: it
+is a few times the smallest, about."""
 
 Way: TypeAlias = Callable[[Request], SingularTriplets]
 
@@ -72,7 +88,7 @@ def admits(request: Request, method: str) -> bool:
         "capacitance": has_augmented(op) and is_square_grid(op) and op.shape[0] == op.shape[1],
         "augmented": has_augmented(op),
         "circulant": is_circulant(op),
-        "davidson": has_embedding(op) and request.separation is None,
+        "davidson": not request.largest or (has_embedding(op) and request.separation is None),
     }.get(method, True)
 
 
@@ -89,7 +105,7 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
         return [("circulant", _circulant)]
     if work <= SMALL_WORK and fits:
         return [("dense", _dense)]
-    first: list[tuple[str, Way]] = []
+    instead: dict[str, Way] = {}
     if request.largest:
         order = [
             ("gram", at_once),
@@ -102,21 +118,30 @@ def _candidates(request: Request) -> list[tuple[str, Way]]:
         square, factors = admits(request, "capacitance"), _products_for_factors(request)
         late = not square and factors > LANCZOS_PRODUCTS
         dense = DENSE_AT_ONCE["square" if square and factors < math.inf else "other"]
-        if TRIAL_PRODUCTS < factors < math.inf and not late and seems_well_conditioned(request):
-            first = [("lanczos", lanczos_trial)]
+        glimpsed = glimpsed_least(request) if factors > TRIAL_PRODUCTS else 0.0
+        trial = factors < math.inf and not late and glimpsed > WELL_CONDITIONED
+        if trial:
+            instead["lanczos"] = lanczos_trial
+        if late and factors < math.inf:
+            instead["davidson"] = davidson_trial
         order = [
+            ("lanczos", trial),
             ("capacitance", square and factors < math.inf),
             ("gram", at_once),
             ("augmented", not square and not late),
             ("dense", fits and work <= dense),
-            ("lanczos", True),
+            ("lanczos", not trial and glimpsed > WITHIN_REACH),
+            ("davidson", circulant_fits(op, request.max_bytes)),
             ("augmented", late and factors < math.inf),
+            ("lanczos", glimpsed <= WITHIN_REACH),
             ("lobpcg", True),
             ("gram", gram and not at_once),
             ("dense", fits and work > dense),
         ]
-    return first + [
-        (name, WAYS[name]) for name, wanted in order if wanted and admits(request, name)
+    return [
+        (name, instead.get(name, WAYS[name]))
+        for name, wanted in order
+        if wanted and admits(request, name)
     ]
 
 
@@ -168,6 +193,10 @@ def _gram(request: Request) -> SingularTriplets:
     return gram_eigh(blocks.mT, request.k, request.largest).transposed()
 
 
+def _davidson(request: Request) -> SingularTriplets:
+    return davidson_largest(request) if request.largest else davidson_smallest(request)
+
+
 WAYS: dict[str, Way] = {
     "dense": _dense,
     "gram": _gram,
@@ -175,6 +204,6 @@ WAYS: dict[str, Way] = {
     "capacitance": capacitance,
     "augmented": augmented,
     "lanczos": lanczos_triplets,
-    "davidson": davidson_largest,
+    "davidson": _davidson,
     "lobpcg": lobpcg_smallest,
 }

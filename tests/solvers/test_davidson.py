@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,63 @@ def test_pairs_and_what_stopping_early_gives(name, near):
         for maxiter in (1, 2, 3, 8):
             pairs = run(matrix, k, maxiter=maxiter, precondition=precondition)
             check_pairs(matrix, pairs, largest=True)
+
+
+SEMIDEFINITE = [name for name, values in SPECTRA.items() if min(values) >= 0]
+
+
+def near_inverse_of_all(matrix: Tensor):
+    """A^{-1} of an A that is a little wrong and shifted away from 0."""
+    norm = truth(matrix)[0] or 1.0
+    noise = random(len(matrix), len(matrix), seed=9)
+    shift = 1e-3 * norm * (noise @ noise.T / len(matrix) + torch.eye(len(matrix)).double())
+    inverse = torch.linalg.inv(matrix + shift)
+    return lambda rows: rows @ inverse
+
+
+@pytest.mark.parametrize("near", [lambda _: None, near_inverse_of_all], ids=["plain", "helped"])
+@pytest.mark.parametrize("values_only", [False, True])
+@pytest.mark.parametrize("name", SEMIDEFINITE)
+def test_smallest_pairs(name, values_only, near):
+    """Residuals are compared with sqrt(value norm); what rounding hides has not converged."""
+    matrix = with_spectrum(SPECTRA[name])
+    true, slack = truth(matrix, largest=False), rounding(matrix)
+    norm, loosest = true[-1], 10 if values_only else 1
+    options = {"largest": False, "values_only": values_only, "precondition": near(matrix)}
+    for k in {1, min(3, len(matrix)), len(matrix)}:
+        pairs = run(matrix, k, **options)
+        values = pairs.values.numpy()
+        allowed = loosest * 1e-8 * np.sqrt(np.abs(values) * norm)
+        check_pairs(matrix, replace(pairs, converged=False), largest=False)
+        assert pairs.bound == -math.inf
+        assert (pairs.residuals.numpy() <= np.maximum(allowed, slack)).all()
+        if pairs.converged:
+            assert (pairs.residuals.numpy() <= allowed).all()
+            assert (np.abs(values - true[:k]) <= allowed + slack).all()
+        else:
+            assert true[0] <= 1e-6 * norm, "all others can be had"
+        for maxiter in (1, 2, 3, 8):
+            early = run(matrix, k, maxiter=maxiter, **options)
+            check_pairs(matrix, replace(early, converged=False), largest=False)
+
+
+def test_a_preconditioner_saves_products_at_the_bottom_too():
+    matrix = with_spectrum([1e-5 * (1 + i) for i in range(20)] + list(np.linspace(1e-3, 1, 180)))
+    plain, helped = (
+        run(matrix, 1, largest=False, precondition=near)
+        for near in (None, near_inverse_of_all(matrix))
+    )
+    assert helped.converged
+    assert helped.products <= 0.5 * plain.products
+
+
+@pytest.mark.parametrize("most_kept", [1, 20, 60, 200])
+def test_room_for_few_vectors(most_kept):
+    """Three blocks are the least: Ritz vectors, those of the last step, and what is new."""
+    matrix = with_spectrum(LINE)
+    for k in (1, 3):
+        check(matrix, run(matrix, k, most_kept=most_kept), k)
+        assert run(matrix, k, most_kept=most_kept).products >= run(matrix, k).products
 
 
 @each_way

@@ -1,4 +1,4 @@
-"""The largest eigenpairs of a symmetric operator by block Davidson, with a preconditioner or not.
+"""Extreme eigenpairs of a symmetric operator by block Davidson, with a preconditioner or not.
 
 Source: Davidson (J. Comput. Phys. 17, 1975); Stathopoulos and Saad (Numer. Algorithms 18, 1998) for
 the restart, which keeps the Ritz vectors of the last step beside those of this one. Without a
@@ -7,6 +7,7 @@ preconditioner and a restart it is block Lanczos.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,7 @@ def davidson(
     size: int,
     k: int,
     *,
+    largest: bool = True,
     tol: float,
     maxiter: int,
     like: Tensor,
@@ -38,8 +40,9 @@ def davidson(
     start: Tensor | None = None,
     values_only: bool = False,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    most_kept: int | None = None,
 ) -> Eigenpairs:
-    """The k largest eigenpairs, repeated ones too where the random start vectors tell them apart.
+    """The k largest or smallest eigenpairs, repeated ones too where the start tells them apart.
 
     Parameters
     ----------
@@ -49,10 +52,13 @@ def davidson(
         n.
     k : int
         At most n.
+    largest : bool
+        The smallest are those of a positive semidefinite operator.
     tol : float
-        A pair has converged when its residual is at most ``tol value``; with `values_only`, when
-        the error of the value is estimated so, residual^2 over the gap to the next Ritz value, and
-        the residual is at most ``10 tol value``: an eigenvalue is that near.
+        A pair has converged when its residual is at most ``tol value``, and a smallest one when it
+        is at most ``tol sqrt(value norm)``; with `values_only`, when the error of the value is
+        estimated to be ``tol value``, residual^2 over the gap to the next Ritz value, and the
+        residual is at most ten times what pairs need: an eigenvalue is that near.
     maxiter : int
         Most block steps.
     like : Tensor
@@ -63,12 +69,15 @@ def davidson(
         Independent rows to start from instead, k or more.
     values_only : bool
     precondition : callable, optional
-        On rows, symmetric positive definite: near (t - A)^{-1} for a t above the spectrum.
+        On rows, symmetric positive definite: near |t - A|^{-1} for a t beyond the spectrum.
+    most_kept : int, optional
+        Vectors of length n that are kept, twice the basis; three of its blocks at the least.
 
     Returns
     -------
     Eigenpairs
-        Without a bound: the iteration cannot tell that it missed a value.
+        Without a bound: the iteration cannot tell that it missed a value. Of smallest ones that
+        are lost in the rounding errors of the products, none has converged.
 
     Raises
     ------
@@ -84,13 +93,17 @@ def davidson(
     block = min(size, k + (GUARD_VECTORS if k > 1 else 0))
     if start is not None:
         block = len(start)
-    most = min(size, max(BASIS_LEAST, BASIS_BLOCKS * block))
+    most = max(BASIS_LEAST, BASIS_BLOCKS * block)
+    if most_kept is not None:
+        most = max(min(most, most_kept // 2), 3 * block)
+    most = min(most, size)
     new = start
     if new is None:
         new = torch.randn(block, size, dtype=like.dtype, device=like.device, generator=generator)
     basis, images = new.new_empty(most, size), new.new_empty(most, size)
     projected = torch.zeros(0, 0, dtype=torch.float64, device=like.device)
     before = projected.new_zeros(block, 0)
+    sign = 1.0 if largest else -1.0
     order, products, converged, norm = 0, 0, False, 0.0
     for step in range(maxiter):
         _check_finite(new)
@@ -99,7 +112,7 @@ def davidson(
             break
         old, order = order, order + len(new)
         basis[old:order] = new
-        images[old:order] = product(new)
+        images[old:order] = sign * product(new)
         products += len(new)
         projected = _bordered(projected, basis[:order], images[:order])
         _check_finite(projected)
@@ -110,9 +123,12 @@ def davidson(
         norm = max(norm, float(every.abs().amax()))
         residuals = ax - values[:, None].to(like.dtype) * x
         sizes = torch.linalg.vector_norm(residuals, dim=1).double()
-        reached = _reached(sizes, every, tol, ROUNDING_UNITS * eps * norm, values_only)
-        converged = (bool(reached[:k].all()) and len(values) >= k) or order == size
-        if converged or step == maxiter - 1:
+        floor = ROUNDING_UNITS * eps * norm
+        reached = _reached(sizes, every, tol, norm, floor, values_only, largest)
+        converged = (bool(reached[:k].all()) and len(values) >= k) or (largest and order == size)
+        reached |= sizes <= floor  # rounding error: no step makes it less
+        ended = (bool(reached[:k].all()) and len(values) >= k) or order == size
+        if converged or ended or step == maxiter - 1:
             break
         new = residuals[~reached]
         new = new if precondition is None else precondition(new)
@@ -125,10 +141,10 @@ def davidson(
             vectors = kept.mT @ vectors
         before = vectors[:, :block]
     return Eigenpairs(
-        values=values[:k].to(like.dtype),
+        values=sign * values[:k].to(like.dtype),
         vectors=x[:k],
         residuals=sizes[:k].to(like.dtype),
-        bound=float("inf"),
+        bound=sign * math.inf,
         norm=norm,
         converged=converged,
         products=products,
@@ -140,13 +156,24 @@ def _check_finite(products: Tensor) -> None:
         raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
 
 
-def _reached(sizes: Tensor, every: Tensor, tol: float, floor: float, values_only: bool) -> Tensor:
-    allowed = (tol * every[: len(sizes)].abs()).clamp_min(floor)
+def _reached(
+    sizes: Tensor,
+    every: Tensor,
+    tol: float,
+    norm: float,
+    floor: float,
+    values_only: bool,
+    largest: bool,
+) -> Tensor:
+    error = tol * every[: len(sizes)].abs()
+    residual = error if largest else tol * (every[: len(sizes)].abs() * norm).sqrt()
+    if largest:
+        error, residual = error.clamp_min(floor), residual.clamp_min(floor)
     if not values_only:
-        return sizes <= allowed
+        return sizes <= residual
     beyond = every[len(sizes)] if len(every) > len(sizes) else every[-1]
     gaps = (every[: len(sizes)] - beyond).clamp_min(floor)
-    return (sizes**2 <= allowed * gaps) & (sizes <= PAIRS_COUNT_AS_ONE * allowed)
+    return (sizes**2 <= error * gaps) & (sizes <= PAIRS_COUNT_AS_ONE * residual)
 
 
 def _bordered(projected: Tensor, basis: Tensor, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers.orthonormal import inner_products, orthonormal, principal
-from convspectra.solvers.result import PAIRS_COUNT_AS_ONE, SingularTriplets
+from convspectra.solvers.result import NO_BOUND_BELOW, PAIRS_COUNT_AS_ONE, SingularTriplets
 
 GUARD_VECTORS = 2
 FLOOR_UNITS = 64
@@ -132,7 +132,7 @@ def lobpcg(
         upper=s + slack,
         converged=converged,
         matvecs=matvecs,
-        certificate="Rayleigh-Ritz values above; no bound below",
+        certificate=NO_BOUND_BELOW,
     )
 
 

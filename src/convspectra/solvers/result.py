@@ -14,6 +14,9 @@ PAIRS_COUNT_AS_ONE = 10
 """Where values alone are asked for, two that are nearer than so many tolerances may be taken for
 one: residuals, which bound the distance to some value, are allowed so much."""
 
+NO_BOUND_BELOW = "Rayleigh-Ritz values above; no bound below"
+"""The certificate of smallest values that an iteration alone has found."""
+
 
 @dataclass(frozen=True)
 class SingularTriplets:
