@@ -127,8 +127,8 @@ def svds(
         forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
         with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
         for its smallest values, and "augmented" a zero-padded one that is not, by the inverse of
-        ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson"
-        (largest values) and "lobpcg" (smallest) precondition them by the layer's circulant.
+        ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson" and, for the
+        smallest values down to rounding, "lobpcg" precondition them by the layer's circulant.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
         by dependent channels, without vectors, it reads off the weight ("structure").
     tol : float
@@ -136,8 +136,8 @@ def svds(
         (two nearer than ten tolerances may then be taken for one). An iteration with the inverse
         applies it to the singular values of that.
     maxiter : int, optional
-        Most steps of an iteration. By default 300 of "davidson", "capacitance" and "augmented", 600
-        of "lobpcg"; of "lanczos" 1,500 for the smallest values and 7,500 for the largest.
+        Most steps of an iteration. By default 300 with factors; for the largest and the smallest
+        values 300 and 600 of "davidson", 7,500 and 1,500 of "lanczos"; 600 of "lobpcg".
     generator : torch.Generator, optional
         Of the random start vectors. Without it they come from a fixed seed: the answer is the same
         at every call.
