@@ -140,7 +140,7 @@ def test_it_is_symmetric_and_positive_definite(layer):
     if not dense.any():
         return
     order = min(dense.shape)
-    b = matrix(CirculantGram(op).inverse_near_zero(), order)
+    b = matrix(CirculantGram(op).inverse_near_zero()[0], order)
     assert b.shape == (order, order)
     assert torch.isfinite(b).all()
     scale = float(b.norm())
@@ -179,7 +179,7 @@ BLOCKS_APART = {
 def test_it_is_the_inverse_where_m_is_the_circulant(op, monkeypatch):
     monkeypatch.setattr("convspectra.gram.REGULARISATION", 0.0)
     gram = smaller_gram(op.to_dense())
-    product = matrix(CirculantGram(op).inverse_near_zero(), len(gram)) @ gram
+    product = matrix(CirculantGram(op).inverse_near_zero()[0], len(gram)) @ gram
     condition = float(torch.linalg.cond(gram))
     identity = torch.eye(len(gram), dtype=torch.float64)
     assert (product - identity).norm() <= 1e-10 * condition
@@ -206,7 +206,7 @@ INTERIOR = {
 def test_it_is_close_to_the_inverse_where_the_interior_dominates(op):
     gram = smaller_gram(op.to_dense())
     preconditioned = torch.linalg.eigvals(
-        matrix(CirculantGram(op).inverse_near_zero(), len(gram)) @ gram
+        matrix(CirculantGram(op).inverse_near_zero()[0], len(gram)) @ gram
     ).real
     assert preconditioned.min() >= 0.5
     assert preconditioned.max() <= 4.0
@@ -219,14 +219,28 @@ def test_it_makes_the_condition_better():
     taps = torch.tensor([0.3, 1.0, 0.6, 0.1]).double()
     op = ConvOperator(taps[None, None], 40, padding=3)
     gram = smaller_gram(op.to_dense())
-    b = matrix(CirculantGram(op).inverse_near_zero(), len(gram))
+    b = matrix(CirculantGram(op).inverse_near_zero()[0], len(gram))
     values = torch.linalg.eigvals(b @ gram).real
     assert float(values.max() / values.min()) <= 0.1 * float(torch.linalg.cond(gram))
 
 
+def test_a_shift_is_added_and_the_norm_is_given():
+    """Where M is the circulant itself: (shift + G)^{-1}."""
+    op = ConvOperator(random(3, 2, 4, 4), (6, 8), padding_mode="circular")
+    dense = op.to_dense()
+    gram = CirculantGram(op)
+    squares = torch.linalg.eigvalsh(dense.T @ dense)
+    for shift in (0.0, 0.5, 20.0):
+        multiply, norm = gram.inverse_near_zero(shift)
+        inverse = torch.linalg.inv(shift * torch.eye(96, dtype=torch.float64) + dense.T @ dense)
+        torch.testing.assert_close(matrix(multiply, 96), inverse, rtol=1e-5, atol=1e-7)
+        largest = 1 / float(squares[0] + shift)
+        assert 0.999 * largest <= norm <= 2 * largest
+
+
 def test_a_linear_map_on_rows_of_any_number():
     op = INTERIOR["tall"]
-    preconditioner = CirculantGram(op).inverse_near_zero()
+    preconditioner = CirculantGram(op).inverse_near_zero()[0]
     x = random(5, min(op.shape))
     together = preconditioner(x)
     alone = torch.cat([preconditioner(row[None]) for row in x])

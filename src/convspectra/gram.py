@@ -69,19 +69,17 @@ class CirculantGram:
         self._shape = op.output_shape if self._wide else op.input_shape
         self.blocks = self._gram(0.0)
 
-    def inverse_near_zero(self) -> Callable[[Tensor], Tensor]:
-        """A preconditioner for the smallest eigenvalues: the circulant's inverse Gram matrix.
+    def inverse_near_zero(self, shift: float = 0.0) -> tuple[Callable[[Tensor], Tensor], float]:
+        """A preconditioner for the smallest eigenvalues: (shift + circulant's Gram matrix)^{-1}.
 
-        Cost: an inversion of every block, once.
+        The second is its norm, at most a few times too large. Cost: an inversion of every block.
         """
-        return lambda x: self._filtered(lambda rows: rows @ self._inverse_blocks.mT, x)
-
-    @functools.cached_property
-    def _inverse_blocks(self) -> Tensor:
+        shift = max(shift, REGULARISATION * self._norm)
         identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self._device)
-        shifted = self.blocks + REGULARISATION * self._norm * identity
-        inverse, _ = inverse_and_logabsdet(shifted)
-        return 0.5 * (inverse + inverse.mH)
+        inverse, _ = inverse_and_logabsdet(self.blocks + shift * identity)
+        inverse = 0.5 * (inverse + inverse.mH)
+        norm = float(torch.linalg.matrix_norm(inverse).amax())
+        return lambda x: self._filtered(lambda rows: rows @ inverse.mT, x), norm
 
     def inverse_near_norm(self) -> tuple[Callable[[Tensor], Tensor], float]:
         """A preconditioner for the largest, near (t - the circulant's Gram matrix)^{-1}; a bound.
@@ -128,9 +126,11 @@ class CirculantGram:
     def is_above(self, square: float, maxiter: int, generator: torch.Generator) -> tuple[bool, int]:
         """Whether all eigenvalues of G are above `square`, except with a small probability.
 
-        With B, the circulant's inverse, (square - G) B has the signs of square - G and a spectrum
-        that a few Lanczos steps tell from 0. Also gives the number of applications of M and M'.
+        With B = (square + the circulant's Gram matrix)^{-1}, (square - G) B has the signs of
+        square - G and a spectrum that some hundred Lanczos steps tell from 0. Also gives the number
+        of applications of M and M'.
         """
+        metric, _ = self.inverse_near_zero(square)
         run = lanczos(
             lambda x: square * x - self.tall.gram(x),
             math.prod(self._shape),
@@ -142,8 +142,8 @@ class CirculantGram:
             generator=generator,
             enclosure=0.0,
             beyond=0.0,
-            metric=self.inverse_near_zero(),
-            smallest_of_metric=1 / (self._norm * (1 + REGULARISATION)),
+            metric=metric,
+            smallest_of_metric=1 / (self._norm * (1 + REGULARISATION) + square),
         )
         return run.bound <= 0, 2 * run.products
 
