@@ -133,10 +133,10 @@ def davidson_smallest(request: Request) -> SingularTriplets:
             most_kept=request.max_bytes // (8 * size),
         )
 
-    precondition, norm = (None, 0.0) if gram is None else gram.inverse_near_zero()
+    precondition, amplifies = (None, 0.0) if gram is None else gram.inverse_near_zero()
     found, in_vain = run(precondition, None), 0
     value = float(found.values[0])
-    if gram is not None and not found.converged and value * norm > MUCH_SMALLER:
+    if gram is not None and not found.converged and value * amplifies > MUCH_SMALLER:
         # What the circulant amplifies most are functions that the layer does not know.
         precondition, _ = gram.inverse_near_zero(value)
         found, in_vain = run(precondition, found.vectors), found.products
