@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +15,7 @@ from convspectra.request import Product, Request, refined, rounding_of
 from convspectra.solvers.davidson import davidson
 from convspectra.solvers.gaussian import FAILURE_PROBABILITY
 from convspectra.solvers.lobpcg import lobpcg
-from convspectra.solvers.result import NO_BOUND_BELOW, Eigenpairs, SingularTriplets
-
-Precondition: TypeAlias = Callable[[Tensor], Tensor]
+from convspectra.solvers.result import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets
 
 STEPS = 300
 STEPS_FOR_SMALLEST = 600
@@ -117,7 +113,7 @@ def davidson_smallest(request: Request) -> SingularTriplets:
     op, size = request.op, min(request.op.shape)
     tall, gram = _circulant(request)
 
-    def run(precondition: Precondition | None, start: Tensor | None) -> Eigenpairs:
+    def run(precondition: LinearMap | None, start: Tensor | None) -> Eigenpairs:
         return davidson(
             tall.gram,
             size,

@@ -125,12 +125,12 @@ def davidson(
         sizes = torch.linalg.vector_norm(residuals, dim=1).double()
         floor = ROUNDING_UNITS * eps * norm
         reached = _reached(sizes, every, tol, norm, floor, values_only, largest)
-        converged = (bool(reached[:k].all()) and len(values) >= k) or (largest and order == size)
-        reached |= sizes <= floor  # rounding error: no step makes it less
-        ended = (bool(reached[:k].all()) and len(values) >= k) or order == size
-        if converged or ended or step == maxiter - 1:
+        done = reached | (sizes <= floor)  # rounding error: no step makes it less
+        enough, whole = len(values) >= k, order == size
+        converged = (enough and bool(reached[:k].all())) or (largest and whole)
+        if (enough and bool(done[:k].all())) or whole or step == maxiter - 1:
             break
-        new = residuals[~reached]
+        new = residuals[~done]
         new = new if precondition is None else precondition(new)
         if order + len(new) > most and most < size:
             kept = _restart(vectors[:, :block], before)
