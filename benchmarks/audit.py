@@ -1,8 +1,8 @@
 """What an audit costs over the spectra engine, for the 53 convolutions of a ResNet-50 at 224x224.
 
-``python -m benchmarks.audit`` takes each layer with random weights and a random batch normalisation
+``python -m benchmarks.audit`` takes each layer with random weights and a random batch normalization
 after it. It computes both ends of the spectrum by `svds`, of the layer and of the layer with the
-normalisation folded in: two matrices. Then it audits the layer (with ``--order audit-first`` the
+normalization folded in: two matrices. Then it audits the layer (with ``--order audit-first`` the
 other way round), and writes ``audit.json`` and ``audit.md``. The audit adds the logarithm of the
 volume and the rank of both, and what circular padding would give. Also timed: ``convspectra
 --help`` in fresh processes.
@@ -27,10 +27,11 @@ from rich.progress import track
 import convspectra as cs
 from benchmarks.layers import resnet50
 from benchmarks.measure import machine, peak_bytes, timed
-from convspectra.convolution import scaled_outputs
-from convspectra.layer_audit import TOLERANCE, AuditOptions, audit_layer
-from convspectra.report.output import markdown_table, write_texts
-from convspectra.targets import Target
+from convspectra.auditing._layer_audit import TOLERANCE, AuditOptions, audit_layer
+from convspectra.models._linear_layers import Target
+from convspectra.operator._convolution import scaled_outputs
+from convspectra.paper.figures import write_texts
+from convspectra.text import markdown_table
 
 HELP = "import sys; from convspectra.cli import main; sys.exit(main(['--help']))"
 STARTS = 5

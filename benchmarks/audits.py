@@ -23,12 +23,14 @@ from rich.console import Console
 
 from benchmarks.measure import call, machine, timed
 from benchmarks.pretrained import PRETRAINED
-from convspectra.auditing import audit_targets
-from convspectra.layer_audit import AuditOptions
-from convspectra.report import audit_table, findings
-from convspectra.report.audit_numbers import seconds, sizes
-from convspectra.report.audit_record import Conditioning, LayerAudit
-from convspectra.report.output import markdown_table, write_texts
+from convspectra.auditing import _table as audit_table
+from convspectra.auditing import network_facts, table_row
+from convspectra.auditing._audit import audit_targets
+from convspectra.auditing._layer_audit import AuditOptions
+from convspectra.auditing._numbers import seconds
+from convspectra.auditing._record import Conditioning, LayerAudit
+from convspectra.paper.figures import write_texts
+from convspectra.text import markdown_table, sizes
 
 COLUMNS = (
     "package", "file", "input", "audited", "skipped", "largest sigma_max",
@@ -36,7 +38,7 @@ COLUMNS = (
 )  # fmt: skip
 PAGE = """# Networks that pip brings
 
-Every convolution and linear layer, padding counted, without the batch normalisation after it. Of
+Every convolution and linear layer, padding counted, without the batch normalization after it. Of
 the condition numbers those of the layers that are singular to working precision are left out; these
 are counted in a column of their own. Enclosed are the values, two a layer, with an interval that
 says something at both ends. A tilde marks a number without one.
@@ -106,9 +108,9 @@ def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any])
         package=network.package,
         file=path.name,
         version=version,
-        facts="\n".join(f"- {label}: {text}" for label, text in findings.facts(report.network)),
+        facts="\n".join(f"- {label}: {text}" for label, text in network_facts(report.network)),
         findings="\n".join(f"- `{f.layer}`: {f.text}" for f in report.findings),
-        table=markdown_table(columns, [audit_table.row(layer) for layer in report.layers]),
+        table=markdown_table(columns, [table_row(layer) for layer in report.layers]),
     )
     write_texts({f"{name}.md": page}, out)
 
@@ -121,7 +123,7 @@ def _worst(
     if not found:
         return ""
     layer, _ = max(found, key=lambda pair: key(pair[1]))
-    return f"{audit_table.row(layer)[column]} ({layer.name})"
+    return f"{table_row(layer)[column]} ({layer.name})"
 
 
 def row(name: str, folder: Path | None, limit: float, threads: int) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from convspectra.machine import processor, versions
+from convspectra.auditing._environment import processor, versions
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]

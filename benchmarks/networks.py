@@ -27,10 +27,10 @@ from benchmarks.measure import machine, peak_bytes, timed
 from benchmarks.ours import certified
 from benchmarks.peers import circular
 from benchmarks.pretrained import PRETRAINED
-from convspectra.commands.shared import input_shape
-from convspectra.loading import load_targets
-from convspectra.report.output import markdown_table
-from convspectra.targets import Target
+from convspectra.cli._printing import input_shape
+from convspectra.models._linear_layers import Target
+from convspectra.models.files import load_targets
+from convspectra.text import markdown_table
 
 COLUMNS = (
     "layer", "weight", "input", "options", "rows", "columns", "which", "value", "lower", "upper",

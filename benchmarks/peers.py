@@ -132,7 +132,7 @@ def primme_svds(op: cs.ConvOperator, k: int, which: str) -> Answer:
 
 
 def lanczos(op: cs.ConvOperator, tol: float = 1e-6, steps: int = 1000) -> Answer:
-    """Golub-Kahan-Lanczos from a random start, float64, full reorthogonalisation, to `tol`."""
+    """Golub-Kahan-Lanczos from a random start, float64, full reorthogonalization, to `tol`."""
     detached = op.with_weight(op.weight.detach())
     value, taken, reached = _golub_kahan(detached, steps, tol, reorthogonalise=True)
     note = "" if reached else f"residual over {tol:g} after {steps} steps"
@@ -140,7 +140,7 @@ def lanczos(op: cs.ConvOperator, tol: float = 1e-6, steps: int = 1000) -> Answer
 
 
 def lanczos_float32(op: cs.ConvOperator, steps: int = 200) -> Answer:
-    """The same in float32 with 200 steps, without reorthogonalisation or stopping test."""
+    """The same in float32 with 200 steps, without reorthogonalization or stopping test."""
     single = op.with_weight(op.weight.detach().float())
     value, taken, _ = _golub_kahan(single, steps, 0.0, reorthogonalise=False)
     return Answer({"sigma_max": [value]}, 2 * taken)
@@ -202,13 +202,13 @@ def _golub_kahan(
         u = op.apply(v) - beta * u
         if reorthogonalise:
             right[step - 1] = v.flatten()
-            u = _orthogonalised(u, left[: step - 1])
+            u = _orthogonalized(u, left[: step - 1])
         alpha = float(torch.linalg.vector_norm(u))
         u = u / alpha if alpha > 0 else u
         v = op.apply_adjoint(u) - alpha * v
         if reorthogonalise:
             left[step - 1] = u.flatten()
-            v = _orthogonalised(v, right[:step])
+            v = _orthogonalized(v, right[:step])
         beta = float(torch.linalg.vector_norm(v))
         v = v / beta if beta > 0 else v
         alphas.append(alpha)
@@ -227,7 +227,7 @@ def _top_of_bidiagonal(alphas: list[float], betas: list[float]) -> tuple[float, 
     return float(values[0]), abs(betas[-1] * float(left[-1, 0]))
 
 
-def _orthogonalised(x: Tensor, basis: Tensor) -> Tensor:
+def _orthogonalized(x: Tensor, basis: Tensor) -> Tensor:
     flat = x.flatten()
     for _ in range(2):
         flat = flat - basis.T @ (basis @ flat)

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convspectra.loading import load_targets
-from convspectra.targets import Target
+from convspectra.models._linear_layers import Target
+from convspectra.models.files import load_targets
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convspectra.report.output import markdown_table, new_figure, plain_axes
+from convspectra.paper.figures import new_figure, plain_axes
+from convspectra.text import markdown_table
 
 OURS = "convspectra"
 

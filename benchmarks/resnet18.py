@@ -9,7 +9,7 @@ WIDTHS = ((64, 1), (128, 2), (256, 2), (512, 2))
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions with batch normalisation, and the input added."""
+    """Two 3 x 3 convolutions with batch normalization, and the input added."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

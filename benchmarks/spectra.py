@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.spectra [--quick] [--seconds 60] [--seed 0] [--out docs/benchmarks]`` prints
 a table and writes ``spectra.md``, ``spectra.json``, ``spectra.svg`` and ``resnet50.csv``. Times are
-compared within one run: with an LU factorisation of the border matrix's order, with plain Lanczos,
+compared within one run: with an LU factorization of the border matrix's order, with plain Lanczos,
 with the peers of `benchmarks.peers`. Everything runs in fresh processes of two threads; a peer gets
 ``--seconds`` (starting Python included), what is ours 20 times as long.
 """

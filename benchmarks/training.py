@@ -31,8 +31,8 @@ from torch.nn.functional import cross_entropy, interpolate
 import convspectra as cs
 from benchmarks.measure import machine, timed
 from benchmarks.resnet18 import is_three_by_three, resnet18
-from convspectra import reference
-from convspectra.layers import find_layers
+from convspectra.models._layers import find_layers
+from convspectra.training import _tracked as reference
 from experiments.stable_gradients import peers
 from experiments.stable_gradients.data import load
 from experiments.stable_gradients.networks import as_applied
@@ -144,8 +144,8 @@ def peers_of(start: nn.Sequential, example: Tensor) -> list[Arm]:
             lambda: PEER_WEIGHT * torch.stack([penalty(layer) for layer in layers]).sum(),
         )
 
-    normalised = copy.deepcopy(start)
-    for layer in three_by_threes(normalised):
+    normalized = copy.deepcopy(start)
+    for layer in three_by_threes(normalized):
         nn.utils.parametrizations.spectral_norm(layer)
     projected = copy.deepcopy(start)
     sizes = find_layers(projected, example, is_three_by_three)
@@ -164,7 +164,7 @@ def peers_of(start: nn.Sequential, example: Tensor) -> list[Arm]:
         with_penalty("soft orthogonality", lambda m: peers.soft_orthogonality(m.weight)),
         with_penalty("SRIP", lambda m: peers.srip(m.weight)),
         with_penalty("OCNN", lambda m: peers.convolutional_orthogonality(m.weight, m.stride[0])),
-        Arm("spectral_norm", normalised),
+        Arm("spectral_norm", normalized),
         Arm("circular projection", projected, after=project),
     ]
 
@@ -376,7 +376,7 @@ def main() -> None:
     result |= {
         "machine": machine(),
         "images": images.name,
-        "start": "default initialisation" if options.from_scratch else "preconditioned",
+        "start": "default initialization" if options.from_scratch else "preconditioned",
     }
     command = " ".join(["python -m benchmarks.training", *sys.argv[1:]])
 

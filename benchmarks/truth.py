@@ -32,7 +32,7 @@ from rich.table import Table
 
 import convspectra as cs
 from benchmarks.random_layers import RandomLayer, random_layer
-from convspectra import strategy
+from convspectra.spectra import _strategy as strategy
 from convspectra.testing import naive_dense
 
 EPS = float(np.finfo(float).eps)

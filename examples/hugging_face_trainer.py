@@ -1,4 +1,4 @@
-"""The regulariser in the Trainer of Hugging Face: a small ResNet from its configuration."""
+"""The regularizer in the Trainer of Hugging Face: a small ResNet from its configuration."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""The regulariser in Lightning: one callback, and the LightningModule stays as it is."""
+"""The regularizer in Lightning: one callback, and the LightningModule stays as it is."""
 
 import lightning.pytorch as pl
 import torch

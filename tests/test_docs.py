@@ -92,7 +92,7 @@ def test_every_public_module_is_on_the_page_of_the_api(public_api: Any) -> None:
     inner = [name for name in convspectra.__all__ if inspect.ismodule(getattr(convspectra, name))]
     assert "penalties" in inner
     here = Path(inspect.getfile(convspectra)).parent / "integrations"
-    optional = {p.stem for p in here.glob("*.py")} - {"__init__", "shared"}
+    optional = {p.stem for p in here.glob("*.py")} - {"__init__", "_shared"}
     expected = {"convspectra", "convspectra.testing"}
     expected |= {f"convspectra.{name}" for name in inner}
     expected |= {f"convspectra.integrations.{name}" for name in optional}

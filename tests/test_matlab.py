@@ -96,7 +96,7 @@ def test_bitwise_equal_to_floating_point_reference(state):
 @example(x=0, mask=2**52 - 1)
 @example(x=1, mask=2**52 - 1)
 @example(x=2**53 - 1, mask=1)
-def test_mask_acts_on_normalised_mantissa(x, mask):
+def test_mask_acts_on_normalized_mantissa(x, mask):
     value = _masked(x, mask)
     assert value == _mask_mantissa(math.ldexp(x, -53), mask)
     assert 0.0 < value < 1.0

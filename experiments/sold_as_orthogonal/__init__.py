@@ -1,1 +1,1 @@
-"""What is sold as orthogonal or spectrally normalised, audited as zero-padded layers."""
+"""What is sold as orthogonal or spectrally normalized, audited as zero-padded layers."""

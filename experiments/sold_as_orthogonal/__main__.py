@@ -13,7 +13,7 @@ from rich.console import Console
 
 import convspectra as cs
 from benchmarks.measure import machine, timed
-from convspectra.report.output import save_figure, write_texts
+from convspectra.paper.figures import save_figure, write_texts
 from experiments.sold_as_orthogonal import table
 from experiments.sold_as_orthogonal.layers import (
     CANDIDATES,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> list[table.Row]:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sold_as_orthogonal",
-        description="Audit what is sold as orthogonal or spectrally normalised.",
+        description="Audit what is sold as orthogonal or spectrally normalized.",
     )
     parser.add_argument("--quick", action="store_true", help="4 channels at 6 x 6 and 7 x 7")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")

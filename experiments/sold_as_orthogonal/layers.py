@@ -42,7 +42,7 @@ class Candidate:
 
 
 def conv(channels: int) -> nn.Conv2d:
-    """PyTorch's default initialisation, float64, so that no claim is missed by rounding."""
+    """PyTorch's default initialization, float64, so that no claim is missed by rounding."""
     return nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=torch.float64)
 
 
@@ -71,7 +71,7 @@ def _default(channels: int, size: int) -> Tensor:
     return conv(channels).weight.detach()
 
 
-def _initialised(channels: int, size: int) -> Tensor:
+def _initialized(channels: int, size: int) -> Tensor:
     return nn.init.orthogonal_(conv(channels).weight.detach())
 
 
@@ -79,7 +79,7 @@ def _parametrized(channels: int, size: int) -> Tensor:
     return parametrizations.orthogonal(conv(channels)).weight.detach()
 
 
-def _normalised(channels: int, size: int) -> Tensor:
+def _normalized(channels: int, size: int) -> Tensor:
     layer = parametrizations.spectral_norm(conv(channels)).train()
     for _ in range(POWER_ITERATIONS):
         weight: Tensor = layer.weight
@@ -123,10 +123,10 @@ def block_orthogonal(channels: int, size: int = 0) -> Tensor:
     Notes
     -----
     "BCOP" of Li, Haque, Anil, Lucas, Grosse and Jacobsen, "Preventing Gradient Attenuation in
-    Lipschitz Constrained Convolutional Networks", NeurIPS 2019, after the initialisation of Xiao et
+    Lipschitz Constrained Convolutional Networks", NeurIPS 2019, after the initialization of Xiao et
     al., ICML 2018: an orthogonal matrix times, for each axis, two factors P + (I - P) z^{+-1} with
     P an orthogonal projection of half the rank. The shifts go both ways, so that the kernel is
-    centred.
+    centered.
     """
     kernel = torch.zeros(channels, channels, 3, 3, dtype=torch.float64)
     kernel[:, :, 1, 1] = _random_orthogonal(channels)
@@ -135,7 +135,7 @@ def block_orthogonal(channels: int, size: int = 0) -> Tensor:
         for shift in (-1, 1):
             half = _random_orthogonal(channels)[:, : channels // 2]
             stays = half @ half.T
-            # Nothing wraps: each axis is shifted by at most one tap, either way, from the centre.
+            # Nothing wraps: each axis is shifted by at most one tap, either way, from the center.
             moved = kernel.roll(shift, axis)
             kernel = torch.einsum("hgpq,gf->hfpq", kernel, stays) + torch.einsum(
                 "hgpq,gf->hfpq", moved, eye - stays
@@ -150,7 +150,7 @@ def _random_orthogonal(order: int) -> Tensor:
 CANDIDATES = (
     Candidate("nn.Conv2d", "nothing", _default, None),
     Candidate(
-        "nn.init.orthogonal_", "the reshaped weight has orthonormal rows", _initialised, reshaped
+        "nn.init.orthogonal_", "the reshaped weight has orthonormal rows", _initialized, reshaped
     ),
     Candidate(
         "parametrizations.orthogonal",
@@ -161,7 +161,7 @@ CANDIDATES = (
     Candidate(
         "parametrizations.spectral_norm",
         "the reshaped weight has norm 1",
-        _normalised,
+        _normalized,
         lambda weight, size: reshaped(weight)[:1],
     ),
     Candidate(

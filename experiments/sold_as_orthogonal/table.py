@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from convspectra.report.output import comma_separated, markdown_table, new_figure, plain_axes
+from convspectra.paper.figures import new_figure, plain_axes
+from convspectra.text import comma_separated, markdown_table
 
 SMALLEST = 1e-18
 """Where a singular value of 0 stands on a logarithmic axis."""
@@ -108,19 +109,19 @@ def draw(rows: Sequence[Row]) -> Any:
     for ax, size in zip(panels, sizes, strict=True):
         groups = _groups(rows, size)
         for place, group in enumerate(groups):
-            for shift, (kind, colour) in enumerate(kinds.items()):
+            for shift, (kind, color) in enumerate(kinds.items()):
                 for row in group:
                     low = max(getattr(row, f"{kind}_min"), SMALLEST)
                     high = getattr(row, f"{kind}_max")
                     height = -place + 0.25 * (1 - shift)
-                    ax.plot([low, high], [height] * 2, "|-", color=colour, alpha=0.6, markersize=9)
+                    ax.plot([low, high], [height] * 2, "|-", color=color, alpha=0.6, markersize=9)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set(xscale="log", title=f"{size} x {size}", xlabel="singular values, each seed")
         ax.set_yticks([-place for place in range(len(groups))], [g[0].layer for g in groups])
         plain_axes(ax)
     labels = ("reshaped weight", "circular padding", "as applied, zero padding")
-    for label, colour in zip(labels, kinds.values(), strict=True):
-        panels[0].plot([], [], color=colour, label=label)
+    for label, color in zip(labels, kinds.values(), strict=True):
+        panels[0].plot([], [], color=color, label=label)
     figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False)
     return figure
 

@@ -39,8 +39,8 @@ class Arm:
     ----------
     start : "default", "delta-orthogonal" or "precondition"
         What is done to the kernels before training.
-    normalise : bool
-        Batch normalisation.
+    normalize : bool
+        Batch normalization.
     weight_decay : bool
     spectral_norm : bool
         torch's parametrization on every convolution.
@@ -54,7 +54,7 @@ class Arm:
     """
 
     start: str = "default"
-    normalise: bool = False
+    normalize: bool = False
     weight_decay: bool = False
     spectral_norm: bool = False
     project: bool = False
@@ -78,12 +78,12 @@ def _ocnn(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:
 
 
 PLAIN = "plain"
-BATCH_NORMALISATION = "batch normalisation"
+BATCH_NORMALIZATION = "batch normalization"
 PEERS: dict[str, Arm] = {
     PLAIN: Arm(),
     "weight decay": Arm(weight_decay=True),
     "delta-orthogonal": Arm(start="delta-orthogonal"),
-    BATCH_NORMALISATION: Arm(normalise=True),
+    BATCH_NORMALIZATION: Arm(normalize=True),
     "soft orthogonality": Arm(peer_penalty=partial(_on_weight, peers.soft_orthogonality)),
     "SRIP": Arm(peer_penalty=_srip),
     "OCNN": Arm(peer_penalty=_ocnn),
@@ -102,7 +102,7 @@ ARMS: dict[str, Arm] = {**PEERS, **OURS}
 
 
 def arms_for(network: str) -> tuple[str, ...]:
-    """Names of the arms that differ on this network: the residual one is normalised as it is."""
+    """Names of the arms that differ on this network: the residual one is normalized as it is."""
     if network == "plain":
         return tuple(ARMS)
-    return tuple(name for name, arm in ARMS.items() if not arm.normalise)
+    return tuple(name for name, arm in ARMS.items() if not arm.normalize)

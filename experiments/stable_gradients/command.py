@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.measure import machine
-from convspectra.experiments.images import ImageSet
-from convspectra.workers import end_with_parent
+from convspectra.auditing._workers import end_with_parent
+from convspectra.paper.images import ImageSet
 from experiments.stable_gradients import data, table
 from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.networks import ACTIVATIONS

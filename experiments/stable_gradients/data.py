@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from convspectra.experiments.images import ImageSet, load_mnist_format
+from convspectra.paper.images import ImageSet, load_mnist_format
 
 LARGEST_SIDE = 16
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -28,7 +28,7 @@ _CIFAR_CLASSES = 10
 
 
 def load(folder: Path, train_images: int | None = None, test_images: int | None = None) -> ImageSet:
-    """The images of a folder in any of the three forms, standardised per channel.
+    """The images of a folder in any of the three forms, standardized per channel.
 
     Parameters
     ----------
@@ -70,12 +70,12 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
         raise ValueError(f"expected images in {folder}, found none; {WHAT_TO_GIVE}")
     train_kept, train_labels = _even_subset(*train, train_images)
     test_kept, test_labels = _even_subset(*test, test_images)
-    return _standardised(
+    return _standardized(
         folder.name, _pooled(train_kept), train_labels, _pooled(test_kept), test_labels
     )
 
 
-def _standardised(
+def _standardized(
     name: str, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
 ) -> ImageSet:
     if train.shape[1:] != test.shape[1:]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from convspectra.report.output import new_figure, plain_axes, save_figure, write_texts
+from convspectra.paper.figures import new_figure, plain_axes, save_figure, write_texts
 from experiments.stable_gradients import table
 from experiments.stable_gradients.arms import ARMS
 from experiments.stable_gradients.command import FULL, OUT
@@ -32,7 +32,7 @@ from experiments.stable_gradients.training import FINISHED, Record
 
 SHOWN = {
     "plain": "#444444",
-    "batch normalisation": "#0072B2",
+    "batch normalization": "#0072B2",
     "delta-orthogonal": "#56B4E9",
     "soft orthogonality": "#CC79A7",
     "OCNN": "#E69F00",
@@ -116,12 +116,12 @@ def draw_accuracy(group: Group, arms: Sequence[str]) -> Any:
             if points:
                 depths, values = zip(*points, strict=True)
                 mean = [statistics.mean(v) for v in values]
-                ax.plot(depths, mean, "o-", color=_colour(arm), label=arm, markersize=4)
+                ax.plot(depths, mean, "o-", color=_color(arm), label=arm, markersize=4)
                 ax.fill_between(
                     depths,
                     list(map(min, values)),
                     list(map(max, values)),
-                    color=_colour(arm),
+                    color=_color(arm),
                     alpha=0.15,
                     linewidth=0,
                 )
@@ -148,7 +148,7 @@ def draw_panels(group: Group, arms: Sequence[str], panel: Panel, x: str, y: str)
     for across, activation in zip(panels, FULL.activations, strict=True):
         for ax, depth in zip(across, depths, strict=True):
             for arm in arms:
-                panel(ax, group, arm, depth, activation, _colour(arm))
+                panel(ax, group, arm, depth, activation, _color(arm))
             ax.set(title=f"{depth} layers, {activation}", yscale="log", xlabel=x)
             if not ax.lines:
                 ax.set_xticks([])
@@ -159,20 +159,20 @@ def draw_panels(group: Group, arms: Sequence[str], panel: Panel, x: str, y: str)
     return figure
 
 
-def _ratio_panel(ax: Any, group: Group, arm: str, depth: int, activation: str, colour: str) -> None:
+def _ratio_panel(ax: Any, group: Group, arm: str, depth: int, activation: str, color: str) -> None:
     finished = _finished(group.records(arm, depth, activation))
     if finished:
         values = _over_seeds([record.ratios for record in finished])
-        ax.plot(finished[0].observed_at, values, "o-", color=colour, label=arm, markersize=3)
+        ax.plot(finished[0].observed_at, values, "o-", color=color, label=arm, markersize=3)
 
 
 def _gradient_panel(
-    ax: Any, group: Group, arm: str, depth: int, activation: str, colour: str
+    ax: Any, group: Group, arm: str, depth: int, activation: str, color: str
 ) -> None:
     finished = _finished(group.records(arm, depth, activation))
     if finished:
         values = _over_seeds([record.gradients_end for record in finished])
-        ax.plot(range(1, depth + 1), values, color=colour, label=arm)
+        ax.plot(range(1, depth + 1), values, color=color, label=arm)
 
 
 def _finished(records: Sequence[Record]) -> list[Record]:
@@ -187,7 +187,7 @@ def _over_seeds(series: Sequence[Sequence[float]]) -> list[float]:
     ]
 
 
-def _colour(arm: str) -> str:
+def _color(arm: str) -> str:
     """One for each arm: the palette's, then greys by name."""
     return SHOWN.get(arm) or f"{0.2 + 0.6 * list(ARMS).index(arm) / len(ARMS):.3f}"
 

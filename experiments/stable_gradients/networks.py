@@ -1,6 +1,6 @@
 """Deep plain CNNs, and the residual networks of the same width and depth.
 
-All start from PyTorch's default initialisation. The same seed gives the same kernels, whatever
+All start from PyTorch's default initialization. The same seed gives the same kernels, whatever
 stands between them.
 """
 
@@ -39,7 +39,7 @@ def build(
     classes: int,
     *,
     activation: str = "relu",
-    normalise: bool = False,
+    normalize: bool = False,
     head: str = "flatten",
     seed: int = 0,
 ) -> nn.Sequential:
@@ -49,7 +49,7 @@ def build(
     ----------
     network : "plain" or "residual"
         Plain: convolution and activation, `depth` times. Residual: always with batch
-        normalisation, in pre-activation blocks of two convolutions after one convolution, or two
+        normalization, in pre-activation blocks of two convolutions after one convolution, or two
         where `depth` is even.
     depth : int
         Number of convolutions. The first has stride 2.
@@ -58,8 +58,8 @@ def build(
     image_shape : (channels, height, width)
     classes : int
     activation : "relu" or "tanh"
-    normalise : bool
-        Batch normalisation before each activation of a plain network.
+    normalize : bool
+        Batch normalization before each activation of a plain network.
     head : "flatten" or "pool"
         What the linear layer sees: every pixel, or the mean over them.
     seed : int
@@ -89,7 +89,7 @@ def build(
             for convolution in (first, *others)
             for module in (
                 convolution,
-                *([nn.BatchNorm2d(channels)] if normalise else []),
+                *([nn.BatchNorm2d(channels)] if normalize else []),
                 kind(),
             )
         ]
@@ -106,7 +106,7 @@ def convolutions(network: nn.Module) -> list[nn.Conv2d]:
 
 def as_applied(network: nn.Module) -> nn.Module:
     """A float64 copy without parametrizations: its kernels are those that the network applies."""
-    # In evaluation mode: reading a spectrally normalised kernel in training mode moves its power
+    # In evaluation mode: reading a spectrally normalized kernel in training mode moves its power
     # iteration on.
     applied = copy.deepcopy(network).eval()
     for parent in list(applied.modules()):

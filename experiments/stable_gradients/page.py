@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from convspectra.report.output import markdown_table
+from convspectra.text import markdown_table
 from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.command import FULL
 from experiments.stable_gradients.table import Row
@@ -16,7 +16,7 @@ from experiments.stable_gradients.training import FINISHED, Record
 NOT_RUN = "not run"
 TITLES = {
     "plain": "Plain networks",
-    "residual": "Residual networks with batch normalisation",
+    "residual": "Residual networks with batch normalization",
 }
 
 

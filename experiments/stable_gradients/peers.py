@@ -98,7 +98,7 @@ def convolutional_orthogonality(weight: Tensor, stride: int = 1) -> Tensor:
     return (overlaps - target).square().sum()
 
 
-def normalise_spectrally(network: nn.Module, seed: int = 0) -> None:
+def normalize_spectrally(network: nn.Module, seed: int = 0) -> None:
     """Divide every kernel by sigma_max(W), in place, by torch's ``spectral_norm`` parametrization.
 
     Miyato, Kataoka, Koyama and Yoshida, "Spectral Normalization for Generative Adversarial

@@ -1,4 +1,4 @@
-"""Whether penalties help, hurt or do nothing in a residual network with batch normalisation.
+"""Whether penalties help, hurt or do nothing in a residual network with batch normalization.
 
 ``python -m experiments.stable_gradients.residual --data FOLDER`` appends a row a run to
 residual.csv, and goes on where it stopped when it is called again.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import convspectra as cs
-from convspectra.experiments.images import ImageSet
-from convspectra.experiments.threads import one_thread
-from convspectra.layers import find_layers
+from convspectra.models._layers import find_layers
+from convspectra.paper.images import ImageSet
+from convspectra.paper.threads import one_thread
 from experiments.stable_gradients import peers
 from experiments.stable_gradients.arms import ARMS, GAINS, PRECONDITION, Arm
 from experiments.stable_gradients.networks import as_applied, build, convolutions
@@ -191,7 +191,7 @@ def _network(run: Run, images: ImageSet, settings: Settings) -> nn.Module:
         images.train_images.shape[1:],
         int(images.train_labels.max()) + 1,
         activation=run.activation,
-        normalise=ARMS[run.arm].normalise,
+        normalize=ARMS[run.arm].normalize,
         head=settings.head,
         seed=run.seed,
     )
@@ -230,7 +230,7 @@ class _Training:
                 peers.delta_orthogonal_(conv.weight, GAINS[run.activation], self._draws)
                 nn.init.zeros_(conv.bias)  # As in the paper's networks that keep a signal's size.
         if arm.spectral_norm:
-            peers.normalise_spectrally(network, run.seed)
+            peers.normalize_spectrally(network, run.seed)
         self._regularizer = None
         if arm.penalty is not None:
             options = {"penalty_options": dict(arm.penalty_options)} if arm.penalty_options else {}
@@ -342,7 +342,7 @@ def gradient_norms(network: nn.Module, images: ImageSet, count: int) -> list[flo
     """Norm of the loss's gradient for each kernel as it is applied, over the first `count` images.
 
     In float64, the network too: after many layers a gradient is below what float32 holds. With
-    batch normalisation by the statistics of these images, as in a training step.
+    batch normalization by the statistics of these images, as in a training step.
     """
     applied = as_applied(network).train()
     kernels = [conv.weight for conv in convolutions(applied)]

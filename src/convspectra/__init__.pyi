@@ -1,25 +1,30 @@
 from . import matlab, penalties
-from .auditing import audit
-from .bounds import norm_bound
-from .convolution import kernel_to_weight, weight_to_kernel
-from .density import SpectralDensity, spectral_density
-from .descent import DescentResult, descend
-from .inverse import logabsdet, solve
-from .operator import ConvOperator
-from .preconditioning import PreconditionedLayer, precondition
-from .regularizer import SpectralRegularizer
-from .regularizer_report import LayerReport, RegularizerReport
-from .report.audit_report import AuditReport
-from .schedule import Schedule
+from .auditing import AuditReport, audit
+from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
+    SpectralDensity,
     SVDResult,
     cond,
     frobenius_norm,
+    logabsdet,
+    norm_bound,
     sigma_max,
     sigma_min,
+    solve,
+    spectral_density,
     svds,
     svdvals,
+)
+from .training import (
+    DescentResult,
+    LayerReport,
+    PreconditionedLayer,
+    RegularizerReport,
+    Schedule,
+    SpectralRegularizer,
+    descend,
+    precondition,
 )
 
 __version__: str

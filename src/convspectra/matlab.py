@@ -50,7 +50,7 @@ def rand(
     -----
     Two generators are combined. A subtract-with-borrow generator [1]_ with lags 20 and 5 on 32
     values produces multiples of ``2**-53`` in ``[0, 1)``; a 32-bit xorshift register [2]_ with
-    shifts 13, 17 and 5 then masks the lower 52 of the 53 bits of their normalised mantissa [3]_,
+    shifts 13, 17 and 5 then masks the lower 52 of the 53 bits of their normalized mantissa [3]_,
     [4]_. That register also fills the initial 32 values, bit by bit. All arithmetic is exact:
     on integers, up to a conversion to floating point that does not round.
 
@@ -110,7 +110,7 @@ def _uniforms(seed: int) -> Iterator[float]:
 
 def _masked(x: int, mask: int) -> float:
     """Exclusive-or of a 52-bit mask with the mantissa of ``x * 2**-53``, leading bit apart."""
-    # A zero has no leading bit to normalise and keeps exponent 0, as in MATLAB's log2(0).
+    # A zero has no leading bit to normalize and keeps exponent 0, as in MATLAB's log2(0).
     shift = _BITS - x.bit_length() if x else 0
     return math.ldexp(x << shift ^ mask, -_BITS - shift)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import one_thread as one_thread
+from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 from convspectra.testing import naive_dense
@@ -159,7 +159,7 @@ def test_projection_crops_the_clipped_matrix_to_the_taps() -> None:
     M = naive_dense(layer(kernel, **options), (2, 6, 6)).detach()
     U, s, Vh = torch.linalg.svd(M)
     clipped = ((U * s.clamp(max=1.0)) @ Vh).reshape(2, 6, 6, 2, 6, 6)
-    # What output point (2, 2) reads of its 3 x 3 neighbours.
+    # What output point (2, 2) reads of its 3 x 3 neighbors.
     expected = clipped[:, 2, 2, :, 1:4, 1:4]
     torch.testing.assert_close(peers.project_circular(kernel, (6, 6)), expected)
 
@@ -170,15 +170,15 @@ def test_projection_refuses_a_kernel_longer_than_its_input() -> None:
 
 
 def test_spectral_norm_is_on_every_convolution_and_follows_its_seed() -> None:
-    def normalised(seed: int) -> nn.Sequential:
+    def normalized(seed: int) -> nn.Sequential:
         conv, strided = layer(weight(4, 2, 3, 3)), layer(weight(3, 4, 2, 2), stride=2)
         network = nn.Sequential(conv, nn.ReLU(), nn.Sequential(strided))
         before = torch.get_rng_state()
-        peers.normalise_spectrally(network, seed)
+        peers.normalize_spectrally(network, seed)
         assert torch.equal(torch.get_rng_state(), before)
         return network.eval()
 
-    network, again, other = normalised(0), normalised(0), normalised(1)
+    network, again, other = normalized(0), normalized(0), normalized(1)
     assert torch.equal(network[0].weight, again[0].weight)
     assert not torch.equal(network[0].weight, other[0].weight)
     for conv in (network[0], network[2][0]):

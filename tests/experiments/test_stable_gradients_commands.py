@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from strategies import one_thread as one_thread
+from helpers.strategies import one_thread as one_thread
 from test_stable_gradients_data import write_idx
 
 from experiments.stable_gradients import command, figures, page, plain, residual, table
@@ -183,7 +183,7 @@ def test_figures_and_page_are_written_from_the_tables(out: Path) -> None:
     assert all(path.stat().st_size > 0 for path in files)
     text = (out / "stable_gradients.md").read_text()
     assert "## Plain networks, images0, 8 x 8" in text
-    assert "## Residual networks with batch normalisation, images0, 8 x 8" in text
+    assert "## Residual networks with batch normalization, images0, 8 x 8" in text
     assert "- machine: " in text
     assert "steps 4" in text
     for name in text.split("![")[1:]:

@@ -56,7 +56,7 @@ def test_idx_is_read_and_subsets_are_even(tmp_path: Path) -> None:
     assert part.train_labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
-def test_cifar_binary_is_averaged_and_standardised_per_channel(tmp_path: Path) -> None:
+def test_cifar_binary_is_averaged_and_standardized_per_channel(tmp_path: Path) -> None:
     pixels = write_cifar(tmp_path)
     found = data.load(tmp_path)
     train = np.concatenate([pixels["data_batch_1"], pixels["data_batch_2"]]).astype(np.float64)

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from strategies import one_thread as one_thread
+from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 import convspectra as cs
-from convspectra.experiments.images import ImageSet
-from convspectra.layers import find_layers
+from convspectra.models._layers import find_layers
+from convspectra.paper.images import ImageSet
 from convspectra.testing import naive_dense
 from experiments.stable_gradients import peers, training
-from experiments.stable_gradients.arms import ARMS, BATCH_NORMALISATION, PLAIN, Arm, arms_for
+from experiments.stable_gradients.arms import ARMS, BATCH_NORMALIZATION, PLAIN, Arm, arms_for
 from experiments.stable_gradients.networks import as_applied, build, convolutions
 from experiments.stable_gradients.training import Record, Run, Settings, gradient_norms, train
 
@@ -85,9 +85,9 @@ def test_networks_have_the_depth_and_the_kernels_of_their_seed(network: str, dep
 def test_a_plain_network_is_plain() -> None:
     kinds = [type(module) for module in build("plain", 2, 3, SHAPE, 4, activation="tanh")]
     assert kinds == [nn.Conv2d, nn.Tanh, nn.Conv2d, nn.Tanh, nn.Flatten, nn.Linear]
-    kinds = [type(m) for m in build("plain", 1, 3, SHAPE, 4, normalise=True, head="pool")]
-    normalised = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    assert kinds == [*normalised, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+    kinds = [type(m) for m in build("plain", 1, 3, SHAPE, 4, normalize=True, head="pool")]
+    normalized = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    assert kinds == [*normalized, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
 
 
 def test_a_residual_block_without_its_body_is_the_identity() -> None:
@@ -97,7 +97,7 @@ def test_a_residual_block_without_its_body_is_the_identity() -> None:
         nn.init.zeros_(conv.weight)
         nn.init.zeros_(conv.bias)
     x = torch.randn(2, *SHAPE)
-    # Batch normalisation divides by the root of a variance of 1 + 1e-5.
+    # Batch normalization divides by the root of a variance of 1 + 1e-5.
     expected = network[-1](torch.relu(stem(x)).flatten(1))
     torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
 
@@ -119,7 +119,7 @@ def test_unknown_networks_are_refused(options: dict[str, object], match: str) ->
 
 def test_as_applied_bakes_spectral_norm_and_leaves_the_network_alone() -> None:
     network = build("residual", 4, 3, SHAPE, 4)
-    peers.normalise_spectrally(network)
+    peers.normalize_spectrally(network)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     applied = as_applied(network)
     assert [type(conv) for conv in convolutions(applied)] == [nn.Conv2d] * 4
@@ -130,7 +130,7 @@ def test_as_applied_bakes_spectral_norm_and_leaves_the_network_alone() -> None:
 
 
 def test_gradient_norms_are_those_of_autograd(images: ImageSet) -> None:
-    network = build("plain", 4, 3, SHAPE, 4, normalise=True)
+    network = build("plain", 4, 3, SHAPE, 4, normalize=True)
     running = network[1].running_mean.clone()
     norms = gradient_norms(network, images, 16)
     assert torch.equal(network[1].running_mean, running)
@@ -172,7 +172,7 @@ def test_every_arm_differs_from_the_plain_run(images: ImageSet, name: str) -> No
     record = train(run(name), images, SMALL)
     assert record.gradients_end != plain.gradients_end
     arm = ARMS[name]
-    changed = arm.start != "default" or arm.normalise or arm.spectral_norm or arm.project
+    changed = arm.start != "default" or arm.normalize or arm.spectral_norm or arm.project
     assert (record.gradients_start != plain.gradients_start) == changed
 
 
@@ -290,8 +290,8 @@ def test_every_arm_of_a_seed_sees_the_same_batches(
     assert sorted(first_epoch) == list(range(40))
 
 
-def test_batch_normalisation_is_no_arm_of_the_residual_network() -> None:
-    assert set(ARMS) - set(arms_for("residual")) == {BATCH_NORMALISATION}
+def test_batch_normalization_is_no_arm_of_the_residual_network() -> None:
+    assert set(ARMS) - set(arms_for("residual")) == {BATCH_NORMALIZATION}
     assert arms_for("plain") == tuple(ARMS)
 
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from fakes import FakeReport
+from helpers.fakes import FakeReport
 from torch import nn
 
 import convspectra as cs
-from convspectra.integrations.shared import scalars
+from convspectra.integrations._shared import scalars
 from convspectra.integrations.tensorboard import write_report
 
 REPORT = FakeReport(

@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_trainer_starts_anew_and_says_so(make, made, tmp
     assert made[1].count == 2
 
 
-def test_a_new_model_gets_a_new_regulariser(make, made):
+def test_a_new_model_gets_a_new_regularizer(make, made):
     trainer = make()
     trainer.train()
     trainer.model_init = Net

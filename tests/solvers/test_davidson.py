@@ -8,12 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checker import random, toeplitz
-from symmetric import LINE, SPECTRA, check_pairs, each_spectrum, rounding, truth, with_spectrum
+from helpers.checker import random, toeplitz
+from helpers.symmetric import (
+    LINE,
+    SPECTRA,
+    check_pairs,
+    each_spectrum,
+    rounding,
+    truth,
+    with_spectrum,
+)
 from torch import Tensor
 
-from convspectra.solvers import davidson
-from convspectra.solvers.result import Eigenpairs
+from convspectra.solvers import _davidson as davidson
+from convspectra.solvers._result import Eigenpairs
 
 CLUSTER = [1.0 - 1e-4 * i for i in range(12)] + [0.9 - 0.004 * i for i in range(180)]
 

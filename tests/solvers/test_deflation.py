@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from checker import random
-from symmetric import (
+from helpers.checker import random
+from helpers.symmetric import (
     IN_ROUNDING,
     LINE,
     SPECTRA,
@@ -21,8 +21,8 @@ from symmetric import (
 )
 from torch import Tensor
 
-from convspectra.solvers.deflation import ExtremeEigenpairs, extreme_eigenpairs
-from convspectra.solvers.orthonormal import less
+from convspectra.solvers._deflation import ExtremeEigenpairs, extreme_eigenpairs
+from convspectra.solvers._orthonormal import less
 
 ENCLOSE = {"as it comes": {}, "enclosed": {"enclosure": 0.02}, "separated": {"separation": 1e-7}}
 

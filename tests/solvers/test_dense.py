@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from checker import EPS, MATRICES, check, counts, each_matrix, random, truth
+from helpers.checker import EPS, MATRICES, check, counts, each_matrix, random, truth
 
-from convspectra.solvers.dense import GRAM_RESOLUTION, dense_svd, gram_eigh
+from convspectra.solvers._dense import GRAM_RESOLUTION, dense_svd, gram_eigh
 
 each_end = pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import scipy.stats
 
-from convspectra.solvers import gaussian
-from convspectra.solvers.gaussian import FAILURE_PROBABILITY, log_smallest_norm
+from convspectra.solvers import _gaussian as gaussian
+from convspectra.solvers._gaussian import FAILURE_PROBABILITY, log_smallest_norm
 
 
 def test_the_probability_is_the_one_stated():

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from checker import toeplitz
-from symmetric import (
+from helpers.checker import toeplitz
+from helpers.symmetric import (
     IN_ROUNDING,
     LINE,
     SPECTRA,
@@ -22,7 +22,7 @@ from symmetric import (
     with_spectrum,
 )
 
-from convspectra.solvers import gaussian
+from convspectra.solvers import _gaussian as gaussian
 
 SIMPLE = {
     "line": LINE,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from checker import random
-from symmetric import (
+from helpers.checker import random
+from helpers.symmetric import (
     LINE,
     SPECTRA,
     check_pairs,
@@ -19,8 +19,8 @@ from symmetric import (
 )
 from torch import Tensor
 
-from convspectra.solvers import gaussian
-from convspectra.solvers.lanczos import Eigenpairs, lanczos
+from convspectra.solvers import _gaussian as gaussian
+from convspectra.solvers._lanczos import Eigenpairs, lanczos
 
 # --- options --------------------------------------------------------------------------------------
 

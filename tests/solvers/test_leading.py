@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from convspectra.solvers.leading import COUNT, leading_eigenpairs
+from convspectra.solvers._leading import COUNT, leading_eigenpairs
 
 
 def hermitian(count, order, dtype=torch.complex128, seed=0):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checker import EPS, MATRICES, check, counts, each_matrix, random, truth, with_values
+from helpers.checker import EPS, MATRICES, check, counts, each_matrix, random, truth, with_values
 from torch import Tensor
 
-from convspectra.solvers.lobpcg import lobpcg
+from convspectra.solvers._lobpcg import lobpcg
 
 
 def run(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import one_thread as one_thread
-from strategies import random
+from helpers.strategies import one_thread as one_thread
+from helpers.strategies import random
 
-from convspectra.solvers.orthonormal import LONG, PARTS, inner_products, less, orthonormal
+from convspectra.solvers._orthonormal import LONG, PARTS, inner_products, less, orthonormal
 
 each_length = pytest.mark.parametrize("length", [1, 7, LONG - 1, LONG, 2 * LONG + PARTS - 1])
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from checker import random
-from symmetric import SPECTRA, with_spectrum
+from helpers.checker import random
+from helpers.symmetric import SPECTRA, with_spectrum
 
-from convspectra.solvers.quadrature import (
+from convspectra.solvers._quadrature import (
     Tridiagonals,
     bin_fractions,
     gauss_rules,

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from checker import random
+from helpers.checker import random
 from torch import Tensor
 
-from convspectra.solvers.tracking import DEPENDENT, Ends, improved, towards_norm
+from convspectra.solvers._tracking import DEPENDENT, Ends, improved, towards_norm
 
 BLOCKS = [(1, 0), (0, 1), (1, 1), (2, 2), (3, 2)]
 """Vectors at the lower and at the upper end."""
@@ -100,7 +100,7 @@ def test_values_only_improve_and_never_pass_the_true_ones(name, smallest, larges
 @each_block
 @each_spectrum
 def test_a_step_is_rayleigh_ritz_on_what_is_known_and_new(name, smallest, largest):
-    """The same subspace, orthonormalised by NumPy's SVD, and its Ritz values."""
+    """The same subspace, orthonormalized by NumPy's SVD, and its Ritz values."""
     matrices = with_values(SPECTRA[name])
     ends = start(matrices, smallest + largest)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The regulariser as a callback of Lightning: ``pip install 'convspectra[lightning]'``."""
+"""The regularizer as a callback of Lightning: ``pip install 'convspectra[lightning]'``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from convspectra.integrations import shared
-from convspectra.regularizer import SpectralRegularizer
+from convspectra.integrations import _shared as shared
+from convspectra.training import SpectralRegularizer
 
 try:
     from lightning.pytorch import Callback
@@ -33,7 +33,7 @@ class SpectralCallback(Callback):
         after the optimizer's step, by the learning rate of that step: as in decoupled weight
         decay, an adaptive optimizer cannot rescale the penalty.
     optimizer : int, optional
-        Which of ``trainer.optimizers`` steps the penalised layers; needed where there are several.
+        Which of ``trainer.optimizers`` steps the penalized layers; needed where there are several.
     log_every_n_steps : int, optional
         How often the report is logged; by default as often as the trainer logs.
     per_layer : bool
@@ -103,17 +103,17 @@ class SpectralCallback(Callback):
         return self._generate_state_key(penalty=name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The regulariser's state; empty before training."""
+        """The regularizer's state; empty before training."""
         if self._restored is not None:
             return self._restored
         return self.regularizer.state_dict() if self.regularizer is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until training starts, when there is a regulariser to take it."""
+        """Keep the state until training starts, when there is a regularizer to take it."""
         self._restored = state_dict
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the regulariser, on the module's device, and give it the state of a checkpoint."""
+        """Make the regularizer, on the module's device, and give it the state of a checkpoint."""
         strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
         if strategies & SHARDING:
             raise ValueError(
@@ -124,7 +124,7 @@ class SpectralCallback(Callback):
         if (count != 1 and self.optimizer is None) or not 0 <= (self.optimizer or 0) < count:
             raise ValueError(
                 f"expected optimizer to say which of the module's {count} optimizers steps the "
-                f"penalised layers, got {self.optimizer}: pass optimizer=<index>, and include= "
+                f"penalized layers, got {self.optimizer}: pass optimizer=<index>, and include= "
                 "for the layers that it steps"
             )
         if self.regularizer is None or self._module is not pl_module:

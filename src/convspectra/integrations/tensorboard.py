@@ -1,4 +1,4 @@
-"""A report of the regulariser in TensorBoard.
+"""A report of the regularizer in TensorBoard.
 
 Nothing is imported: any writer with ``add_scalar`` will do. That of PyTorch needs
 ``pip install 'convspectra[tensorboard]'``.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convspectra.integrations import shared
+from convspectra.integrations import _shared as shared
 
 if TYPE_CHECKING:
-    from convspectra.regularizer_report import RegularizerReport
+    from convspectra.training import RegularizerReport
 
 
 def write_report(

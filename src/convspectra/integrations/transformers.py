@@ -1,4 +1,4 @@
-"""The regulariser in the Trainer of Hugging Face: ``pip install 'convspectra[transformers]'``."""
+"""The regularizer in the Trainer of Hugging Face: ``pip install 'convspectra[transformers]'``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from convspectra.integrations import shared
-from convspectra.regularizer import SpectralRegularizer
+from convspectra.integrations import _shared as shared
+from convspectra.training import SpectralRegularizer
 
 for _package in ("transformers", "accelerate"):  # Trainer itself asks for the second, but late.
     if find_spec(_package) is None:
@@ -127,13 +127,13 @@ class SpectralTrainerMixin:
         else:
             self._restored = None
             warnings.warn(
-                f"expected {STATE_NAME} in {resume_from_checkpoint}, found none: the regulariser "
+                f"expected {STATE_NAME} in {resume_from_checkpoint}, found none: the regularizer "
                 "starts anew",
                 stacklevel=2,
             )
 
     def _prepared(self, inputs: Any) -> SpectralRegularizer:
-        """The regulariser of the model that is trained now, in the state of the checkpoint."""
+        """The regularizer of the model that is trained now, in the state of the checkpoint."""
         model = self.model  # type: ignore[attr-defined]
         if self.regularizer is None or self._regularized is not model:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ Each takes a `ConvOperator` and is exact at every call; `SpectralRegularizer` tr
 singular values instead. The first three are the paper's.
 """
 
-from convspectra.penalties.extremes import band, cond, conditioning, sigma_max, sigma_min
-from convspectra.penalties.spectrum import circular_stein, frobenius, orthogonality, stein
+from convspectra.penalties._extremes import band, cond, conditioning, sigma_max, sigma_min
+from convspectra.penalties._spectrum import circular_stein, frobenius, orthogonality, stein
 
 __all__ = [
     "band",

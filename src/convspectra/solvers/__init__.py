@@ -1,1 +1,60 @@
-"""Algorithms for singular values, one a file; they know nothing of convolution."""
+"""Algorithms for eigenvalues and singular values that know no convolution, one a file."""
+
+from convspectra.solvers._batched_lu import (
+    differentiable_once,
+    inverse_and_logabsdet,
+    logabsdet,
+    lu_factor,
+)
+from convspectra.solvers._davidson import davidson
+from convspectra.solvers._deflation import extreme_eigenpairs
+from convspectra.solvers._dense import dense_svd, gram_eigh
+from convspectra.solvers._gaussian import FAILURE_PROBABILITY, log_smallest_norm
+from convspectra.solvers._lanczos import lanczos, ritz_ends
+from convspectra.solvers._leading import leading_eigenpairs
+from convspectra.solvers._lobpcg import lobpcg
+from convspectra.solvers._orthonormal import less
+from convspectra.solvers._quadrature import (
+    GaussRule,
+    Tridiagonals,
+    bin_fractions,
+    gauss_rules,
+    mean_log,
+    random_directions,
+    tridiagonals,
+)
+from convspectra.solvers._result import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets
+from convspectra.solvers._tracking import Ends, improved, towards_norm, working_dtype
+
+__all__ = [
+    "FAILURE_PROBABILITY",
+    "NO_BOUND_BELOW",
+    "Eigenpairs",
+    "Ends",
+    "GaussRule",
+    "LinearMap",
+    "SingularTriplets",
+    "Tridiagonals",
+    "bin_fractions",
+    "davidson",
+    "dense_svd",
+    "differentiable_once",
+    "extreme_eigenpairs",
+    "gauss_rules",
+    "gram_eigh",
+    "improved",
+    "inverse_and_logabsdet",
+    "lanczos",
+    "leading_eigenpairs",
+    "less",
+    "lobpcg",
+    "log_smallest_norm",
+    "logabsdet",
+    "lu_factor",
+    "mean_log",
+    "random_directions",
+    "ritz_ends",
+    "towards_norm",
+    "tridiagonals",
+    "working_dtype",
+]

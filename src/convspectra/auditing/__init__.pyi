@@ -1,0 +1,34 @@
+from ._audit import audit, audit_targets
+from ._comparison import CHANGE_IMPORTANCE, CHANGE_TEXTS, compare
+from ._findings import BAND, network_facts
+from ._journal import journal_files, remove_journal
+from ._layer_audit import AuditOptions
+from ._numbers import ABSENT, largest, smallest
+from ._record import LayerAudit
+from ._report import INCOMPLETE, AuditReport
+from ._rules import Rule, parse_rule, violations
+from ._table import COLUMN_IMPORTANCE, table_row
+
+__all__ = [
+    "ABSENT",
+    "BAND",
+    "CHANGE_IMPORTANCE",
+    "CHANGE_TEXTS",
+    "COLUMN_IMPORTANCE",
+    "INCOMPLETE",
+    "AuditOptions",
+    "AuditReport",
+    "LayerAudit",
+    "Rule",
+    "audit",
+    "audit_targets",
+    "compare",
+    "journal_files",
+    "largest",
+    "network_facts",
+    "parse_rule",
+    "remove_journal",
+    "smallest",
+    "table_row",
+    "violations",
+]

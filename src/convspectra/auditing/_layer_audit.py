@@ -1,0 +1,326 @@
+"""All the numbers of one layer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from convspectra.auditing._record import Certified, Circular, Conditioning, LayerAudit, Spectrum
+from convspectra.models import Target
+from convspectra.operator import (
+    DEFAULT_MAX_BYTES,
+    ConvOperator,
+    is_square_toeplitz,
+    normalized,
+    scaled_outputs,
+)
+from convspectra.spectra import (
+    SVDResult,
+    circular_extremes,
+    circular_operator,
+    frobenius_norm,
+    is_circular,
+    logabsdet,
+    spectral_density,
+    svds,
+    without_dependent_channels,
+)
+from convspectra.torus import Part, parts
+
+TOLERANCE = 1e-6
+"""Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
+then is told from it no better. The enclosures hold in any case.
+"""
+LOST_AT_MOST, RANK_TOLERANCE = 31, 1e-2
+"""A layer that is too large for dense factorizations may lack so many directions until its rank is
+not counted any more; how near values come to the tolerance of the rank.
+"""
+EXACT_WORK = 2e10
+"""Flops up to which a dense factorization is taken for what no faster way gives: about a second."""
+GROWTH_COMPONENTS, GROWTH_STEPS = 25_000, 24
+"""Of the stochastic Lanczos quadrature for the mean logarithm of large rectangular layers: numbers
+drawn for all random vectors, which makes its error about 0.003, and steps from each.
+"""
+
+_FAILURES = (ValueError, ArithmeticError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is computed of each layer.
+
+    Attributes
+    ----------
+    spectrum : bool
+        The whole distribution of singular values too.
+    fold : bool
+        The layer with the batch normalization that follows it too.
+    max_bytes : int
+        Limit on any matrix that is formed.
+    """
+
+    spectrum: bool = False
+    fold: bool = True
+    max_bytes: int = DEFAULT_MAX_BYTES
+
+
+def audit_layer(
+    target: Target, device: str | torch.device | None, options: AuditOptions
+) -> LayerAudit:
+    """The numbers of one layer, computed on a device or where its weight is.
+
+    One that cannot be computed is skipped with the reason.
+    """
+    start = time.perf_counter()
+    found = described(target)
+    op = target.operator
+    if op is not None and device is not None:
+        op = op.with_weight(op.weight.to(device))
+    if op is not None:
+        try:
+            found = _computed(found, op, target, options)
+        except _FAILURES as error:
+            found = replace(found, skipped=_reason(error))
+    return replace(found, seconds=time.perf_counter() - start)
+
+
+def described(target: Target) -> LayerAudit:
+    """What is known of a layer before anything is computed."""
+    blank = LayerAudit(
+        target.name, target.type, skipped=target.skipped, notes=target.notes, uses=target.uses
+    )
+    op = target.operator
+    if op is None:
+        return blank
+    g = op.geometry
+    return replace(
+        blank,
+        kernel=g.kernel_size,
+        stride=g.stride,
+        dilation=g.dilation,
+        padding=g.padding,
+        padding_mode=g.padding_mode,
+        groups=op.groups,
+        transposed=op.transposed,
+        input_shape=op.input_shape,
+        output_shape=op.output_shape,
+        shape=op.shape,
+        dtype=str(op.dtype).removeprefix("torch."),
+        batch_norm=target.batch_norm,
+    )
+
+
+def cost(target: Target) -> float:
+    """Flops, very roughly: to hand out layers and to tell the time left."""
+    op = target.operator
+    if op is None:
+        return 0.0
+    g = op.geometry
+    products = 100.0 * op.weight.numel() * math.prod(g.output_size)
+    across = math.prod(g.input_size) / max(g.input_size, default=1)
+    border = op.groups * (op.weight.shape[1] * across) ** 3
+    points = math.prod(g.output_size) * (2 if math.prod(g.kernel_size) > 1 else 0)
+    symbols = points * op.weight.shape[0] * op.weight.shape[1] * min(op.weight.shape[:2])
+    return (products + symbols + (border if g.ndim else 0.0)) * (1 + (target.scale is not None))
+
+
+def _computed(
+    found: LayerAudit, op: ConvOperator, target: Target, options: AuditOptions
+) -> LayerAudit:
+    op = op.with_weight(op.weight.detach().double())
+    applied = conditioning(op, options)
+    torus = circular_operator(op)
+    found = replace(found, applied=applied, circular=_circular(op, torus, applied, options))
+    if options.fold and target.scale is not None:
+        try:
+            scale = target.scale.to(op.weight)
+            folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
+            found = replace(found, folded=conditioning(folded, options))
+        except _FAILURES as error:
+            found = _noted(found, "with its batch normalization", error)
+    if options.spectrum:
+        try:
+            found = replace(found, spectrum=_spectrum(op, torus, options))
+        except _FAILURES as error:
+            found = _noted(found, "its spectrum", error)
+    return found
+
+
+def _noted(found: LayerAudit, what: str, error: Exception) -> LayerAudit:
+    note = f"{what}: not computed, {_reason(error)}"
+    return replace(found, notes=(*found.notes, note))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:
+    """The numbers of one matrix."""
+    largest, smallest = (
+        svds(
+            op,
+            1,
+            which,
+            return_singular_vectors=False,
+            tol=TOLERANCE,
+            max_bytes=options.max_bytes,
+        )
+        for which in ("LM", "SM")
+    )
+    sigma_max, sigma_min = _certified(largest), _certified(smallest)
+    tolerance = max(op.shape) * torch.finfo(torch.float64).eps * sigma_max.value
+    singular = sigma_min.value <= tolerance
+    growth, error, method = _log_growth(op, (smallest, largest), singular, options)
+    return Conditioning(
+        frobenius_norm=frobenius_norm(op),
+        sigma_max=sigma_max,
+        sigma_min=sigma_min,
+        condition=_ratio(sigma_max.value, 0.0 if singular else sigma_min.value),
+        condition_lower=_ratio(sigma_max.lower, sigma_min.upper),
+        condition_upper=_ratio(sigma_max.upper, sigma_min.lower),
+        rank=_rank(op, sigma_min, tolerance, options),
+        rank_tolerance=tolerance,
+        log_growth=growth,
+        log_growth_error=error,
+        log_growth_method=method,
+    )
+
+
+def _certified(result: SVDResult) -> Certified:
+    return Certified(
+        value=float(result.s[0]),
+        lower=float(result.lower[0]),
+        upper=float(result.upper[0]),
+        method=result.method,
+        certificate=result.certificate,
+        converged=result.converged,
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator == 0.0:
+        return math.nan if numerator == 0.0 else math.inf
+    return numerator / denominator
+
+
+def _dense_is_affordable(op: ConvOperator, options: AuditOptions) -> bool:
+    work = math.prod(op.shape) * min(op.shape)
+    return work <= EXACT_WORK and 8 * math.prod(op.shape) <= options.max_bytes
+
+
+def _rank(
+    op: ConvOperator, sigma_min: Certified, tolerance: float, options: AuditOptions
+) -> int | None:
+    """Singular values above the tolerance, counted in the independent blocks of the layer.
+
+    Where these are too large: all those of the layer without the channels that depend on others,
+    but for up to `LOST_AT_MOST` that are not above, which the capacitance method finds.
+    """
+    if sigma_min.lower > tolerance:
+        return min(op.shape)
+    scaled, exponent = normalized(op)
+    if exponent is None:
+        return 0
+    scaled_tolerance = math.ldexp(tolerance, -exponent)
+    found, _ = parts(scaled)
+    if sum(part.flops for part in found) <= EXACT_WORK:
+        return _counted(found, scaled_tolerance, options.max_bytes)
+    direct = scaled.T if scaled.transposed else scaled
+    independent = without_dependent_channels(direct)
+    order = min(independent.shape)
+
+    def smallest(k: int, tol: float) -> SVDResult:
+        return svds(
+            independent,
+            k,
+            "SM",
+            return_singular_vectors=False,
+            tol=tol,
+            max_bytes=options.max_bytes,
+        )
+
+    try:
+        if independent is not direct:
+            if float(smallest(1, TOLERANCE).lower[0]) > scaled_tolerance:
+                return order
+        elif sigma_min.value > tolerance:  # no bound says that there is none below
+            return None
+        if not is_square_toeplitz(independent):  # many small values would take too long
+            return None
+        count = min(LOST_AT_MOST + 1, order)
+        found_smallest = smallest(count, RANK_TOLERANCE)
+    except (ArithmeticError, ValueError):  # the other numbers stand without it
+        return None
+    lost = int((found_smallest.s <= scaled_tolerance).sum())
+    return order - lost if found_smallest.converged and lost < count else None
+
+
+def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
+    rank = 0.0
+    for part in found:
+        try:
+            matrices, copies = part.matrices(max_bytes)
+        except ValueError:  # too large
+            return None
+        values = torch.linalg.svdvals(matrices)
+        rank += float(copies @ (values > tolerance).sum(1).to(copies))
+    return round(rank)
+
+
+def _log_growth(
+    op: ConvOperator, results: tuple[SVDResult, ...], singular: bool, options: AuditOptions
+) -> tuple[float | None, float, str]:
+    """The mean of log s, its error, and how it was computed."""
+    count = min(op.shape)
+    if singular:
+        return -math.inf, 0.0, "sigma_min is 0 to working precision"
+    for result in results:
+        if result.logabsdet is not None:
+            return result.logabsdet / count, 0.0, result.method
+    if not all(result.converged for result in results):
+        return None, 0.0, "sigma_min did not converge"
+    if _dense_is_affordable(op, options):
+        total = float(logabsdet(op, max_bytes=options.max_bytes))
+        return total / count, 0.0, "QR"
+    # Of a well-conditioned layer svds needs no factorization, and so gives none along.
+    if is_square_toeplitz(op.T if op.transposed else op):
+        less_than_dense = min(options.max_bytes, 8 * math.prod(op.shape) - 1)
+        with contextlib.suppress(ArithmeticError, ValueError):
+            return float(logabsdet(op, max_bytes=less_than_dense)) / count, 0.0, "capacitance"
+    probes = -(-GROWTH_COMPONENTS // count)
+    density = spectral_density(op, method="quadrature", probes=probes, steps=GROWTH_STEPS)
+    method = f"stochastic Lanczos quadrature, probes {probes}, steps {GROWTH_STEPS}"
+    return density.mean_log, density.mean_log_error, method
+
+
+def _circular(
+    op: ConvOperator, torus: ConvOperator | str, applied: Conditioning, options: AuditOptions
+) -> Circular:
+    if isinstance(torus, str):
+        return Circular(None, None, None, torus)
+    if is_circular(op) and applied.log_growth is not None and applied.log_growth_error == 0.0:
+        return Circular(applied.sigma_max.value, applied.sigma_min.value, applied.log_growth, "")
+    try:
+        return Circular(*circular_extremes(op, max_bytes=options.max_bytes), "")
+    except ValueError as error:  # too large
+        return Circular(None, None, None, str(error))
+
+
+def _spectrum(op: ConvOperator, torus: ConvOperator | str, options: AuditOptions) -> Spectrum:
+    density = spectral_density(op, max_bytes=options.max_bytes)
+    circular: tuple[float, ...] = ()
+    if not isinstance(torus, str):
+        circular = spectral_density(op, edges=density.edges, method="circular").fractions
+    quadrature = f"stochastic Lanczos quadrature, probes {density.probes}"
+    return Spectrum(
+        edges=density.edges,
+        fractions=density.fractions,
+        errors=density.errors,
+        circular=circular,
+        method=density.method.replace("quadrature", quadrature),
+    )

@@ -1,0 +1,162 @@
+"""An audit as a value: read and written as JSON, shown as a table, a data frame or a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convspectra.auditing import _findings as findings
+from convspectra.auditing import _table as audit_table
+from convspectra.auditing._record import Circumstances, Finding, LayerAudit, Network, decode, encode
+from convspectra.auditing.html import _page as audit_html
+from convspectra.text import comma_separated, plain, text_table
+
+SCHEMA = "convspectra.audit"
+SCHEMA_VERSION, SCHEMA_MINOR = 1, 1
+"""Another version cannot be read; a minor one has more fields than those before it."""
+INCOMPLETE = "incomplete: the audit was interrupted, and layers are missing"
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What `audit` found.
+
+    Attributes
+    ----------
+    circumstances : Circumstances
+    layers : tuple of LayerAudit
+        In order of execution, skipped ones too.
+    network : Network
+    findings : tuple of Finding
+        What to look at first, in words.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> report = cs.audit(torch.nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 8, 8))
+    >>> report.layers[0].shape
+    (64, 64)
+    >>> cs.AuditReport.from_dict(report.to_dict()) == report
+    True
+    """
+
+    circumstances: Circumstances
+    layers: tuple[LayerAudit, ...]
+    network: Network
+    findings: tuple[Finding, ...]
+
+    def records(self) -> list[dict[str, object]]:
+        """One flat record a layer, such as for a table of numbers."""
+        return audit_table.records(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as what JSON can hold."""
+        numbers = {"version": SCHEMA_VERSION, "minor": SCHEMA_MINOR}
+        return {"schema": SCHEMA, **numbers, **encode(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> AuditReport:
+        """The inverse of `to_dict`.
+
+        What an older minor version says of the network and the findings is derived anew from its
+        layers.
+
+        Raises
+        ------
+        ValueError
+            For anything else than a report of this version; the field is named.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"expected an audit report with schema {SCHEMA!r}")
+        if data.get("version") != SCHEMA_VERSION:
+            raise ValueError(
+                f"expected version {SCHEMA_VERSION} of {SCHEMA}, got {data.get('version')!r}"
+            )
+        minor = data.get("minor", 0)
+        if minor not in range(SCHEMA_MINOR + 1):
+            raise ValueError(
+                f"expected version {SCHEMA_VERSION}.{SCHEMA_MINOR} of {SCHEMA} or an older one, "
+                f"got {SCHEMA_VERSION}.{minor}"
+            )
+        fields = {name: data[name] for name in data if name not in ("schema", "version", "minor")}
+        report = decode(cls, fields, "report")
+        if minor == SCHEMA_MINOR:
+            return report
+        return report_of(report.circumstances, report.layers, report.network.band)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report; `from_json` reads it again without loss."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> AuditReport:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is no such report.
+        OSError
+            If it cannot be read.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one line a layer, every number in full."""
+        records = self.records()
+        columns = list(records[0]) if records else []
+        Path(path).write_text(comma_separated(columns, records), encoding="utf-8")
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page that needs nothing else."""
+        Path(path).write_text(self._page(), encoding="utf-8")
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame, one row a layer.
+
+        Raises
+        ------
+        ImportError
+            Without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("a data frame takes pandas: pip install pandas") from error
+        return pandas.DataFrame(self.records())
+
+    def _page(self) -> str:
+        facts = findings.network_facts(self.network)
+        return audit_html.page(self.layers, facts, self.findings, self.circumstances)
+
+    def _repr_html_(self) -> str:
+        return audit_html.fragment(
+            self.layers, findings.network_facts(self.network), self.findings, self.circumstances
+        )
+
+    def __str__(self) -> str:
+        rows = [audit_table.table_row(layer) for layer in self.layers]
+        columns = [column.name for column in audit_table.columns_for(self.layers)]
+        incomplete = [] if self.circumstances.complete else [INCOMPLETE]
+        facts = [f"{label}: {text}" for label, text in findings.network_facts(self.network)]
+        found = [f"{f.layer}: {f.text}" for f in self.findings]
+        lines = [*incomplete, *facts, "", *found]
+        return "\n".join([text_table(columns, rows), "", *map(plain, lines)])
+
+
+def report_of(
+    circumstances: Circumstances,
+    layers: Sequence[LayerAudit],
+    band: tuple[float, float] = findings.BAND,
+) -> AuditReport:
+    """The report of these layers."""
+    return AuditReport(
+        circumstances, tuple(layers), findings.summary(layers, band), findings.findings(layers)
+    )

@@ -1,0 +1,7 @@
+"""``python -m convspectra.cli``, for launchers such as torchrun."""
+
+import sys
+
+from convspectra.cli import main
+
+sys.exit(main())

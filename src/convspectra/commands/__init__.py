@@ -1,1 +1,0 @@
-"""The commands, one a file: each is imported when it is called."""

@@ -1,1 +1,0 @@
-"""Experiments: what the paper shows, and what its title claims, on real images."""

@@ -1,0 +1,353 @@
+"""What there is to audit: layers as operators, wherever the model came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convspectra.models._layers import modules_of, unwrapped
+from convspectra.models._recorder import PADDED, Frame, Recorder, Use, is_lazy, stored_tensors
+from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
+
+_NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    (nn.MultiheadAttention, "attention is not a linear map of its input"),
+    ((nn.RNNBase, nn.RNNCellBase), "a recurrence is not a linear map of its input"),
+    (nn.Bilinear, "it is linear in each of two inputs, not in one"),
+    ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
+)
+_LAZY = "it is lazy and has no weight yet; run one forward pass first"
+_UNREACHED = "the forward pass of the example input does not reach it"
+_UNREAD = "no convolution or product with a matrix reads its {}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer at one input size, or one that was passed over.
+
+    Attributes
+    ----------
+    name, type : str
+        As in the model or file, such as "layer1.0.conv1" and "Conv2d"; a model that is one layer
+        has its type for a name.
+    operator : ConvOperator, optional
+        None if the layer was passed over.
+    scale : Tensor, optional
+        (h,), what the batch normalization that alone reads the output multiplies each channel by.
+    batch_norm : str
+        Name of that normalization; "" if there is none.
+    skipped : str
+        Why there is no operator.
+    notes : tuple of str
+        What else a reader should know, such as a separate padding before the layer.
+    uses : int
+        Calls at this input size in the forward pass.
+    """
+
+    name: str
+    type: str
+    operator: ConvOperator | None
+    scale: Tensor | None = None
+    batch_norm: str = ""
+    skipped: str = ""
+    notes: tuple[str, ...] = ()
+    uses: int = 1
+
+
+def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
+    """Every linear layer that one forward pass uses, in its order, then those it does not.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Run once, in evaluation mode and without gradients; its modes and buffers are left as they
+        were. ``torch.compile`` and (Distributed)DataParallel around it are looked through.
+    example_input : Tensor, or tuple of positional arguments
+
+    Returns
+    -------
+    list of Target
+        One for each layer and input size. A layer that is no linear map that `ConvOperator` knows
+        has `skipped` set. A convolution or matrix product that the model calls as a function is
+        listed under the name of its weight.
+
+    Raises
+    ------
+    ValueError
+        If the model is not an ``nn.Module`` or has weights on the meta device.
+
+    Notes
+    -----
+    Cost: one forward pass. Memory: the output of every layer at once. What the forward pass
+    itself raises is left as it is.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.PReLU())
+    >>> [(t.name, t.type, t.batch_norm) for t in module_targets(model, torch.zeros(1, 1, 8, 8))]
+    [('0', 'Conv2d', '1')]
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
+    lazy = {name: type(module).__name__ for name, module in modules_of(model) if _is_lazy(module)}
+    if lazy:
+        model = copy.deepcopy(model)  # its forward pass makes the weights
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and not is_lazy(tensor):
+            raise ValueError(
+                f"expected a model with data, got {name!r} on the meta device; "
+                "load its weights first"
+            )
+    with _evaluated(model):
+        return trace_targets(model, example_input, lazy)
+
+
+def trace_targets(
+    model: nn.Module, example_input: Any, lazy: Mapping[str, str] = MappingProxyType({})
+) -> list[Target]:
+    """As `module_targets`, in the mode that the model is in and without its checks.
+
+    The modules named in `lazy`, with their types, are passed over. Takes TorchScript and exported
+    programs too.
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    recorder = Recorder(stored_tensors(model))
+    recorder.depend(inputs)
+    with _hooked(model, recorder, lazy), torch.no_grad(), _slow_attention(), recorder:
+        output = model(*inputs)
+    recorder.returned(output)
+    reached = [_target(uses) for uses in _grouped(recorder.uses)]
+    return reached + list(_unread(model, recorder, lazy))
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and any(
+        map(is_lazy, module.parameters(recurse=False))
+    )
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the modes and buffers of before afterwards."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if not (buffer is not None and is_lazy(buffer))
+    ]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            if buffer is not None and value is not None:
+                buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Attention by its single operations: the fused ones call no module."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[None]:
+    handles = []
+    try:
+        for name, module in modules_of(model):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            before = functools.partial(_before, recorder, name, lazy)
+            after = functools.partial(_after, recorder, name, lazy)
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(
+    recorder: Recorder, name: str, lazy: Mapping[str, str], module: nn.Module, args: Any
+) -> None:
+    recorder.reached.add(name)
+    recorder.frames.append(Frame(name, whole=True))  # a parametrized weight is computed here
+    recorder.frames[-1] = Frame(name, name in lazy or _taken_whole(module))
+
+
+def _after(
+    recorder: Recorder,
+    name: str,
+    lazy: Mapping[str, str],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    *outside, frame = recorder.frames
+    if output is not None and frame.whole and not any(outer.whole for outer in outside):
+        reason = _LAZY if name in lazy else _not_linear(module)
+        if reason:
+            kind = lazy.get(name, type(module).__name__)
+            recorder.add(Use(name, kind, skipped=reason))
+        else:
+            recorder.add(_module_use(recorder, name, module, args, kwargs, output), output)
+    recorder.frames.pop()
+
+
+def _taken_whole(module: nn.Module) -> bool:
+    """Whether a module is one target: known, or known not to be linear."""
+    if _not_linear(module):
+        return True
+    try:
+        convolution_options(module)
+    except ValueError:
+        return False
+    return True
+
+
+def _not_linear(module: nn.Module) -> str:
+    return next((reason for kind, reason in _NOT_LINEAR if isinstance(module, kind)), "")
+
+
+def _module_use(
+    recorder: Recorder,
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> Use:
+    x = args[0] if args else kwargs["input"]
+    use = Use(name, type(module).__name__)
+    if recorder.is_padded(x):
+        use.notes.append(PADDED)
+    weight, options = convolution_options(module)
+    ndim = weight.ndim - 2
+    size = tuple(x.shape[x.ndim - ndim :])
+    try:
+        op = ConvOperator(weight.detach(), size, **options)
+        if options.get("transposed"):
+            op = _with_output_size(op, size, options, output)
+        use.operator = op
+    except ValueError as error:
+        use.skipped = str(error)
+    return use
+
+
+def _with_output_size(
+    op: ConvOperator, size: tuple[int, ...], options: dict[str, Any], output: Tensor
+) -> ConvOperator:
+    """The transposed layer as called, perhaps with an ``output_size``."""
+    spatial = op.output_shape[1:]
+    actual = tuple(output.shape[output.ndim - len(spatial) :])
+    if actual == spatial:
+        return op
+    extra = tuple(
+        p + n - m for p, n, m in zip(options["output_padding"], actual, spatial, strict=True)
+    )
+    return ConvOperator(op.weight, size, **{**options, "output_padding": extra})
+
+
+def _grouped(uses: list[Use]) -> list[list[Use]]:
+    """The uses of one layer at one size together, in the order of the first."""
+    groups: dict[Any, list[Use]] = {}
+    for use in uses:
+        op = use.operator
+        key = (use.name, use.skipped, op and (op.geometry, op.groups, op.transposed, op.shape))
+        groups.setdefault(key, []).append(use)
+    return list(groups.values())
+
+
+def _target(uses: list[Use]) -> Target:
+    first = uses[0]
+    notes = list(dict.fromkeys(note for use in uses for note in use.notes))
+    scale, batch_norm, remark = _normalization(uses)
+    if remark:
+        notes.append(remark)
+    return Target(
+        first.name or first.type,
+        first.type,
+        first.operator,
+        scale,
+        batch_norm,
+        first.skipped,
+        tuple(notes),
+        len(uses),
+    )
+
+
+def _normalization(uses: list[Use]) -> tuple[Tensor | None, str, str]:
+    """Scale and name of the normalization that alone reads every use, or a note why not."""
+    if uses[0].operator is None:
+        return None, "", ""
+    found = [next((r for r in use.readers if r.scale is not None), None) for use in uses]
+    names = sorted({reader.name for reader in found if reader is not None})
+    if not names:
+        return None, "", ""
+    if len(names) > 1 or None in found:
+        listed = " or ".join(names)
+        return None, "", f"not every use is followed by the same batch normalization ({listed})"
+    others = [r for use in uses for r in use.readers if r.name != names[0]]
+    if others or any(len(use.readers) > 1 for use in uses):
+        listed = ", ".join(dict.fromkeys(r.name for r in others)) or names[0]
+        return None, "", f"batch normalization {names[0]} is not alone to read it: {listed} too"
+    assert found[0] is not None
+    return found[0].scale, names[0], ""
+
+
+def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[Target]:
+    """The modules with a matrix that no use of the pass stands for."""
+    covered = {use.name for use in recorder.uses}
+    if "" in covered:  # the model itself is one layer
+        return
+    for name, module in modules_of(model):
+        if any(name == known or name.startswith(f"{known}.") for known in covered):
+            continue
+        matrices = [
+            parameter
+            for parameter, value in module.named_parameters(recurse=False)
+            if _is_matrix(value) and _qualified(name, parameter) not in recorder.read
+        ]
+        listed = isinstance(module, LAYER_TYPES) or bool(_not_linear(module)) or name in lazy
+        if not listed and (not matrices or _is_normalization(module)):
+            continue
+        covered.add(name or type(module).__name__)
+        kind = getattr(module, "original_name", type(module).__name__)
+        if name in lazy:
+            reason = _LAZY
+        elif listed and name not in recorder.reached:
+            reason = _not_linear(module) or _UNREACHED
+        else:
+            reason = _UNREAD.format(" or ".join(matrices) or "weight")
+        yield Target(name or kind, kind, None, skipped=reason, uses=0)
+
+
+def _qualified(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and sum(n > 1 for n in parameter.shape) > 1
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.PReLU))

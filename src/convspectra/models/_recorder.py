@@ -1,0 +1,288 @@
+"""One forward pass, watched: which linear layers it applies, to what, and what reads the result.
+
+Note [Two views of a pass]: hooks see modules and dispatch sees operations. A module that
+`ConvOperator` knows is taken whole from its hook, with its padding mode and its effective weight,
+and the operations inside it are left out. Everything else is taken from the operations, so that a
+convolution called as a function, in TorchScript or in an exported program is found as well.
+
+Note [Stored or computed]: an operation whose arguments depend on the example input gives arrays
+that depend on it; every other array is stored. Storages are known by their address, and each
+operation says anew what its results are, so that an address may be used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from convspectra.models._linear_calls import (
+    CONVOLUTIONS,
+    LinearCall,
+    convolution_call,
+    is_padding,
+    named_arguments,
+    normalization_scale,
+    product_call,
+    product_factors,
+)
+from convspectra.operator import ConvOperator
+
+PADDED = "its input is padded by a separate operation"
+
+
+@dataclass
+class Reader:
+    """What reads a layer's output: a batch normalization if it has a scale."""
+
+    name: str
+    scale: Tensor | None = None
+
+
+@dataclass
+class Use:
+    """One application of a layer."""
+
+    name: str
+    type: str
+    operator: ConvOperator | None = None
+    skipped: str = ""
+    notes: list[str] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A module whose forward pass is running; `whole` if its operations are not looked at."""
+
+    name: str
+    whole: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the `uses` of layers while it is the active dispatch mode.
+
+    Parameters
+    ----------
+    stored : dict of str to Tensor
+        Parameters and buffers by their qualified names.
+
+    Notes
+    -----
+    Holds on to the output of every layer: memory is that of a forward pass with gradients.
+    """
+
+    def __init__(self, stored: dict[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.uses: list[Use] = []
+        self.read: set[str] = set()
+        self.reached: set[str] = set()
+        self.frames: list[Frame] = []
+        self._views = {_view(t): name for name, t in reversed(stored.items()) if t.numel()}
+        self._sources = {_storage(t): name for name, t in reversed(stored.items()) if t.numel()}
+        self._dependent: set[int] = set()
+        self._outputs: dict[int, tuple[Tensor, Use]] = {}
+        self._padded: dict[int, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation and note what it says of the layers."""
+        kwargs = kwargs or {}
+        # In inference mode composite operations arrive whole.
+        if func.name().startswith("aten::") and _is_composite(func):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        self._note_readers(func, args, kwargs)
+        if not any(frame.whole for frame in self.frames):
+            self._note_layer(func, args, kwargs, result)
+        if is_padding(func._schema.name):
+            self._padded[id(result)] = result
+        self._note_origin(func, _tensors((args, kwargs)), _tensors(result))
+        return result
+
+    def depend(self, value: Any) -> None:
+        """Take the arrays in an example input as what everything else may depend on."""
+        self._dependent.update(_storage(t) for t in _tensors(value))
+
+    def is_padded(self, x: object) -> bool:
+        """Whether an array came out of a padding operation."""
+        return self._padded.get(id(x)) is x and x is not None
+
+    def add(self, use: Use, output: object = None) -> None:
+        """Put a use on the list, and watch who reads its output."""
+        self.uses.append(use)
+        if isinstance(output, Tensor):
+            self._outputs[id(output)] = (output, use)
+
+    def returned(self, value: Any) -> None:
+        """The model's own output counts as read."""
+        self._read_by(Reader("the model's output"), _tensors(value))
+
+    def _read_by(self, reader: Reader, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in self._outputs:
+                self._outputs[id(tensor)][1].readers.append(reader)
+
+    def _note_readers(
+        self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        tensors = _tensors((args, kwargs))
+        if not any(id(t) in self._outputs for t in tensors):
+            return
+        name = func._schema.name
+        arguments = named_arguments(func, args, kwargs)
+        scale = normalization_scale(name, arguments)
+        label = self.frames[-1].name if self.frames else ""
+        if scale is not None:
+            label = self._owner(arguments["running_var"], label)
+        self._read_by(Reader(label or name.removeprefix("aten::"), scale), tensors)
+
+    def _note_layer(
+        self,
+        func: torch._ops.OpOverload,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        name = func._schema.name
+        if name in CONVOLUTIONS:
+            call = convolution_call(named_arguments(func, args, kwargs))
+            self.add(self._call_use(call, self._depends(call.weight)), result)
+        elif (factors := product_factors(name, named_arguments(func, args, kwargs))) is not None:
+            left, right = (self._is_weight(factor) for factor in factors)
+            if left == right:  # a product of two arrays, or part of a weight's computation
+                return
+            call_or_none = product_call(*factors, weight_is_left=left)
+            if call_or_none is not None:
+                self.add(self._call_use(call_or_none, False), result)
+            else:
+                label = self._label(factors[0] if left else factors[1], "Linear")
+                reason = "a product with a batch of stored matrices is not supported"
+                self.add(Use(label, "Linear", skipped=reason))
+        elif func.namespace != "aten" and any(w in name for w in ("conv", "linear")):
+            reason = f"{name} is not an operation of PyTorch's floating layers"
+            self.add(Use(self._label(None, "Linear"), name, skipped=reason))
+
+    def _call_use(self, call: LinearCall, computed: bool) -> Use:
+        use = Use(self._label(call.weight, call.type), call.type)
+        if self.is_padded(call.input):
+            use.notes.append(PADDED)
+        if computed:
+            use.skipped = "its weight is computed from the input"
+            return use
+        source = self._sources.get(_storage(call.weight))
+        if source is not None and _view(call.weight) not in self._views:
+            use.notes.append(f"its weight is a part of {source} or computed from it")
+        try:
+            weight = call.weight.detach()
+            use.operator = ConvOperator(weight, call.input_size, **_padding_of(call))
+        except ValueError as error:
+            use.skipped = str(error)
+        return use
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return not self._depends(tensor)
+
+    def _depends(self, tensor: Tensor) -> bool:
+        return _storage(tensor) in self._dependent
+
+    def _label(self, weight: Tensor | None, kind: str) -> str:
+        """The qualified name of a weight's module; the running module's, or a number, without."""
+        owner = "" if weight is None else self._owner(weight, "")
+        if owner:
+            return owner
+        stem = ".".join(
+            part for part in (self.frames[-1].name if self.frames else "", kind.lower()) if part
+        )
+        self._counts[stem] = self._counts.get(stem, 0) + 1
+        return f"{stem}_{self._counts[stem]}"
+
+    def _owner(self, tensor: Tensor, default: str) -> str:
+        name = self._views.get(_view(tensor)) or self._sources.get(_storage(tensor))
+        if name is None:
+            return default
+        self.read.add(name)
+        owner, _, last = name.rpartition(".")
+        plain = last in ("weight", "running_var", "weight_v", "weight_orig")
+        return owner if plain and owner else name
+
+    def _note_origin(
+        self, func: torch._ops.OpOverload, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        dependent = any(self._depends(t) for t in inputs)
+        if func._schema.is_mutable and dependent:
+            outputs = outputs + [t for t in inputs[:1] if not self._depends(t)]
+        names = (self._sources.get(_storage(t)) for t in inputs)
+        source = next((name for name in names if name is not None), None)
+        for tensor in outputs:
+            key = _storage(tensor)
+            if dependent:
+                self._dependent.add(key)
+                self._sources.pop(key, None)
+                continue
+            self._dependent.discard(key)
+            if source is not None:
+                self._sources.setdefault(key, source)
+            elif tensor.numel():
+                self._sources.pop(key, None)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and, of a frozen TorchScript module, constants by name."""
+    every = (*model.named_parameters(), *model.named_buffers())
+    stored = {name: tensor for name, tensor in every if not is_lazy(tensor)}
+    if isinstance(model, torch.jit.ScriptModule):
+        stored.update(_script_constants(model))
+    return stored
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer has no shape yet."""
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+
+
+def _script_constants(model: torch.jit.ScriptModule) -> Iterator[tuple[str, Tensor]]:
+    graph: Any = model.inlined_graph  # kept alive: its nodes do not keep it
+    for node in graph.findAllNodes("prim::Constant"):
+        value = node.output()
+        tensor = value.toIValue() if value.type().kind() == "TensorType" else None
+        if isinstance(tensor, Tensor) and tensor.ndim > 1 and not value.debugName().isdigit():
+            yield value.debugName().removeprefix("self."), tensor
+
+
+def _padding_of(call: LinearCall) -> dict[str, Any]:
+    return call.options if call.input_size else {}
+
+
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    key = "CompositeImplicitAutograd"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int]:
+    offset = tensor.storage_offset() if tensor.layout is torch.strided else 0
+    return _storage(tensor), int(offset), tensor.numel()

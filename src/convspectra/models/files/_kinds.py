@@ -1,0 +1,96 @@
+"""What kind of model a file holds, by its content."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+
+from convspectra.models.files._errors import LoadError, refusing
+
+MAX_BYTES = 8 * 2**30
+_LARGEST_RATIO = 200  # PyTorch stores its archives uncompressed
+_CHUNK = 2**20
+_KNOWN = (
+    "expected ONNX, TorchScript, a torch.export archive, safetensors or a torch.save checkpoint"
+)
+
+
+def model_kind(path: Path, max_bytes: int) -> str:
+    """One of "onnx", "torchscript", "export", "safetensors", "checkpoint".
+
+    Raises
+    ------
+    LoadError
+        For a file that is missing, no file, empty, larger than `max_bytes` (compressed or not),
+        damaged or of no known kind.
+    """
+    _check_size(path, max_bytes)
+    with refusing(path, "cannot be read"), path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"PK\x03\x04"):
+        return _archive_kind(path, max_bytes)
+    if head.startswith(b"\x80"):
+        return "checkpoint"
+    if len(head) > 8 and head[8:9] == b"{":
+        length = struct.unpack("<Q", head[:8])[0]
+        if length > path.stat().st_size - 8:
+            raise LoadError(
+                f"{path}: a safetensors file cut short, its header of {length} bytes does not "
+                "fit; copy the file again"
+            )
+        return "safetensors"
+    if head.startswith(b"\x08") or path.suffix == ".onnx":
+        return "onnx"
+    raise LoadError(f"{path}: not a model file; {_KNOWN}")
+
+
+def _check_size(path: Path, max_bytes: int) -> None:
+    with refusing(path, "cannot be read"):
+        exists, is_file = path.exists(), path.is_file()
+    if not exists:
+        raise LoadError(f"{path}: no such file; check the path")
+    if not is_file:
+        raise LoadError(f"{path}: not a file; give the model file itself")
+    with refusing(path, "cannot be read"):
+        size = path.stat().st_size
+    if size == 0:
+        raise LoadError(f"{path}: the file is empty; copy it again")
+    if size > max_bytes:
+        raise LoadError(
+            f"{path}: {size} bytes are more than the limit of {max_bytes} for a model file"
+        )
+
+
+def _archive_kind(path: Path, max_bytes: int) -> str:
+    advice = "copy the file again"
+    with refusing(path, "a broken zip archive", advice), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if min((member.header_offset for member in members), default=0) > 0:
+            raise zipfile.BadZipFile("its beginning or its end is missing")
+    size = sum(member.file_size for member in members)
+    packed = path.stat().st_size
+    if size > max_bytes or size > _LARGEST_RATIO * packed + 2**20:
+        raise LoadError(
+            f"{path}: the archive of {packed} bytes says it unpacks to {size}; "
+            "refused as a zip bomb"
+        )
+    with refusing(path, "a damaged archive", advice), zipfile.ZipFile(path) as archive:
+        for member in members:
+            _check_sum(archive, member)
+    names = {member.filename.partition("/")[2] or member.filename for member in members}
+    if any(name.startswith("models/") or "exported_program" in name for name in names):
+        return "export"
+    if "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        return "torchscript"
+    if "data.pkl" in names:
+        return "checkpoint"
+    raise LoadError(f"{path}: a zip archive that holds no model; {_KNOWN}")
+
+
+def _check_sum(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    if member.CRC == 0:  # PyTorch can be told to compute none
+        return
+    with archive.open(member) as file:
+        while file.read(_CHUNK):
+            pass

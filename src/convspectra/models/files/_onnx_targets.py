@@ -1,0 +1,205 @@
+"""The linear layers of an ONNX graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from onnx import GraphProto, NodeProto
+from torch import Tensor
+
+from convspectra.models._linear_layers import Target
+from convspectra.models._recorder import PADDED
+from convspectra.models.files._errors import LoadError, refusing
+from convspectra.models.files._onnx_file import (
+    Scope,
+    attributes,
+    fill,
+    label,
+    read_model,
+    read_names,
+    subgraphs,
+)
+from convspectra.models.files._onnx_options import convolution_options
+from convspectra.operator import ConvOperator
+
+_QUANTIZED = "its weight is quantized; give the floating model"
+_RECURRENT = "a recurrence is not a linear map of its input"
+_WEIGHTED = {  # operators with a stored weight that are not taken, and why
+    "QLinearConv": _QUANTIZED,
+    "ConvInteger": _QUANTIZED,
+    "QLinearMatMul": _QUANTIZED,
+    "MatMulInteger": _QUANTIZED,
+    "LSTM": _RECURRENT,
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+    "Einsum": "Einsum with a stored factor is not supported",
+    "DeformConv": "its taps move with its input",
+}
+_ONNX_DOMAINS = ("", "ai.onnx")
+
+
+class _PassedOverError(Exception):
+    """Why a layer has no operator."""
+
+
+def onnx_targets(path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int) -> list[Target]:
+    """Conv, ConvTranspose, Gemm and MatMul nodes with stored weights, in the order of the file."""
+    scope = read_model(path, shapes, max_bytes)
+    with refusing(path, "not a valid ONNX graph", "export it again"):
+        return list(_graph_targets(scope, scope.graph, inside=""))
+
+
+def _graph_targets(scope: Scope, graph: GraphProto, inside: str) -> Iterator[Target]:
+    for node in graph.node:
+        yield from _node_targets(scope, node, inside)
+        for inner in subgraphs(node):
+            nested = Scope(
+                scope.path, inner, scope.max_bytes, dict(scope.stored), dict(scope.computed)
+            )
+            fill(nested, inner)
+            yield from _graph_targets(nested, inner, f"{node.op_type} node {label(node)!r}")
+
+
+def _node_targets(scope: Scope, node: NodeProto, inside: str) -> Iterator[Target]:
+    kind, standard = node.op_type, node.domain in _ONNX_DOMAINS
+    weighted = any(name in scope.stored or name in scope.computed for name in node.input)
+    if standard and kind in ("Conv", "ConvTranspose"):
+        build = _convolution
+    elif standard and kind in ("Gemm", "MatMul") and _has_one_factor(scope, node):
+        build = _product
+    elif standard and kind in _WEIGHTED and weighted:
+        yield Target(label(node), kind, None, skipped=_WEIGHTED[kind])
+        return
+    elif not standard and weighted and any(w in kind for w in ("Conv", "MatMul", "Gemm")):
+        reason = f"an operator of the domain {node.domain}, not of ONNX itself"
+        yield Target(label(node), kind, None, skipped=reason)
+        return
+    else:
+        return
+    try:
+        if inside:
+            raise _PassedOverError(f"it is inside a branch or loop, {inside}")
+        op = build(scope, node)
+    except _PassedOverError as reason:
+        yield Target(label(node), kind, None, skipped=str(reason))
+    else:
+        yield _with_surroundings(scope, node, Target(label(node), kind, op))
+
+
+def _has_one_factor(scope: Scope, node: NodeProto) -> bool:
+    constant = [name in scope.stored or name in scope.computed for name in node.input[:2]]
+    return len(constant) == 2 and constant[0] != constant[1]
+
+
+def _weight(scope: Scope, name: str) -> Tensor:
+    if name in scope.computed:
+        raise _PassedOverError(
+            f"its weight is not stored as it is, but comes from {_origin(scope, name)}"
+        )
+    if name not in scope.stored:
+        raise _PassedOverError("its weight is computed from the input")
+    if not scope.is_floating(name):
+        raise _PassedOverError("its weight is not of a floating type")
+    return scope.array(name)
+
+
+def _origin(scope: Scope, name: str) -> str:
+    kind = scope.computed[name]
+    return kind if kind == "sparse initializer" else f"a {kind} node"
+
+
+def _convolution(scope: Scope, node: NodeProto) -> ConvOperator:
+    weight = _weight(scope, node.input[1])
+    transposed = node.op_type == "ConvTranspose"
+    shape = scope.shapes.get(node.input[0], ())
+    size = shape[2:]
+    if len(shape) != weight.ndim or min(size, default=1) < 1:
+        raise _PassedOverError("its input size could not be inferred; give every input shape")
+    try:
+        options = convolution_options(attributes(node), size, tuple(weight.shape[2:]), transposed)
+        op = ConvOperator(weight, size, **options)
+    except ValueError as error:
+        raise _PassedOverError(str(error)) from error
+    _check_sizes(scope, node, op, shape)
+    return op
+
+
+def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[int, ...]) -> None:
+    if shape[1] not in (0, op.input_shape[0]):
+        raise LoadError(
+            f"{scope.path}: {label(node)!r} takes {op.input_shape[0]} channels, its input has "
+            f"{shape[1]}; check the input shapes, --input"
+        )
+    output = scope.shapes.get(node.output[0], ())[2:]
+    if output and min(output) > 0 and output != op.output_shape[1:]:
+        raise _PassedOverError(
+            f"ONNX infers an output of {output}, its attributes give {op.output_shape[1:]}"
+        )
+
+
+def _product(scope: Scope, node: NodeProto) -> ConvOperator:
+    """The operator of Gemm or MatMul: on rows for a stored right factor, on columns for a left."""
+    left = node.input[0] in scope.stored or node.input[0] in scope.computed
+    weight = _weight(scope, node.input[0] if left else node.input[1])
+    if weight.ndim != 2:
+        raise _PassedOverError("a product with a batch of stored matrices is not supported")
+    given = attributes(node)
+    flipped = "transA" if left else "transB"
+    if flipped in given and given[flipped].i:
+        weight = weight.T
+    if "alpha" in given:
+        weight = weight * given["alpha"].f
+    try:
+        return ConvOperator(weight if left else weight.T, ())
+    except ValueError as error:
+        raise _PassedOverError(str(error)) from error
+
+
+def _with_surroundings(scope: Scope, node: NodeProto, target: Target) -> Target:
+    """The target with the padding before it and the batch normalization after it."""
+    notes = []
+    if any(_is_padding(scope, name) for name in node.input[:2]):
+        notes.append(PADDED)
+    output = node.output[0]
+    readers = scope.readers.get(output, [])
+    norms = [r for r in readers if r.op_type == "BatchNormalization" and r.input[0] == output]
+    if not norms or (node.op_type in ("Gemm", "MatMul") and len(scope.shapes.get(output, ())) != 2):
+        return dataclasses.replace(target, notes=tuple(notes))
+    norm, others = norms[0], [label(r) for r in readers if r is not norms[0]]
+    others += ["the model's output"] * (output in {value.name for value in scope.graph.output})
+    if others or read_names(norm).count(output) != 1:
+        listed = ", ".join(others) or label(norm)
+        notes.append(f"batch normalization {label(norm)} is not alone to read it: {listed} too")
+        return dataclasses.replace(target, notes=tuple(notes))
+    assert target.operator is not None
+    scale = _normalization_scale(scope, norm, target.operator.output_shape[0])
+    if scale is None:
+        notes.append(f"batch normalization {label(norm)} has no stored statistics")
+        return dataclasses.replace(target, notes=tuple(notes))
+    return dataclasses.replace(target, scale=scale, batch_norm=label(norm), notes=tuple(notes))
+
+
+def _is_padding(scope: Scope, name: str) -> bool:
+    return name in scope.producers and scope.producers[name].op_type == "Pad"
+
+
+def _normalization_scale(scope: Scope, node: NodeProto, channels: int) -> Tensor | None:
+    """Weight over the root of the variance, (channels,) in float64; None if it is not stored."""
+    given = attributes(node)
+    names = (node.input[1], node.input[4])
+    if "training_mode" in given and given["training_mode"].i:
+        return None
+    if not all(name in scope.stored and scope.is_floating(name) for name in names):
+        return None
+    weight, variance = (scope.array(name).double() for name in names)
+    if weight.shape != (channels,) or variance.shape != (channels,):
+        raise LoadError(
+            f"{scope.path}: expected {channels} entries in {label(node)!r}, got "
+            f"{tuple(weight.shape)} and {tuple(variance.shape)}"
+        )
+    eps = given["epsilon"].f if "epsilon" in given else 1e-5
+    scale: Tensor = weight * torch.rsqrt(variance + eps)
+    return scale

@@ -1,0 +1,194 @@
+"""PyTorch's own files: TorchScript, exported programs, checkpoints and pickled modules."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convspectra.models._linear_layers import Target, module_targets, trace_targets
+from convspectra.models.files._errors import LoadError, refusing
+from convspectra.models.files._exported_check import check_export
+from convspectra.text import sizes
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net")
+_PREFIX = "module."
+_SHOWN = 3
+_UNGUARDED = {  # the guards of an exported program are Python in its file
+    option: False
+    for option in inspect.signature(torch.export.ExportedProgram.module).parameters
+    if option == "check_guards"
+}
+
+
+def script_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
+    """The layers of a TorchScript archive, by one run on zeros.
+
+    Loading and running a TorchScript archive executes the code in it.
+    """
+    with refusing(path, "not a whole TorchScript archive", "save it again with torch.jit.save"):
+        model = torch.jit.load(str(path), map_location="cpu")
+        model.eval()
+    return _run(path, model, shapes, trace_targets)
+
+
+def exported_targets(
+    path: Path, shapes: Sequence[tuple[int, ...]], allow_pickle: bool
+) -> list[Target]:
+    """The layers of a ``torch.export.save`` archive, by one run on zeros.
+
+    Without `allow_pickle` the archive is checked to run no code of its own, and not loaded if it
+    does.
+    """
+    if not allow_pickle:
+        check_export(path)
+    with refusing(path, "not a whole torch.export archive", "save it again with torch.export.save"):
+        model = torch.export.load(path).module(**_UNGUARDED)
+    return _run(path, model, shapes, trace_targets)
+
+
+def checkpoint_targets(
+    path: Path, shapes: Sequence[tuple[int, ...]], factory: str | None, allow_pickle: bool
+) -> list[Target]:
+    """The layers of the factory's model with a checkpoint's weights, or of a pickled module."""
+    content = _unpickled(path, allow_pickle)
+    if isinstance(content, nn.Module):
+        return _run(path, content, shapes, module_targets)
+    return _filled_targets(path, content, shapes, factory)
+
+
+def safetensors_targets(
+    path: Path, shapes: Sequence[tuple[int, ...]], factory: str | None
+) -> list[Target]:
+    """The layers of the factory's model with the weights of a safetensors file."""
+    try:
+        from safetensors.torch import load_file  # optional
+    except ModuleNotFoundError as error:
+        raise ImportError("pip install 'convspectra[safetensors]' to read safetensors") from error
+    with refusing(path, "not a whole safetensors file", "copy the file again"):
+        content = load_file(path)
+    return _filled_targets(path, content, shapes, factory)
+
+
+def factory_targets(factory: str, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
+    """The layers of the factory's model as it comes."""
+    return _run(factory, built(factory), shapes, module_targets)
+
+
+def built(factory: str) -> nn.Module:
+    """The model that a function "package.module:function" returns.
+
+    Raises
+    ------
+    LoadError
+        If there is no such function, it raises, or it returns something else.
+    """
+    module_name, colon, function_name = factory.partition(":")
+    if not (module_name and colon and function_name):
+        raise LoadError(f'{factory}: expected a factory as "package.module:function"')
+    with refusing(factory, "the factory cannot be imported", "check the name and sys.path"):
+        function = importlib.import_module(module_name)
+        for part in function_name.split("."):
+            function = getattr(function, part)
+    with refusing(factory, "the factory failed", "it is called without arguments"):
+        model: Any = function()  # type: ignore[operator]
+    if not isinstance(model, nn.Module):
+        raise LoadError(
+            f"{factory}: expected the factory to return a torch.nn.Module, "
+            f"got {type(model).__name__}"
+        )
+    return model
+
+
+def _unpickled(path: Path, allow_pickle: bool) -> Any:
+    advice = "save it again with torch.save"
+    try:
+        with refusing(path, "not a whole checkpoint", advice):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except LoadError as error:
+        if not _needs_pickle(error.__cause__):
+            raise
+        if not allow_pickle:
+            raise LoadError(
+                f"{path}: a pickle of more than tensors, and unpickling it runs arbitrary code; "
+                "give a state dict and a factory, or --allow-pickle (allow_pickle=True) if you "
+                "trust the file"
+            ) from error
+    with refusing(path, "cannot be unpickled", advice):
+        return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _needs_pickle(error: BaseException | None) -> bool:
+    return isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
+
+
+def _filled_targets(
+    path: Path, content: Any, shapes: Sequence[tuple[int, ...]], factory: str | None
+) -> list[Target]:
+    state = _state_dict(path, content)
+    if factory is None:
+        raise LoadError(
+            f"{path}: weights without a model; give the function that builds it as a factory, "
+            '"package.module:function"'
+        )
+    model = built(factory)
+    _check_keys(path, factory, set(model.state_dict()), set(state))
+    with refusing(path, f"the weights do not fit the model of {factory}"):
+        model.load_state_dict(state, strict=True)
+    return _run(path, model, shapes, module_targets)
+
+
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without the prefix of a DataParallel wrapper."""
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise LoadError(f"{path}: expected a state dict, got {type(content).__name__}")
+    if not all(isinstance(key, str) for key in content):
+        raise LoadError(f"{path}: expected a state dict with names as keys")
+    if all(key.startswith(_PREFIX) for key in content):
+        return {key.removeprefix(_PREFIX): value for key, value in content.items()}
+    return dict(content)
+
+
+def _check_keys(path: Path, factory: str, expected: set[str], got: set[str]) -> None:
+    parts = [
+        f"{len(keys)} {what}: {', '.join(sorted(keys)[:_SHOWN])}{', ...' * (len(keys) > _SHOWN)}"
+        for what, keys in (("missing", expected - got), ("unexpected", got - expected))
+        if keys
+    ]
+    if parts:
+        raise LoadError(
+            f"{path}: the keys are not those of the model of {factory}: {'; '.join(parts)}"
+        )
+
+
+def _run(
+    subject: object,
+    model: nn.Module,
+    shapes: Sequence[tuple[int, ...]],
+    targets: Callable[[nn.Module, Any], list[Target]],
+) -> list[Target]:
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(floating, torch.float32)
+    inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
+    written = ", ".join(sizes((1, *shape)) for shape in shapes)
+    with refusing(
+        subject,
+        f"the model does not run on zeros of {written or 'no shape'}",
+        "check the input shapes, --input",
+    ):
+        try:
+            return targets(model, inputs)
+        except Exception:
+            with torch.no_grad():
+                model(*inputs)  # TorchScript loses the cause of an error under a recorder
+            raise

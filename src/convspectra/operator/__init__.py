@@ -1,0 +1,105 @@
+"""A layer as the matrix M: integers, products, explicit forms, structure."""
+
+from convspectra.operator._blocks import (
+    Block,
+    Place,
+    gather,
+    group_matrices,
+    independent_blocks,
+    scatter,
+)
+from convspectra.operator._checks import (
+    check_array,
+    check_band,
+    check_choice,
+    check_positive_integer,
+    check_type,
+)
+from convspectra.operator._conv_operator import ConvOperator, block_diagonal
+from convspectra.operator._convolution import (
+    add_weight_gradient,
+    kernel_to_weight,
+    pad,
+    scaled_outputs,
+    weight_to_kernel,
+)
+from convspectra.operator._explicit import DEFAULT_MAX_BYTES, FloatArray, check_bytes
+from convspectra.operator._frobenius import (
+    frobenius_form,
+    squared_frobenius_norm,
+    squared_frobenius_norm_now,
+    subtract_frobenius_form,
+)
+from convspectra.operator._geometry import ConvGeometry, IntArray
+from convspectra.operator._modules import CONVOLUTION_TYPES, LAYER_TYPES, convolution_options
+from convspectra.operator._polyphase import (
+    from_grid,
+    from_phases,
+    grid,
+    grid_padding,
+    phase_lengths,
+    polyphase,
+    to_grid,
+    to_phases,
+)
+from convspectra.operator._product import Product, rounding_of
+from convspectra.operator._scaling import ldexp, normalized
+from convspectra.operator._structure import (
+    has_augmented,
+    has_embedding,
+    inputs_per_point,
+    is_circulant,
+    is_square_grid,
+    is_square_toeplitz,
+)
+
+__all__ = [
+    "CONVOLUTION_TYPES",
+    "DEFAULT_MAX_BYTES",
+    "LAYER_TYPES",
+    "Block",
+    "ConvGeometry",
+    "ConvOperator",
+    "FloatArray",
+    "IntArray",
+    "Place",
+    "Product",
+    "add_weight_gradient",
+    "block_diagonal",
+    "check_array",
+    "check_band",
+    "check_bytes",
+    "check_choice",
+    "check_positive_integer",
+    "check_type",
+    "convolution_options",
+    "frobenius_form",
+    "from_grid",
+    "from_phases",
+    "gather",
+    "grid",
+    "grid_padding",
+    "group_matrices",
+    "has_augmented",
+    "has_embedding",
+    "independent_blocks",
+    "inputs_per_point",
+    "is_circulant",
+    "is_square_grid",
+    "is_square_toeplitz",
+    "kernel_to_weight",
+    "ldexp",
+    "normalized",
+    "pad",
+    "phase_lengths",
+    "polyphase",
+    "rounding_of",
+    "scaled_outputs",
+    "scatter",
+    "squared_frobenius_norm",
+    "squared_frobenius_norm_now",
+    "subtract_frobenius_form",
+    "to_grid",
+    "to_phases",
+    "weight_to_kernel",
+]

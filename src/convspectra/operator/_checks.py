@@ -1,0 +1,91 @@
+"""What the public functions accept: one place for the checks that several of them make.
+
+Every message says what was expected, what was given and, where it is not plain, what to do.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise a ValueError unless the weight is a finite, real floating (h, g, *kernel)."""
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"expected weight to be a torch.Tensor, got {type(weight).__name__}")
+    if weight.dtype not in FLOATING_TYPES or weight.layout != torch.strided:
+        raise ValueError(
+            f"expected a dense weight of a real floating type, got {weight.dtype} "
+            f"({weight.layout}); convert it, for example with weight.double()"
+        )
+    if not 2 <= weight.ndim <= 5:
+        raise ValueError(
+            "expected a weight of shape (h, g / groups, *kernel) with at most 3 kernel axes, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.numel() == 0:
+        raise ValueError(f"expected a weight with entries, got the shape {tuple(weight.shape)}")
+    if weight.device.type == "meta":
+        raise ValueError("expected a weight with data, got one on the meta device")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("expected a finite weight, got NaN or Inf in it")
+
+
+def check_groups(weight: Tensor, groups: int) -> None:
+    """Raise a ValueError unless the groups are a positive integer that divides the channels."""
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
+        raise ValueError(f"expected groups to be a positive integer, got {groups!r}")
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"expected the {weight.shape[0]} channels of weight.shape[0] to be divisible by "
+            f"groups, got groups={groups}"
+        )
+    if weight.ndim == 2 and groups != 1:
+        raise ValueError(f"expected groups=1 for a linear layer's weight, got {groups}")
+
+
+def check_array(name: str, x: Tensor, shape: tuple[int, ...], *, like: Tensor) -> None:
+    """Raise unless x is finite, (*shape) or (b, *shape), typed and placed as `like`."""
+    batched = isinstance(x, Tensor) and x.ndim == len(shape) + 1 and x.shape[0] > 0
+    if not isinstance(x, Tensor) or tuple(x.shape[int(batched) :]) != shape:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        batch = f"(b, {', '.join(map(str, shape))})"
+        raise ValueError(f"expected {name} of shape {shape} or {batch}, got {got}")
+    if x.dtype != like.dtype or x.device != like.device:
+        raise ValueError(
+            f"expected {name} of {like.dtype} on {like.device} like the weight, got "
+            f"{x.dtype} on {x.device}; convert one of them"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"expected finite {name}, got NaN or Inf in it")
+
+
+def check_positive_integer(name: str, value: object) -> None:
+    """Raise a ValueError unless the value is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} to be a positive integer, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    """Raise a ValueError unless the value is of the expected type."""
+    if not isinstance(value, expected):
+        raise ValueError(f"expected {name} to be a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_band(lower: float, upper: float) -> None:
+    """Raise a ValueError unless ``0 <= lower <= upper``, both finite or `upper` infinite."""
+    for name, value in (("lower", lower), ("upper", upper)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"expected {name} to be a number, got {value!r}")
+    if not 0 <= lower <= upper:
+        raise ValueError(f"expected 0 <= lower <= upper, got lower={lower!r}, upper={upper!r}")

@@ -1,1 +1,0 @@
-"""Figures and tables from plain results: no torch, nothing else of convspectra."""

@@ -1,0 +1,190 @@
+"""Extreme eigenpairs, repeated or not, with a bound on both sides of each.
+
+Note [Deflation]. Lanczos from one vector finds one copy of each eigenvalue. So it is run once more,
+from another random vector, in the orthogonal complement of what was found, until it either shows a
+value that belongs among the extreme ones, and that one is added, or shows that there is none.
+
+Note [Bounds by deflation]. In an orthonormal basis of the vectors found and of their complement,
+A is ``[[T, E'], [E, D]]`` with T diagonal, ``||E||`` at most the norm of all residuals together,
+and the eigenvalues of D below b, by Lanczos in the complement. By Weyl's theorem an eigenvalue of A
+is at most max(T_ii, b) + ||E||, each by its rank; where T_ii is above b, the second term may be
+``||E||^2 / (T_ii - b)`` instead (Mathias, SIAM J. Matrix Anal. Appl. 19, 1998). Vectors of
+different runs are coupled, too: T is then diagonal up to the residuals only, and the first bound
+holds with twice their norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convspectra.solvers._lanczos import lanczos
+from convspectra.solvers._result import Eigenpairs, LinearMap
+
+
+@dataclass(frozen=True)
+class ExtremeEigenpairs:
+    """The k extreme eigenpairs, the most extreme first.
+
+    Attributes
+    ----------
+    values : Tensor
+        (k,)
+    vectors : Tensor
+        Orthonormal rows, (k, n).
+    bounds : list of float
+        What each eigenvalue, and then every other one, is not beyond.
+    norm : float
+        An estimate of the norm of the operator.
+    converged : bool
+    products : int
+    """
+
+    values: Tensor
+    vectors: Tensor
+    bounds: list[float]
+    norm: float
+    converged: bool
+    products: int
+
+
+def extreme_eigenpairs(
+    deflated: Callable[[Tensor], LinearMap],
+    size: int,
+    k: int,
+    *,
+    largest: bool,
+    tol: float,
+    maxiter: int,
+    like: Tensor,
+    generator: torch.Generator | None = None,
+    values_only: bool = False,
+    alone: bool = False,
+    enclosure: float = 0.1,
+    separation: float | None = None,
+    full_orthogonalization: bool = False,
+    most_kept: int | None = None,
+    resolution: float = 0.0,
+    first: Eigenpairs | None = None,
+) -> ExtremeEigenpairs:
+    """The k largest or smallest eigenpairs of a symmetric operator A, all copies of them.
+
+    Parameters
+    ----------
+    deflated : callable
+        For orthonormal rows V (c, n): the operator ``(I - V'V) A (I - V'V)`` on a row in the
+        complement of V.
+    size : int
+        n.
+    k : int
+        At most n.
+    largest, tol, maxiter, like, generator, values_only, full_orthogonalization, most_kept
+        As for `lanczos`.
+    alone : bool
+        With k = 1: the rest is not looked at.
+    enclosure : float
+        The rest is looked at until its bound is this near the k-th value, relatively; if that is
+        alone, Lanczos goes on until its own bound is.
+    separation : float, optional
+        Instead: until the rest is shown to be apart from the k-th value by this fraction of it, or
+        not to be.
+    resolution : float
+        Values that are less than this fraction of the first are lost in its rounding: they are
+        looked for again in the complement.
+    first : Eigenpairs, optional
+        Instead of the first run: k pairs that have converged, Rayleigh-Ritz in one subspace.
+
+    Notes
+    -----
+    Cost: `lanczos` for k pairs, and once more for one value; again for every further copy of a
+    repeated value.
+    """
+    sign = 1.0 if largest else -1.0
+    values, residuals = like.new_zeros(0), like.new_zeros(0)
+    vectors = like.new_zeros(0, size)
+    products, norm, converged, runs = 0, 0.0, True, 0
+    all_bounds, rest = math.inf, -math.inf
+
+    def run(count: int, **options: object) -> Eigenpairs:
+        return lanczos(
+            deflated(vectors),
+            size,
+            count,
+            largest=largest,
+            tol=tol,
+            maxiter=maxiter,
+            like=like,
+            generator=generator,
+            values_only=values_only,
+            full_orthogonalization=full_orthogonalization,
+            most_kept=most_kept,
+            excluded=vectors,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def take(pairs: Eigenpairs, count: int) -> None:
+        nonlocal values, residuals, vectors, runs
+        runs += 1
+        values = torch.cat([values, pairs.values[:count]])
+        residuals = torch.cat([residuals, pairs.residuals[:count]])
+        vectors = torch.cat([vectors, pairs.vectors[:count]])
+        order = torch.argsort(sign * values, descending=True, stable=True)
+        values, residuals, vectors = values[order], residuals[order], vectors[order]
+
+    while len(values) < size:
+        if len(values) < k:
+            pairs, first = first, None
+            if pairs is None:
+                pairs = run(k - len(values), **({"enclosure": enclosure} if alone else {}))
+            products, norm = products + pairs.products, max(norm, pairs.norm)
+            if len(values) == 0:
+                all_bounds = sign * pairs.bound
+            resolved = pairs.values.abs() >= resolution * pairs.values[0].abs()
+            take(pairs, int(resolved.sum()) if pairs.converged else len(resolved))
+            converged = pairs.converged
+            if alone or not converged:
+                rest = math.inf
+                break
+            continue
+        kth = float(values[k - 1])
+        beyond = kth if separation is None else kth - sign * separation * abs(kth)
+        pairs = run(
+            1,
+            beyond=beyond,
+            enclosure=enclosure if separation is None else 0.0,
+        )
+        products += pairs.products
+        rest = sign * pairs.bound
+        converged = converged and pairs.converged
+        if sign * float(pairs.values[0]) <= sign * kth + tol * abs(kth) or not pairs.converged:
+            break
+        take(pairs, 1)
+        rest = -math.inf
+    bounds = [
+        min(bound, all_bounds) for bound in _bounds(sign * values, residuals, rest, runs == 1)
+    ]
+    return ExtremeEigenpairs(
+        values=values[:k],
+        vectors=vectors[:k],
+        bounds=[sign * bound for bound in bounds[: k + 1]],
+        norm=norm,
+        converged=converged,
+        products=products,
+    )
+
+
+def _bounds(values: Tensor, residuals: Tensor, rest: float, one_run: bool) -> list[float]:
+    """Bounds by rank, descending, and on all others: Note [Bounds by deflation]."""
+    coupling = float(torch.linalg.vector_norm(residuals))
+    bounds = []
+    for value in values.tolist():
+        gap = value - rest
+        if one_run and gap > coupling:
+            bounds.append(value + coupling**2 / gap)
+        else:
+            bounds.append(max(value, rest) + 2 * coupling)
+    return [*bounds, rest + 2 * coupling]

@@ -1,0 +1,64 @@
+"""Rows made orthogonal to others, and orthonormal out of rows that may be dependent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEW_DIRECTIONS = 1e-6
+"""New directions that are this little beside the others, relatively, are dropped."""
+LITTLE_LOST = 0.5
+"""An orthogonalization that leaves this much of unit vectors has amplified no rounding."""
+
+
+PARTS = 8
+"""Into which long rows are divided."""
+LONG = 1 << 12
+FEW = 3
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """``rows @ others.mT`` in the form that is fastest on a CPU.
+
+    BLAS divides the work among threads for a few rows on the left; for more of them it does not
+    divide long sums, but a batch of their parts.
+    """
+    if len(rows) < len(others):
+        return inner_products(others, rows).mT
+    size = rows.shape[1] // PARTS
+    if len(others) <= FEW or size * PARTS < LONG:
+        return (others @ rows.mT).mT
+    x, y = (part[:, : size * PARTS].unflatten(1, (PARTS, size)) for part in (rows, others))
+    total = (x.transpose(0, 1) @ y.permute(1, 2, 0)).sum(0)
+    rest = slice(size * PARTS, None)
+    return torch.addmm(total, rows[:, rest], others[:, rest].mT)
+
+
+def less(rows: Tensor, found: Tensor) -> Tensor:
+    """Rows less their components along orthonormal ones."""
+    return torch.addmm(rows, inner_products(rows, found), found, alpha=-1) if len(found) else rows
+
+
+def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
+    """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
+
+    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002);
+    again unless hardly anything was taken out, for what is left amplifies rounding.
+    """
+    for smallest in (NEW_DIRECTIONS, LITTLE_LOST, LITTLE_LOST):
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / length.clamp_min(torch.finfo(rows.dtype).tiny)
+        rows = less(rows, against)
+        turn = principal(rows, smallest)
+        rows = turn @ rows
+        # A row of the turn is one over the size of its component.
+        if len(turn) and float(torch.linalg.vector_norm(turn, dim=1).amax()) <= 1 / LITTLE_LOST:
+            break
+    return rows
+
+
+def principal(rows: Tensor, smallest: float) -> Tensor:
+    """What makes rows orthonormal, without their principal components of `smallest` or less."""
+    squares, vectors = torch.linalg.eigh(inner_products(rows, rows))
+    kept = squares > smallest**2
+    return (vectors[:, kept] / squares[kept].sqrt()).T

@@ -1,0 +1,42 @@
+"""What is asked of one operator: singular values, bounds, counts, solutions, densities."""
+
+from convspectra.spectra._bounds import norm_bound, tap_norm_bound
+from convspectra.spectra._circular_padding import circular_extremes, circular_operator, is_circular
+from convspectra.spectra._density import SpectralDensity, spectral_density
+from convspectra.spectra._dependent_channels import without_dependent_channels
+from convspectra.spectra._inverse import logabsdet, solve
+from convspectra.spectra._singular_values import (
+    ConvergenceError,
+    SVDResult,
+    check_count,
+    cond,
+    frobenius_norm,
+    sigma_max,
+    sigma_min,
+    svds,
+    svdvals,
+)
+from convspectra.spectra.ways._lanczos import glimpsed_ends
+
+__all__ = [
+    "ConvergenceError",
+    "SVDResult",
+    "SpectralDensity",
+    "check_count",
+    "circular_extremes",
+    "circular_operator",
+    "cond",
+    "frobenius_norm",
+    "glimpsed_ends",
+    "is_circular",
+    "logabsdet",
+    "norm_bound",
+    "sigma_max",
+    "sigma_min",
+    "solve",
+    "spectral_density",
+    "svds",
+    "svdvals",
+    "tap_norm_bound",
+    "without_dependent_channels",
+]

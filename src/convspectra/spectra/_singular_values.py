@@ -1,0 +1,390 @@
+"""Singular values of a convolution: computed in float64, with a certificate.
+
+Everything is computed for the weight divided by a power of two that brings it near 1, so that
+neither tiny nor huge layers lose anything, and scaled back at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convspectra.operator import (
+    DEFAULT_MAX_BYTES,
+    ConvOperator,
+    check_choice,
+    check_type,
+    ldexp,
+    normalized,
+    squared_frobenius_norm,
+)
+from convspectra.solvers import SingularTriplets
+from convspectra.spectra._block_triplets import layer_triplets
+from convspectra.spectra._dependent_channels import zero_triplets
+from convspectra.spectra._request import Request
+from convspectra.spectra._strategy import METHODS
+
+NORM_TOLERANCE = 1e-6
+"""Default relative accuracy of `sigma_max`; that of `sigma_min` is the 1e-8 of `svds`."""
+
+
+class ConvergenceError(RuntimeError):
+    """A singular value did not reach the tolerance; `result` holds the best estimate.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> op = cs.ConvOperator(torch.arange(9.0).reshape(1, 1, 3, 3), 30)
+    >>> try:
+    ...     cs.sigma_max(op, method="lanczos", maxiter=1, tol=1e-12)
+    ... except cs.ConvergenceError as error:
+    ...     print(bool(error.result.lower < 36) and bool(error.result.upper > 35))
+    True
+    """
+
+    def __init__(self, message: str, result: SVDResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class SVDResult:
+    """Singular triplets of a `ConvOperator` with their certificate.
+
+    Attributes
+    ----------
+    u, v : Tensor or None
+        Singular vectors, (k, *output_shape) and (k, *input_shape), float64; None if not asked for.
+    s : Tensor
+        Singular values, (k,), float64: descending for "LM", ascending for "SM".
+    residuals : Tensor
+        ``sqrt(||M v - s u||^2 + ||M' u - s v||^2)`` of each triplet, measured with M itself.
+    lower, upper : Tensor
+        Enclosure of each singular value: an upper bound of inf or a lower one of 0 says that
+        nothing is known on that side.
+    others : float
+        Bound on every singular value not among these: from above for "LM", from below for "SM";
+        inf and 0 say that nothing is known (or for "SM", inf, that there are no others).
+    converged : bool
+        Whether every value reached the tolerance.
+    method : str
+        The way taken: one of those `svds` lists, several joined by "+" where blocks differ;
+        "structure" where zeros follow from the layer's shape, "zero" for a zero weight.
+    matvecs : int
+        Applications of M and M', or of their inverses, taken together.
+    certificate : str
+        What the enclosure rests on.
+    logabsdet : float or None
+        Sum of the logarithms of all min(rows, columns) singular values where the way taken gives it
+        along; see the function of this name for the others.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> result = cs.svds(cs.ConvOperator(torch.ones(1, 1, 3), 50), 1, "LM")
+    >>> result.u.shape, bool(result.lower < 3.0), bool(result.upper > 2.99)
+    (torch.Size([1, 1, 50]), True, True)
+    """
+
+    u: Tensor | None
+    s: Tensor
+    v: Tensor | None
+    residuals: Tensor
+    lower: Tensor
+    upper: Tensor
+    others: float
+    converged: bool
+    method: str
+    matvecs: int
+    certificate: str
+    logabsdet: float | None
+
+
+def svds(
+    op: ConvOperator,
+    k: int = 1,
+    which: str = "LM",
+    *,
+    return_singular_vectors: bool = True,
+    method: str = "auto",
+    tol: float = 1e-8,
+    maxiter: int | None = None,
+    generator: torch.Generator | None = None,
+    separation: float | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> SVDResult:
+    """The k largest or smallest singular values of a convolution, certified.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        Any layer; a float32, float16 or bfloat16 weight is widened to float64, exactly.
+    k : int
+        1 to min(op.shape).
+    which : {"LM", "SM"}
+        Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
+    return_singular_vectors : bool
+    method : {"auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos", \
+              "davidson", "lobpcg"}
+        Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
+        forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
+        with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
+        for its smallest values, and "augmented" a zero-padded one that is not, by the inverse of
+        ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson" and, for the
+        smallest values down to rounding, "lobpcg" precondition them by the layer's circulant.
+        "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
+        by dependent channels, without vectors, it reads off the weight ("structure").
+    tol : float
+        Relative: of the residuals where vectors are asked for, of the values themselves otherwise
+        (two nearer than ten tolerances may then be taken for one). An iteration with the inverse
+        applies it to the singular values of that.
+    maxiter : int, optional
+        Most steps of an iteration. By default 300 with factors; for the largest and the smallest
+        values 300 and 600 of "davidson", 7,500 and 1,500 of "lanczos"; 600 of "lobpcg".
+    generator : torch.Generator, optional
+        Of the random start vectors. Without it they come from a fixed seed: the answer is the same
+        at every call.
+    separation : float, optional
+        Have the iterative ways go on until `others` shows the k-th value separated from the rest by
+        this fraction of it, or not: a repeated value is told from a simple one so.
+    max_bytes : int
+        Limit on the dense matrix, the Gram matrix, the border matrix or the Lanczos basis.
+
+    Returns
+    -------
+    SVDResult
+        With `converged` False if an iterative way stopped at `maxiter`; nothing is raised then.
+
+    Raises
+    ------
+    ValueError
+        For a k, which, method, tol or maxiter that cannot be, a method that the layer does not
+        admit, or a matrix over `max_bytes`.
+    ArithmeticError
+        If "capacitance" or "augmented" is forced on a layer it cannot factor (a rank-deficient
+        weight).
+
+    Notes
+    -----
+    Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "capacitance" in two
+    dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "augmented" the same
+    for the channels of both sides, the inputs' times stride^d; "lanczos" two convolutions a step,
+    "davidson" and "lobpcg" with two FFTs and a product per frequency besides.
+    docs/mathematics.md says which way is taken for which layer and on what its bounds rest.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import convspectra as cs
+    >>> op = cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)
+    >>> result = cs.svds(op, 2, "SM")
+    >>> [f"{s:.4e}" for s in result.s.tolist()], result.converged, result.method
+    (['3.7933e-03', '1.5159e-02'], True, 'dense')
+    """
+    check_type("op", op, ConvOperator)
+    check_choice("which", which, ("LM", "SM"))
+    check_choice(f"method for which={which!r}", method, METHODS[which])
+    check_count(op, k)
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
+        raise ValueError(f"expected a tol between 0 and 1, got {tol!r}")
+    if maxiter is not None and (
+        isinstance(maxiter, bool) or not isinstance(maxiter, int) or maxiter < 1
+    ):
+        raise ValueError(f"expected maxiter to be a positive integer or None, got {maxiter!r}")
+    if separation is not None and not 0 <= separation < 1:
+        raise ValueError(f"expected a separation between 0 and 1, or None, got {separation!r}")
+    scaled, exponent = normalized(op)
+    if exponent is None:
+        return _zero_result(op, k, return_singular_vectors)
+    largest, values_only = which == "LM", not return_singular_vectors
+    start = generator or torch.Generator(device=op.device).manual_seed(0)
+
+    def request(block: ConvOperator, count: int) -> Request:
+        return Request(
+            block, count, largest, values_only, tol, maxiter, start, max_bytes, separation
+        )
+
+    direct = scaled.T if scaled.transposed else scaled
+    zeros = zero_triplets(direct, k) if values_only and not largest and method == "auto" else None
+    if zeros is not None:
+        triplets, method = zeros, "structure"
+    else:
+        triplets, method = layer_triplets(
+            direct, k, largest, return_singular_vectors, method, request
+        )
+    if scaled.transposed:
+        triplets = triplets.transposed()
+    return _finish(scaled, triplets, method, exponent, return_singular_vectors)
+
+
+def sigma_max(op: ConvOperator, **options: object) -> float:
+    """The largest singular value of the layer: its operator norm.
+
+    Options as for `svds`, but ``tol=1e-6``.
+
+    Raises
+    ------
+    ConvergenceError
+        If the tolerance was not reached; it carries the result.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.sigma_max(cs.ConvOperator(torch.ones(1, 1, 3), 50)), 6)
+    2.996207
+    """
+    return _extreme(op, "LM", options)
+
+
+def sigma_min(op: ConvOperator, **options: object) -> float:
+    """The smallest of the min(rows, columns) singular values. Options as for `sigma_max`.
+
+    Raises
+    ------
+    ConvergenceError
+        If the tolerance was not reached; it carries the result.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> f"{cs.sigma_min(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)):.4e}"
+    '3.7933e-03'
+    """
+    return _extreme(op, "SM", options)
+
+
+def cond(op: ConvOperator, **options: object) -> float:
+    """Condition number sigma_max / sigma_min; inf where the enclosure of sigma_min reaches 0.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.cond(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)))
+    1053
+    """
+    smallest = _certified(op, "SM", options)
+    if float(smallest.lower[0]) == 0.0:
+        return math.inf
+    return sigma_max(op, **options) / float(smallest.s[0])
+
+
+def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
+    """All min(rows, columns) singular values, descending, float64.
+
+    Raises
+    ------
+    ValueError
+        If the dense matrix takes more than `max_bytes`.
+
+    Notes
+    -----
+    Cost: a dense SVD without vectors, about ``4 m n min(m, n)`` flops. The error of each value is
+    at most about ``max(m, n) eps sigma_max``.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> cs.svdvals(cs.ConvOperator(torch.eye(2)[:, :, None], 3))
+    tensor([1., 1., 1., 1., 1., 1.], dtype=torch.float64)
+    """
+    check_type("op", op, ConvOperator)
+    scaled, exponent = normalized(op)
+    if exponent is None:
+        return torch.zeros(min(op.shape), dtype=torch.float64, device=op.device)
+    return ldexp(torch.linalg.svdvals(scaled.to_dense(max_bytes)), exponent)
+
+
+def frobenius_norm(op: ConvOperator) -> float:
+    """||M||_F, from the weight and the tap counts alone.
+
+    ``||M||_F^2 = sum_p |Omega_p| ||weight[:, :, p]||^2`` for zero padding; with other padding
+    modes the taps that read one pixel are summed first. Cost: a few operations per weight.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> round(cs.frobenius_norm(cs.ConvOperator(torch.ones(1, 1, 3), 50)) ** 2)
+    148
+    """
+    check_type("op", op, ConvOperator)
+    scaled, exponent = normalized(op)
+    if exponent is None:
+        return 0.0
+    square = squared_frobenius_norm(scaled.weight, scaled.geometry)
+    return float(ldexp(square.sqrt(), exponent))
+
+
+def check_count(op: ConvOperator, k: int) -> None:
+    """Raise a ValueError unless k singular values can be asked for."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(op.shape):
+        raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
+
+
+def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
+    tol = {"tol": NORM_TOLERANCE} if which == "LM" else {}
+    options = {"return_singular_vectors": False} | tol | options
+    result = svds(op, 1, which, **options)  # type: ignore[arg-type]
+    if not result.converged:
+        raise ConvergenceError(
+            f"the {'largest' if which == 'LM' else 'smallest'} singular value did not converge: "
+            f"best estimate {float(result.s[0]):.6e} in [{float(result.lower[0]):.6e}, "
+            f"{float(result.upper[0]):.6e}] after {result.matvecs} applications "
+            f"({result.method}); raise maxiter, or take .result of this exception",
+            result,
+        )
+    return result
+
+
+def _extreme(op: ConvOperator, which: str, options: dict[str, object]) -> float:
+    return float(_certified(op, which, options).s[0])
+
+
+def _zero_result(op: ConvOperator, k: int, vectors: bool) -> SVDResult:
+    """Every unit vector is singular for the value 0: the first k coordinate vectors are given."""
+    zeros = torch.zeros(k, dtype=torch.float64, device=op.device)
+    u, v = (torch.zeros(k, n, dtype=torch.float64, device=op.device) for n in op.shape)
+    for vectors_of_one_side in (u, v):
+        vectors_of_one_side.fill_diagonal_(1)
+    return SVDResult(
+        u=u.reshape(k, *op.output_shape) if vectors else None,
+        s=zeros,
+        v=v.reshape(k, *op.input_shape) if vectors else None,
+        residuals=zeros,
+        lower=zeros,
+        upper=zeros,
+        others=0.0,
+        converged=True,
+        method="zero",
+        matvecs=0,
+        certificate="exact: the weight is zero",
+        logabsdet=-math.inf,
+    )
+
+
+def _finish(
+    op: ConvOperator, triplets: SingularTriplets, method: str, exponent: int, vectors: bool
+) -> SVDResult:
+    u = triplets.u.reshape(-1, *op.output_shape)
+    v = triplets.v.reshape(-1, *op.input_shape)
+    s = triplets.s
+    forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
+    adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
+    return SVDResult(
+        u=u if vectors else None,
+        s=ldexp(s, exponent),
+        v=v if vectors else None,
+        residuals=ldexp((forward + adjoint).sqrt(), exponent),
+        lower=ldexp(triplets.lower, exponent),
+        upper=ldexp(triplets.upper, exponent),
+        others=float(ldexp(triplets.s.new_tensor(triplets.others), exponent)),
+        converged=triplets.converged,
+        method=method,
+        matvecs=triplets.matvecs,
+        certificate=triplets.certificate,
+        logabsdet=None
+        if triplets.logabsdet is None
+        else triplets.logabsdet + min(op.shape) * exponent * math.log(2),
+    )

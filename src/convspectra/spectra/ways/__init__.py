@@ -1,0 +1,1 @@
+"""The ways to singular triplets, one a file, and the registry that chooses among them."""

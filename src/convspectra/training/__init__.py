@@ -1,0 +1,20 @@
+"""Penalties before and during training: the regularizer, preconditioning, schedules, descent."""
+
+from convspectra.training._descent import ALGORITHMS, PAPER_STEPS, DescentResult, descend
+from convspectra.training._preconditioning import PreconditionedLayer, precondition
+from convspectra.training._regularizer import SpectralRegularizer
+from convspectra.training._report import LayerReport, RegularizerReport
+from convspectra.training._schedule import Schedule
+
+__all__ = [
+    "ALGORITHMS",
+    "PAPER_STEPS",
+    "DescentResult",
+    "LayerReport",
+    "PreconditionedLayer",
+    "RegularizerReport",
+    "Schedule",
+    "SpectralRegularizer",
+    "descend",
+    "precondition",
+]

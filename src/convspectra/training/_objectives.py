@@ -1,0 +1,105 @@
+"""Penalties that can be tracked, as functions of ||M||_F^2 and of singular values at the ends.
+
+All are per singular value: of the order of 1 for a layer of any size whose singular values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from convspectra.operator import check_band, check_positive_integer
+
+Function: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A penalty of the extreme singular values of a layer.
+
+    Attributes
+    ----------
+    smallest, largest : int
+        How many singular values it reads at each end.
+    function : callable
+        Of the smallest values, ascending, (count, smallest), the largest, descending, (count,
+        largest), and ``||M||_F^2 / min(rows, columns)``, (count,), to the penalties (count,).
+    """
+
+    smallest: int
+    largest: int
+    function: Function
+
+
+def _frobenius() -> Objective:
+    return Objective(0, 0, lambda low, high, mean_square: 0.5 * mean_square)
+
+
+def _sigma_min(k: int = 1) -> Objective:
+    check_positive_integer("k", k)
+    return Objective(k, 0, lambda low, high, mean_square: -low[:, :k].mean(1))
+
+
+def _sigma_max(k: int = 1) -> Objective:
+    check_positive_integer("k", k)
+    return Objective(0, k, lambda low, high, mean_square: high[:, :k].mean(1))
+
+
+def _conditioning() -> Objective:
+    return Objective(1, 0, lambda low, high, mean_square: 0.5 * mean_square - low[:, 0])
+
+
+def _cond() -> Objective:
+    return Objective(1, 1, lambda low, high, mean_square: high[:, 0].log() - low[:, 0].log())
+
+
+def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> Objective:
+    check_band(lower, upper)
+    check_positive_integer("k", k)
+
+    def hinge(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
+        below = (lower - low[:, :k]).clamp_min(0)
+        above = (high[:, :k] - upper).clamp_min(0)
+        return 0.5 * (below.square().mean(1) + above.square().mean(1))
+
+    return Objective(k, k, hinge)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "frobenius": _frobenius,
+    "sigma_min": _sigma_min,
+    "sigma_max": _sigma_max,
+    "conditioning": _conditioning,
+    "cond": _cond,
+    "band": _band,
+}
+
+
+def objective(name: str, options: Mapping[str, Any]) -> Objective:
+    """The objective of that name.
+
+    Raises
+    ------
+    ValueError
+        For options that the penalty does not have, or that cannot be.
+    """
+    try:
+        return OBJECTIVES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"penalty_options of {name!r}: {error}") from error
+
+
+def weighted(
+    objective: Objective, scale: Tensor, mean_square: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The weighted sum of penalties, and its derivatives by ||M||_F^2 / n and the values."""
+    variables = [x.detach().double().requires_grad_() for x in (mean_square, low, high)]
+    with torch.enable_grad():
+        value = (scale * objective.function(variables[1], variables[2], variables[0])).sum()
+        slopes = torch.autograd.grad(value, variables, allow_unused=True)
+    narrow = (None if slope is None else slope.to(mean_square.dtype) for slope in slopes)
+    return value.detach(), tuple(narrow)

@@ -1,0 +1,445 @@
+"""A penalty on every convolution of a model, for a training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from convspectra.models import (
+    DEFAULT_GROUP,
+    Layer,
+    Selection,
+    divide,
+    find_layers,
+    is_convolution,
+    refuse_sharded,
+    selected,
+    unwrapped,
+)
+from convspectra.operator import ConvOperator, check_positive_integer, convolution_options
+from convspectra.training._fingerprint import Fingerprint, fingerprint
+from convspectra.training._gradients import Gradient, KnownGradient, give_gradient
+from convspectra.training._layer_penalties import (
+    EXACT_PENALTIES,
+    ExactTerms,
+    Penalty,
+    Terms,
+    TrackedTerms,
+)
+from convspectra.training._objectives import OBJECTIVES, objective
+from convspectra.training._report import RegularizerReport
+
+LayerWeights: TypeAlias = Mapping[str, float] | Callable[[str, nn.Module], float]
+
+
+def check_penalty(penalty: object, options: Mapping[str, Any] | None) -> None:
+    """Raise a ValueError for an unknown penalty, or for options that it cannot have."""
+    names = (*OBJECTIVES, *EXACT_PENALTIES)
+    if isinstance(penalty, str):
+        if penalty not in names:
+            raise ValueError(
+                f"expected penalty to be one of {names} or a function of a ConvOperator, got "
+                f"{penalty!r}"
+            )
+    elif not callable(penalty):
+        raise ValueError(
+            f"expected penalty to be a name or a function, got {type(penalty).__name__}"
+        )
+    if options and penalty not in OBJECTIVES:
+        raise ValueError(
+            f"expected no penalty_options for {penalty!r}, got {dict(options)!r}; give a function, "
+            "for example functools.partial of one in convspectra.penalties"
+        )
+
+
+def checked_factor(name: str, value: object) -> float:
+    """The value, or a ValueError unless it is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected {name} to be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"expected {name} to be finite and at least 0, got {value!r}")
+    return float(value)
+
+
+def layer_factors(layers: Sequence[Layer], given: LayerWeights | None) -> list[float]:
+    """The factor of each layer, by name or by a function of it."""
+    if given is None:
+        return [1.0] * len(layers)
+    if not isinstance(given, Mapping):
+        found = [given(layer.name, layer.module) for layer in layers]
+    else:
+        unknown = sorted(set(given) - {layer.name for layer in layers})
+        if unknown:
+            raise ValueError(
+                f"expected layer_weights of the layers {[layer.name for layer in layers]}, got "
+                f"some for {unknown}"
+            )
+        found = [given.get(layer.name, 1.0) for layer in layers]
+    return [
+        checked_factor(f"the weight of layer {layer.name!r}", factor)
+        for layer, factor in zip(layers, found, strict=True)
+    ]
+
+
+Found: TypeAlias = list[tuple[Tensor, Gradient | None]]
+
+
+class SpectralRegularizer:
+    """The weighted sum of a penalty over the layers of a model: ``loss = loss + reg()``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is: no parametrization, no hook, nothing in its state dict. It may be compiled,
+        or wrapped by DistributedDataParallel.
+    example_input : Tensor, or tuple of positional arguments
+        One forward pass of it finds the input size of each layer; its values do not matter.
+    penalty : str or callable
+        "frobenius", "sigma_min", "sigma_max", "conditioning", "cond" or "band": singular vectors
+        are followed from step to step (Note [Tracking] in `convspectra.tracked`). "stein",
+        "circular_stein" or "orthogonality", or a function that takes a `ConvOperator` and returns
+        a 0-dim tensor: computed anew at every call, which the functions of `convspectra.penalties`
+        do for the first ones too.
+    weight : float
+        Of the whole sum. Each layer's penalty is per singular value, so that layers of different
+        sizes count alike.
+    include, exclude : str, iterable of str, or callable (name, module) -> bool
+        Which layers, by patterns like "layer1.*" or by a function; by default every convolution. A
+        layer used at several input sizes counts once for each.
+    layer_weights : mapping of names to float, or callable (name, module) -> float, optional
+        Factors of single layers; 1 where a mapping says nothing.
+    schedule : callable (step) -> float, optional
+        Factor of the weight at a step, such as `Schedule`; where it is 0 nothing is computed.
+    penalty_options : mapping, optional
+        Keyword arguments of the penalty: ``lower``, ``upper`` and ``k`` of "band", ``k`` of
+        "sigma_min" and "sigma_max".
+    improve_interval : int
+        Least number of steps after which the vectors of a layer are improved by one step of
+        tracking; up to six times as many where that changes little.
+    refresh_interval : int
+        Steps in which every layer is computed exactly once, in turns.
+    nonfinite : {"raise", "skip"}
+        What to do with a layer whose weight is no longer finite: name it in an error, or leave it
+        out of that step and count it in the report.
+    process_group : "default", None, or a torch.distributed process group
+        The layers are divided among its ranks; "default" takes the group that is initialized, if
+        any. Every rank must then make the same calls.
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be handled: it is named, with the reason. Also for an unknown penalty, a
+        weight that is negative or not finite, a model without layers to include, and one that is
+        sharded.
+
+    Notes
+    -----
+    The first call computes every layer exactly, as `svds` does. After it a step costs, per layer
+    that is followed, one product with M and one weight gradient for each singular value that the
+    penalty reads, some ten products at an improvement, all in the dtype of the weights (at least
+    float32), and 1 / refresh_interval of an exact computation. Memory: a copy of the weights and
+    ``2 (smallest + largest) + 1`` arrays of the smaller side of each layer. On CUDA
+    products of float32 are what ``torch.backends.cudnn.allow_tf32`` makes of them. The paper (arXiv
+    2102.04294) adds such terms to the loss of training.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU())
+    >>> reg = cs.SpectralRegularizer(model, torch.zeros(1, 1, 8, 8), penalty="frobenius")
+    >>> loss = model(torch.ones(1, 1, 8, 8)).mean() + reg()
+    >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Any,
+        *,
+        penalty: str | Penalty = "stein",
+        weight: float = 1e-2,
+        include: Selection = is_convolution,
+        exclude: Selection = (),
+        layer_weights: LayerWeights | None = None,
+        schedule: Callable[[int], float] | None = None,
+        penalty_options: Mapping[str, Any] | None = None,
+        improve_interval: int = 1,
+        refresh_interval: int = 4000,
+        nonfinite: str = "raise",
+        process_group: Any = DEFAULT_GROUP,
+    ) -> None:
+        check_penalty(penalty, penalty_options)
+        self.weight = checked_factor("weight", weight)
+        check_positive_integer("improve_interval", improve_interval)
+        check_positive_integer("refresh_interval", refresh_interval)
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"expected nonfinite to be 'raise' or 'skip', got {nonfinite!r}")
+        if schedule is not None and not callable(schedule):
+            raise ValueError(f"expected schedule to be a function of the step, got {schedule!r}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
+        refuse_sharded(model, lambda n, m: selected(n, m, include) and not selected(n, m, exclude))
+        self._layers = find_layers(model, example_input, include, exclude)
+        self._factors = layer_factors(self._layers, layer_weights)
+        self._schedule = schedule
+        self._nonfinite = nonfinite
+        self._division = divide([_cost(layer.operator()) for layer in self._layers], process_group)
+        own = self._division.own
+        self._terms: Terms
+        if isinstance(penalty, str) and penalty in OBJECTIVES:
+            followed = objective(penalty, penalty_options or {})
+            self._terms = TrackedTerms(
+                self._layers, own, followed, improve_interval, refresh_interval
+            )
+        else:
+            function = EXACT_PENALTIES[penalty] if isinstance(penalty, str) else penalty
+            self._terms = ExactTerms(self._layers, function)
+        self._step = 0
+        self._scale = 0.0  # the weight at the last call
+        self._seen: Fingerprint | None = None
+        self._skipped = dict.fromkeys(range(len(self._layers)), 0)
+        self._last: float | None = None
+        self._last_scale = 0.0  # the last weight that was not 0
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are penalized, with their input sizes."""
+        return tuple(self._layers)
+
+    @property
+    def step_count(self) -> int:
+        """How many times the weights had changed when the penalty was asked for."""
+        return self._step
+
+    def __call__(self) -> Tensor:
+        """The weighted sum over the layers as they stand now, a 0-dim tensor with gradient.
+
+        Its dtype is that of the weights, but at least float32. Call it once for every optimizer
+        step, or in every part of an accumulated batch: the singular vectors move on only when the
+        weights have changed. Without gradients nothing moves on. Call ``backward`` before the
+        optimizer moves the weights. Under a process group the gradient of the whole sum is the mean
+        over the ranks, as DistributedDataParallel takes it.
+
+        Raises
+        ------
+        ValueError, ArithmeticError, ConvergenceError
+            What the penalty raises, with the name of the layer in front; ArithmeticError where the
+            sum is not finite, as `cond` of a rank-deficient layer.
+        """
+        value, found = self._evaluate(torch.is_grad_enabled())
+        return give_gradient(
+            value,
+            [weight for weight, _ in found],
+            [gradient and gradient.scaled(self._division.size) for _, gradient in found],
+        )
+
+    def add_gradient(self, scale: float = 1.0) -> float:
+        """Add ``scale`` times the gradient to each ``.grad``; the weighted sum.
+
+        For frameworks whose callbacks cannot change the loss. Under a process group every rank gets
+        the gradient of the whole sum: call it after the gradients of the loss were reduced.
+        """
+        value, found = self._evaluate(True)
+        for weight, gradient in self._everywhere(found):
+            torch.autograd.backward(
+                [weight], [gradient.scaled(scale).product(weight, weight.dtype)]
+            )
+        return float(value)
+
+    def step(self, learning_rate: float) -> None:
+        """Move the weights against the gradient, apart from the optimizer.
+
+        ``weight -= learning_rate * gradient``, after ``optimizer.step()``: as decoupled weight
+        decay does (Loshchilov and Hutter, ICLR 2019), the penalty then stays clear of Adam's
+        moments. The weighted sum is in `report`.
+
+        Raises
+        ------
+        ValueError
+            For a layer whose weight is computed, by a parametrization, from others.
+        """
+        checked_factor("learning_rate", learning_rate)
+        _, found = self._evaluate(True, valued=False)
+        if not all(weight.is_leaf for weight, _ in found):
+            raise ValueError(
+                "expected weights that are parameters, got one that a parametrization computes; "
+                "use the additive form, loss + reg()"
+            )
+        by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
+        for weight, gradient in self._everywhere(found):
+            by_weight.setdefault(id(weight), []).append((weight, gradient.scaled(learning_rate)))
+        with torch.no_grad():
+            for pairs in by_weight.values():
+                weight, gradient = pairs[0]
+                # A weight may be that of several layers: all their gradients are of where it is.
+                others = [other.product(weight, weight.dtype) for _, other in pairs[1:]]
+                gradient.descend(weight)
+                for other in others:
+                    weight.sub_(other)
+
+    def refresh(self) -> None:
+        """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
+        for i in self._division.own:
+            self._terms.refresh(i, self._step)
+
+    def report(self, *, settle: bool = True) -> RegularizerReport:
+        """What is known of each layer, with its age and its enclosure; collective.
+
+        A layer that is followed is not computed anew; its values are those of its vectors after
+        more steps of tracking, up to 16, until they settle, which are not kept, or what Lanczos
+        sees from a random vector if that is farther out. Without `settle` they are the values that
+        the penalty reads, at the cost of one product for each. With a penalty that follows nothing
+        ("frobenius" is one) the values are None until `refresh` was called; a report then starts
+        from what that found.
+        """
+        own = {
+            i: self._terms.report(i, self._step, self._skipped[i], settle)
+            for i in self._division.own
+        }
+        layers = self._division.gathered(own)
+        if self._last is None and self._last_scale:
+            with torch.no_grad():
+                self._evaluate(False, scale=self._last_scale)
+        return RegularizerReport(
+            step=self._step,
+            penalty=self._last,
+            layers=tuple(layers[i] for i in range(len(self._layers))),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, vectors and last exact computations, as tensors and plain numbers; collective."""
+        own = {i: self._terms.state(i) for i in self._division.own}
+        skipped = {i: self._skipped[i] for i in self._division.own}
+        layers, skips = self._division.gathered(own), self._division.gathered(skipped)
+        return {
+            "step": self._step,
+            "started": self._seen is not None,
+            "penalty": self._last,
+            "scale": self._last_scale,
+            "layers": {layer.key: layers[i] for i, layer in enumerate(self._layers)},
+            "skipped": {layer.key: skips[i] for i, layer in enumerate(self._layers)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If the state is that of other layers.
+        """
+        keys = [layer.key for layer in self._layers]
+        if sorted(state["layers"]) != sorted(keys):
+            raise ValueError(
+                f"expected the state of the layers {keys}, got that of {list(state['layers'])}"
+            )
+        for i in self._division.own:
+            self._terms.load(i, state["layers"][keys[i]])
+            self._skipped[i] = state["skipped"][keys[i]]
+        self._step = state["step"]
+        # Like no weights at all: the next call counts as a step, unless it is the first.
+        self._seen = ([], []) if state["started"] else None
+        self._last, self._last_scale = state["penalty"], state["scale"]
+
+    def to(self, device: torch.device | str) -> SpectralRegularizer:
+        """Move the state to where the model is moved; a call does so by itself."""
+        self._terms.to(torch.device(device))
+        return self
+
+    # --- one evaluation --------------------------------------------------------------------------
+
+    def _evaluate(
+        self, moving: bool, *, valued: bool = True, scale: float | None = None
+    ) -> tuple[Tensor, Found]:
+        """The sum over all ranks, if `valued`, and the gradients by the weights of this one.
+
+        Weights with a gradient of 0 come with None, so that the sum depends on them all the same.
+        """
+        valued = valued or self._terms.gradient_needs_value
+        with torch.enable_grad():  # else weights from a parametrization look frozen
+            weights = [convolution_options(layer.module)[0] for layer in self._layers]
+        failure: Exception | None = None
+        value = weights[0].new_full((), math.nan, dtype=torch.float64)
+        by_layer: dict[int, Gradient] = {}
+        try:
+            with torch.autocast(weights[0].device.type, enabled=False):
+                value, by_layer = self._evaluate_own(weights, moving, valued, scale)
+        except Exception as error:
+            if self._division.group is None:
+                raise
+            failure = error  # The other ranks wait for a value: NaN tells them.
+        value = self._division.total(value)
+        if failure is not None:
+            raise failure
+        if not math.isfinite(value):
+            raise ArithmeticError(
+                f"the penalty is not finite at step {self._step}: {float(value)}; a layer is rank "
+                "deficient, or another rank raised an error"
+            )
+        if self._scale:
+            self._last = float(value) if valued else None
+            self._last_scale = self._scale
+        found = [
+            (weight, by_layer.get(i))
+            for i, weight in enumerate(weights)
+            if moving and weight.requires_grad
+        ]
+        return value.to(torch.promote_types(torch.float32, weights[0].dtype)), found
+
+    def _evaluate_own(
+        self, weights: list[Tensor], moving: bool, valued: bool, scale: float | None
+    ) -> tuple[Tensor, dict[int, Gradient]]:
+        """The sum over the layers of this rank, and their gradients."""
+        if moving:
+            self._count_step(weights)
+        if scale is None:
+            scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+        self._scale = scale
+        own = [i for i in self._division.own if weights[i].requires_grad]
+        factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
+        active = list(factors)
+        sizes = self._terms.sizes(weights, active, valued=valued) if active else []
+        for i, size in zip(active, sizes, strict=True):
+            if not math.isfinite(size):
+                self._leave_out(i, moving)
+                del factors[i]
+        value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
+        return value, dict(zip(factors, gradients, strict=False))
+
+    def _leave_out(self, index: int, moving: bool) -> None:
+        if self._nonfinite == "raise":
+            raise ValueError(
+                f"layer {self._layers[index].name!r}: expected a finite weight, got NaN or Inf in "
+                f"it, or a norm that overflows, at step {self._step}"
+            )
+        self._skipped[index] += moving
+
+    def _count_step(self, weights: list[Tensor]) -> None:
+        """One step more if the weights have changed since the last call."""
+        seen = fingerprint(self._layers, weights)
+        if self._seen is not None and seen != self._seen:
+            self._step += 1
+        self._seen = seen
+
+    def _everywhere(self, found: Found) -> list[tuple[Tensor, Gradient]]:
+        """Weights and gradients of all ranks on each of them; collective."""
+        if self._division.group is None:
+            return [(weight, gradient) for weight, gradient in found if gradient is not None]
+        everywhere: list[tuple[Tensor, Gradient]] = []
+        for weight, gradient in found if self._scale else ():
+            dtype = torch.promote_types(torch.float32, weight.dtype)
+            own = torch.zeros_like(weight, dtype=dtype)
+            if gradient is not None:
+                own = gradient.product(weight, dtype)
+            everywhere.append((weight, KnownGradient(self._division.total(own))))
+        return everywhere
+
+
+def _cost(op: ConvOperator) -> float:
+    """Multiplications of one product with M."""
+    return float(op.weight.numel() * math.prod(op.geometry.output_size))

@@ -1,0 +1,390 @@
+"""ONNX models: options against ONNX's reference, constants, normalization, what is passed over."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers.onnx_graphs import array, evaluated, model, one, saved
+from helpers.strategies import one_thread as one_thread
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from convspectra.models._linear_layers import Target
+from convspectra.models.files import LoadError, load_targets
+
+
+def loaded(folder, content, *shapes) -> list[Target]:
+    return load_targets(saved(folder, content), shapes)[1]
+
+
+def agrees(target: Target, content, shape: tuple[int, ...]) -> None:
+    x = array(1, *shape, seed=5)
+    assert target.skipped == ""
+    found = target.operator.matvec(torch.from_numpy(x))
+    expected = torch.from_numpy(evaluated(content, x).copy())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@st.composite
+def conv_nodes(draw, transposed: bool):
+    ndim = draw(st.integers(1, 3))
+
+    def per_axis(low: int, high: int) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=ndim, max_size=ndim))
+
+    groups, (g, h) = draw(st.integers(1, 2)), draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    kernel, size = per_axis(1, 3), per_axis(5, 7)
+    attributes = {"strides": per_axis(1, 3), "dilations": per_axis(1, 2), "group": groups}
+    mode = draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    if transposed:
+        same = mode.startswith("SAME")  # with an output_padding readers of ONNX disagree: below
+        widest = [0 if same else s - 1 for s in attributes["strides"]]
+        extra = [draw(st.integers(0, m)) for m in widest]
+        attributes["output_padding"] = extra
+    if mode != "NOTSET":
+        attributes["auto_pad"] = mode
+    elif draw(st.booleans()):
+        attributes["pads"] = [draw(st.integers(0, 1)) for _ in range(2 * ndim)]
+    shape = (groups * g, h, *kernel) if transposed else (groups * h, g, *kernel)
+    return attributes, shape, (groups * g, *size)
+
+
+@given(conv_nodes(transposed=False))
+@settings(max_examples=60)
+def test_conv_is_that_of_the_reference(tmp_path_factory, node):
+    attributes, weight, shape = node
+    content = one("Conv", array(*weight), shape, **attributes)
+    (target,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
+    agrees(target, content, shape)
+
+
+def torch_transposed(weight: torch.Tensor, x: torch.Tensor, attributes) -> torch.Tensor:
+    """The full transposed convolution, cropped as the ONNX specification says."""
+    ndim = weight.ndim - 2
+    function = (
+        torch.nn.functional.conv_transpose1d,
+        torch.nn.functional.conv_transpose2d,
+        torch.nn.functional.conv_transpose3d,
+    )[ndim - 1]
+    strides, dilations = attributes["strides"], attributes["dilations"]
+    y = function(x, weight, stride=strides, dilation=dilations, groups=attributes["group"])
+    extra = attributes["output_padding"]
+    y = torch.nn.functional.pad(y, [p for e in reversed(extra) for p in (0, e)])
+    mode = attributes.get("auto_pad", "NOTSET")
+    for axis, s in enumerate(strides):
+        full = y.shape[2 + axis]
+        if mode.startswith("SAME"):
+            total = full - x.shape[2 + axis] * s
+            before = total // 2 if mode == "SAME_UPPER" else total - total // 2
+            length = full - total
+        else:
+            pads = attributes.get("pads", [0] * 2 * ndim)
+            before, length = pads[axis], full - pads[axis] - pads[axis + ndim]
+        y = y.narrow(2 + axis, before, length)
+    return y
+
+
+@given(conv_nodes(transposed=True))
+@settings(max_examples=60)
+def test_transposed_conv_is_that_of_the_specification(tmp_path_factory, node):
+    attributes, weight, shape = node
+    kernel = weight[2:]
+    content = one("ConvTranspose", array(*weight), shape, **attributes)
+    (target,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
+    same = attributes.get("auto_pad", "").startswith("SAME")
+    extra = zip(
+        kernel,
+        attributes["dilations"],
+        attributes["strides"],
+        attributes["output_padding"],
+        strict=True,
+    )
+    if same and any(d * (k - 1) + 1 + e < s for k, d, s, e in extra):
+        assert "negative" in target.skipped
+        return
+    x = torch.from_numpy(array(1, *shape, seed=5))
+    expected = torch_transposed(torch.from_numpy(array(*weight)), x, attributes)
+    torch.testing.assert_close(target.operator.matvec(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_size_on_which_readers_of_onnx_disagree(tmp_path):
+    content = one(
+        "ConvTranspose",
+        array(1, 1, 4),
+        (1, 5),
+        strides=[2],
+        auto_pad="SAME_UPPER",
+        output_padding=[1],
+    )
+    (target,) = loaded(tmp_path, content, (1, 5))
+    assert target.skipped == "ONNX infers an output of (11,), its attributes give (10,)"
+
+
+@pytest.mark.parametrize(("mode", "before"), [("NOTSET", 1), ("SAME_UPPER", 0)])
+def test_output_shape_of_a_transposed_conv(tmp_path, mode, before):
+    content = one(
+        "ConvTranspose", array(1, 1, 4), (1, 5), strides=[2], output_shape=[11], auto_pad=mode
+    )
+    (target,) = loaded(tmp_path, content, (1, 5))
+    x = torch.from_numpy(array(1, 1, 5, seed=5))
+    full = torch.nn.functional.conv_transpose1d(x, torch.from_numpy(array(1, 1, 4)), stride=2)
+    torch.testing.assert_close(target.operator.matvec(x), full[..., before : before + 11])
+
+
+@pytest.mark.parametrize("flipped", [0, 1])
+def test_gemm(tmp_path, flipped):
+    weight = array(2, 3) if flipped else array(3, 2)
+    content = one("Gemm", weight, (3,), transB=flipped, alpha=0.5)
+    (target,) = loaded(tmp_path, content, (3,))
+    agrees(target, content, (3,))
+
+
+def test_matmul_from_either_side(tmp_path):
+    content = one("MatMul", array(3, 2), (3,))
+    (right,) = loaded(tmp_path, content, (3,))
+    agrees(right, content, (3,))
+    node = helper.make_node("MatMul", ["w", "x"], ["y"])
+    (left,) = loaded(tmp_path, model([node], {"w": array(2, 3)}, (3, 4)), (3, 4))
+    assert torch.equal(left.operator.weight, torch.from_numpy(array(2, 3)))
+
+
+# --- where the weight comes from ------------------------------------------------------------------
+
+
+def constant(name: str, value: np.ndarray) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+
+
+def test_constant_identity_and_transpose_nodes_hold_weights(tmp_path):
+    nodes = [
+        constant("a", array(2, 3)),
+        helper.make_node("Identity", ["a"], ["b"]),
+        helper.make_node("Transpose", ["b"], ["c"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "c"], ["y"]),
+    ]
+    content = model(nodes, {}, (3,))
+    (target,) = loaded(tmp_path, content, (3,))
+    agrees(target, content, (3,))
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
+def test_floating_types(tmp_path, dtype):
+    content = one("MatMul", array(2, 2), (2,))
+    content.graph.initializer[0].CopyFrom(
+        helper.make_tensor("w", dtype, [2, 2], [1.0, 2.0, 3.0, 4.0])
+    )
+    (target,) = loaded(tmp_path, content)
+    assert target.operator.weight.flatten().tolist() == [1.0, 3.0, 2.0, 4.0]
+
+
+def test_external_data_beside_the_model(tmp_path):
+    content = one("Conv", array(2, 3, 3, 3), (3, 5, 5))
+    path = tmp_path / "model.onnx"
+    onnx.save_model(
+        content, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    ((_, (target,))) = load_targets(path, [(3, 5, 5)])
+    agrees(target, one("Conv", array(2, 3, 3, 3), (3, 5, 5)), (3, 5, 5))
+
+
+# --- surroundings ---------------------------------------------------------------------------------
+
+
+def normalized(*extra: onnx.NodeProto, **attributes) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node(
+            "BatchNormalization", ["c", "s", "b", "m", "v"], ["y"], name="bn", **attributes
+        ),
+        *extra,
+    ]
+    weights = {"w": array(2, 3, 3, 3), "s": array(2, seed=1), "b": np.zeros(2, np.float32)}
+    weights |= {"m": np.zeros(2, np.float32), "v": np.exp(array(2, seed=2))}
+    return model(nodes, weights, (3, 5, 5))
+
+
+def test_batch_normalization_is_found(tmp_path):
+    content = normalized(epsilon=0.1)
+    (target,) = loaded(tmp_path, content, (3, 5, 5))
+    assert target.batch_norm == "bn"
+    x = array(1, 3, 5, 5, seed=5)
+    found = target.operator.matvec(torch.from_numpy(x)) * target.scale.float()[:, None, None]
+    torch.testing.assert_close(found, torch.from_numpy(evaluated(content, x).copy()))
+
+
+def test_batch_normalization_that_is_not_alone(tmp_path):
+    content = normalized(helper.make_node("Relu", ["c"], ["z"], name="relu"))
+    (target,) = loaded(tmp_path, content, (3, 5, 5))
+    assert (target.scale, target.batch_norm) == (None, "")
+    assert target.notes == ("batch normalization bn is not alone to read it: relu too",)
+
+
+def test_padding_before_is_noted(tmp_path):
+    nodes = [
+        helper.make_node("Pad", ["x", "p"], ["q"]),
+        helper.make_node("Conv", ["q", "w"], ["y"]),
+    ]
+    weights = {"p": np.array([0, 0, 1, 0, 0, 1]), "w": array(2, 3, 3)}
+    (target,) = loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5))
+    assert target.operator.input_shape == (3, 7)
+    assert target.notes == ("its input is padded by a separate operation",)
+
+
+# --- what is passed over --------------------------------------------------------------------------
+
+
+def branch(name: str) -> onnx.GraphProto:
+    node = helper.make_node("Conv", ["x", "w"], [name], name=f"conv_{name}")
+    output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    return helper.make_graph([node], name, [], [output])
+
+
+def test_branches_are_listed(tmp_path):
+    node = helper.make_node(
+        "If", ["c"], ["y"], name="if", then_branch=branch("t"), else_branch=branch("e")
+    )
+    content = model([node], {"c": np.array(True), "w": array(2, 3, 3)}, (3, 5))
+    first, second = loaded(tmp_path, content, (3, 5))
+    assert {first.name, second.name} == {"conv_t", "conv_e"}
+    assert first.skipped == "it is inside a branch or loop, If node 'if'"
+
+
+QUANTIZED = [
+    constant("q", np.ones((2, 3, 3), np.int8)),
+    constant("s", np.ones((), np.float32)),
+    helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
+    helper.make_node("Conv", ["x", "w"], ["y"]),
+]
+PASSED_OVER = [
+    (QUANTIZED, "comes from a DequantizeLinear node"),
+    ([helper.make_node("Conv", ["x", "x"], ["y"])], "computed from the input"),
+    ([constant("w", np.ones((2, 3, 3), np.int8)), QUANTIZED[-1]], "not of a floating type"),
+    ([constant("w", np.full((2, 3, 3), np.nan, np.float32)), QUANTIZED[-1]], "finite weight"),
+    (
+        [
+            constant("w", array(2, 3, 3)),
+            helper.make_node("Conv", ["x", "w"], ["y"], pads=[-1, 1]),
+        ],
+        "negative",
+    ),
+    (
+        [constant("w", array(2, 3, 3)), helper.make_node("ConvInteger", ["x", "w"], ["y"])],
+        "quantized",
+    ),
+    (
+        [
+            constant("w", array(1, 2, 5)),
+            constant("r", array(1, 2, 2)),
+            helper.make_node("RNN", ["x", "w", "r"], ["y"], hidden_size=2),
+        ],
+        "a recurrence",
+    ),
+    (
+        [
+            constant("w", array(5, 2)),
+            helper.make_node("Einsum", ["x", "w"], ["y"], equation="bcl,lo->bco"),
+        ],
+        "Einsum",
+    ),
+    (
+        [constant("w", array(1, 5, 2)), helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "batch of stored matrices",
+    ),
+    (
+        [
+            constant("w", array(2, 3, 3)),
+            helper.make_node("FusedConv", ["x", "w"], ["y"], domain="com.microsoft"),
+        ],
+        "domain com.microsoft",
+    ),
+]
+
+
+@pytest.mark.parametrize(("nodes", "reason"), PASSED_OVER)
+def test_other_nodes_are_listed_with_a_reason(tmp_path, nodes, reason):
+    (target,) = loaded(tmp_path, model(nodes, {}, (3, 5)), (3, 5))
+    assert target.operator is None
+    assert reason in target.skipped
+
+
+def test_an_unknown_size(tmp_path):
+    content = one("Conv", array(2, 3, 3), (3, "length"))
+    (target,) = loaded(tmp_path, content)
+    assert "input size could not be inferred" in target.skipped
+
+
+def test_attention_and_tables_are_no_layers(tmp_path):
+    nodes = [
+        helper.make_node("Gather", ["w", "i"], ["t"]),
+        helper.make_node("Transpose", ["x"], ["u"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["x", "u"], ["y"]),
+    ]
+    weights = {"w": array(4, 3), "i": np.array([0])}
+    assert loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5)) == []
+
+
+# --- hostile and broken files ---------------------------------------------------------------------
+
+CONV = one("Conv", array(2, 3, 3, 3), (3, 5, 5))
+
+
+def test_every_truncation_is_refused(tmp_path):
+    data = CONV.SerializeToString()
+    path = tmp_path / "model.onnx"
+    for length in range(1, len(data) - 1, 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(LoadError, match=r"model\.onnx: [^\n]+$"):
+            load_targets(path, [(3, 5, 5)])
+
+
+def test_dimensions_that_are_not_those_of_the_data(tmp_path):
+    content = onnx.ModelProto()
+    content.CopyFrom(CONV)
+    content.graph.initializer[0].dims[:] = [2, 3, 3, 4]
+    with pytest.raises(LoadError, match="not what its sizes say"):
+        loaded(tmp_path, content, (3, 5, 5))
+    content.graph.initializer[0].dims[:] = [2**20, 3, 2**20, 3]
+    with pytest.raises(LoadError, match="more than the limit"):
+        loaded(tmp_path, content, (3, 5, 5))
+
+
+def test_cycles_and_missing_nodes(tmp_path):
+    nodes = [
+        helper.make_node("Add", ["x", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"], name="relu"),
+    ]
+    with pytest.raises(LoadError, match="a cycle or a missing node"):
+        loaded(tmp_path, model(nodes, {}, (3,), output="b"), (3,))
+    with pytest.raises(LoadError, match="nothing writes the output 'y'"):
+        loaded(tmp_path, model([], {"w": array(1)}, (3,)), (3,))
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "link.bin", ""])
+def test_external_data_elsewhere_is_refused(tmp_path, location):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(216))
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    content = onnx.ModelProto()
+    content.CopyFrom(CONV)
+    tensor = content.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    with pytest.raises(LoadError, match="outside the model's folder; refused"):
+        loaded(folder, content, (3, 5, 5))
+
+
+def test_input_shapes_that_do_not_fit(tmp_path):
+    with pytest.raises(LoadError, match="takes 3 channels, its input has 5"):
+        loaded(tmp_path, CONV, (5, 5, 3))
+    with pytest.raises(LoadError, match="expected 3 sizes after the batch for the input 'x'"):
+        loaded(tmp_path, CONV, (3, 5))
+    with pytest.raises(LoadError, match="at most 1 input shapes"):
+        loaded(tmp_path, CONV, (3, 5, 5), (3, 5, 5))

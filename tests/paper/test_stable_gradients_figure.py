@@ -1,0 +1,77 @@
+"""Figure and table of the stable-gradients experiment, from made-up results."""
+
+import csv
+import sys
+
+import pytest
+
+from convspectra.paper.stable_gradients_figure import COLUMNS, draw, markdown, table, write
+
+
+def run(name, ratio=0.5, accuracy=0.9):
+    return {
+        "name": name,
+        "gradient_norms": [[1e-9, 1.0, 2.0], [ratio, 1.0, 1.0]],
+        "accuracy": [0.1, accuracy],
+        "extreme_singular_values": [[0.1, 0.5], [0.2, 0.6]],
+        "singular_values": [[0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]],
+    }
+
+
+RESULTS = {
+    "images": "noise, 5 x 4",
+    "train_images": 20,
+    "test_images": 7,
+    "settings": {
+        "depth": 3,
+        "channels": 2,
+        "epochs": 1,
+        "learning_rate": 0.001,
+        "penalty_steps": 4,
+        "penalty_learning_rate": 0.01,
+        "penalty_weight": 0.1,
+        "penalty_interval": 8,
+        "seed": 0,
+    },
+    "singular_values_at_start": [[1e-4, 0.2, 0.3, 0.4, 0.5], [1e-5, 0.3, 0.4, 0.5, 0.6]],
+    "runs": [run("plain", accuracy=0.1), run("stein", 0.25), run("batch normalization", 0.125)],
+}
+
+
+def test_table_has_the_numbers():
+    rows = table(RESULTS)
+    assert [list(row) for row in rows] == [list(COLUMNS)] * 3
+    assert list(rows[1].values()) == ["stein", "5.0e-10", "2.5e-01", "2.0e-01", "0.6", "90.0%"]
+
+
+def test_a_vanished_gradient_is_said_and_not_divided_by():
+    dead = run("plain")
+    dead["gradient_norms"][-1] = [0.0, 0.0, 0.0]
+    assert table({**RESULTS, "runs": [dead]})[0][COLUMNS[2]] == "no gradient left"
+
+
+def test_markdown_and_csv_hold_the_same_cells(tmp_path):
+    write(RESULTS, tmp_path)
+    text = (tmp_path / "stable_gradients.csv").read_text(encoding="utf-8")
+    rows = list(csv.reader(text.splitlines()))
+    lines = [line for line in markdown(RESULTS).splitlines() if line.startswith("| ")]
+    assert [line.strip("| ").split(" | ") for line in lines] == rows
+
+
+def test_markdown_says_what_was_trained():
+    text = markdown(RESULTS)
+    assert "3 layers of 2 channels" in text
+    assert "20 training images (noise, 5 x 4)" in text
+
+
+def test_figure(tmp_path):
+    *_, png, svg = write(RESULTS, tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert svg.read_text().startswith("<?xml")
+    assert "<svg" in svg.read_text()
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"convspectra\[demo\]"):
+        draw(RESULTS)

@@ -1,0 +1,64 @@
+"""The house: few rooms, each with one job, and no room reaches into another's private files."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "convspectra"
+MOST_NAMES = 16
+
+
+def modules() -> list[tuple[tuple[str, ...], ast.Module]]:
+    """Every module by its path inside the package, parsed."""
+    return [
+        (path.relative_to(PACKAGE).with_suffix("").parts, ast.parse(path.read_text()))
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
+
+
+def test_the_package_shows_its_architecture() -> None:
+    names = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    rooms = names - {"__init__.py", "__init__.pyi", "py.typed"}
+    assert {"operator", "solvers", "spectra", "training"} <= rooms
+    assert len(rooms) <= MOST_NAMES
+
+
+def test_every_room_says_its_job_in_one_line() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+        assert first.endswith("."), path
+
+
+def test_a_room_is_entered_by_its_door() -> None:
+    """Another room imports from the package itself, never from a file of it that is private."""
+    intruders = []
+    for where, tree in modules():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            path = node.module.split(".")
+            if path[0] != "convspectra" or len(path) < 2 or path[1] == where[0]:
+                continue
+            names = [*path[2:], *(alias.name for alias in node.names)]
+            if any(name.startswith("_") for name in names):
+                intruders.append(f"{'/'.join(where)}: {node.module}")
+    assert intruders == []
+
+
+def test_what_a_door_offers_exists() -> None:
+    for path in sorted(PACKAGE.glob("*/__init__.py")):
+        stub = path.with_suffix(".pyi")
+        tree = ast.parse((stub if stub.exists() else path).read_text())
+        imported = {
+            alias.asname or alias.name
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        offered = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        assert offered == [] or set(offered[0]) == imported, path
