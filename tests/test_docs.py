@@ -7,7 +7,9 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ import pytest
 import convspectra
 from convspectra import penalties, testing
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PROSE = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "howto").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S
 )
+FOLDERS = "src|tests|docs|examples|benchmarks|experiments"
+FILE = re.compile(rf"`((?:[\w.]+/)*\w+\.(?:py|toml|txt)|(?:{FOLDERS})/[\w./]+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DEPRECATED = [
     "ignore:.torch.jit:DeprecationWarning",
@@ -71,19 +77,70 @@ def test_a_wrong_answer_on_a_page_is_found(tmp_path: Path) -> None:
     assert run(page, {}) == 1
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     targets = [t for t in LINK.findall(page.read_text()) if "://" not in t]
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def named_files(text: str) -> list[str]:
+    """The files and folders of the code that a page names in backticks."""
+    found = FILE.findall(text)
+    return [name for name in found if "/" in name or name.endswith(".py")]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    places = (ROOT, ROOT / "src" / "convspectra")
+    named = named_files(page.read_text())
+    assert [n for n in named if not any((place / n).exists() for place in places)] == []
+
+
+def test_files_are_found_on_a_page() -> None:
+    text = "`solvers/_lanczos.py` and `matlab.py`, `tests/helpers`, not `a/b` of a formula or `x`"
+    assert named_files(text) == ["solvers/_lanczos.py", "matlab.py", "tests/helpers"]
+
+
 @pytest.fixture
-def public_api(monkeypatch: pytest.MonkeyPatch) -> Any:
+def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """What imports a module of ``docs/_ext``."""
+    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
+    imported: list[str] = []
+
+    def load(name: str) -> Any:
+        imported.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in imported:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def public_api(extension: Callable[[str], Any]) -> Any:
     """The extension that lists the names."""
     pytest.importorskip("sphinx")
-    monkeypatch.syspath_prepend(str(DOCS / "_ext"))
-    yield importlib.import_module("public_api")
-    sys.modules.pop("public_api")
+    return extension("public_api")
+
+
+def test_the_table_of_rooms_is_that_of_the_packages(extension: Callable[[str], Any]) -> None:
+    table = extension("rooms").table()
+    assert "`solvers/`" in table
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert table in page, "run: python docs/_ext/rooms.py --write"
+
+
+def test_formulas_are_written_without_a_script(extension: Callable[[str], Any]) -> None:
+    pytest.importorskip("sphinx")
+    from docutils import nodes
+
+    mathml = extension("mathml")
+    written: list[str] = []
+    for visit in (mathml.visit_inline, mathml.visit_display):
+        with pytest.raises(nodes.SkipNode):
+            visit(SimpleNamespace(body=written), nodes.math("", r"\|M\|_F"))
+    assert ["<math" in part and "<mi>M</mi>" in part for part in written] == [True, True]
+    assert 'display="block"' in written[1]
 
 
 def test_every_public_module_is_on_the_page_of_the_api(public_api: Any) -> None:
