@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers.checker import EPS, random
 from torch import Tensor
 
 from convspectra.solvers._lanczos import Eigenpairs, lanczos
+from convspectra.solvers._stop import LanczosStop, Stop
 
 SPECTRA = {
     "one": [3.0],
@@ -61,10 +64,16 @@ def counts(name: str) -> list[int]:
     return sorted({min(k, len(SPECTRA[name])) for k in (1, 3, 6)})
 
 
+def stop_from(options: dict, kind: type[Stop], maxiter: int) -> Stop:
+    """The fields of a record for when to stop, taken out of the options; tol is 1e-8 by default."""
+    given = {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+    return kind(**{"tol": 1e-8, "maxiter": maxiter, **given})
+
+
 def run_lanczos(
     matrix: Tensor, k: int = 1, *, largest: bool = True, seed: int = 0, **options
 ) -> Eigenpairs:
-    options = {"tol": 1e-8, "maxiter": 500, **options}
+    stop = stop_from(options, LanczosStop, maxiter=500)
     count = 0
 
     def product(x: Tensor) -> Tensor:
@@ -75,9 +84,16 @@ def run_lanczos(
 
     generator = torch.Generator().manual_seed(seed)
     pairs = lanczos(
-        product, len(matrix), k, largest=largest, like=matrix, generator=generator, **options
+        product,
+        len(matrix),
+        k,
+        largest=largest,
+        stop=stop,
+        like=matrix,
+        generator=generator,
+        **options,
     )
-    assert pairs.products == count <= max(options["maxiter"], k)
+    assert pairs.products == count <= max(stop.maxiter, k)
     return pairs
 
 

@@ -15,6 +15,7 @@ from helpers.symmetric import (
     check_pairs,
     each_spectrum,
     rounding,
+    stop_from,
     truth,
     with_spectrum,
 )
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from convspectra.solvers import _davidson as davidson
 from convspectra.solvers._result import Eigenpairs
+from convspectra.solvers._stop import Stop
 
 CLUSTER = [1.0 - 1e-4 * i for i in range(12)] + [0.9 - 0.004 * i for i in range(180)]
 
@@ -41,7 +43,7 @@ each_way = pytest.mark.parametrize("near", [lambda _: None, near_inverse], ids=[
 
 def run(matrix: Tensor, k: int = 1, *, seed: int = 0, given=None, **options) -> Eigenpairs:
     """What the product was given is appended to the list `given`."""
-    options = {"tol": 1e-8, "maxiter": 1000, **options}
+    stop = stop_from(options, Stop, maxiter=1000)
     given = [] if given is None else given
 
     def product(x: Tensor) -> Tensor:
@@ -49,7 +51,9 @@ def run(matrix: Tensor, k: int = 1, *, seed: int = 0, given=None, **options) -> 
         return x @ matrix
 
     generator = torch.Generator().manual_seed(seed)
-    pairs = davidson.davidson(product, len(matrix), k, like=matrix, generator=generator, **options)
+    pairs = davidson.davidson(
+        product, len(matrix), k, stop=stop, like=matrix, generator=generator, **options
+    )
     assert pairs.products == sum(len(rows) for rows in given)
     return pairs
 

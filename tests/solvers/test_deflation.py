@@ -16,6 +16,7 @@ from helpers.symmetric import (
     each_end,
     each_spectrum,
     rounding,
+    stop_from,
     truth,
     with_spectrum,
 )
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from convspectra.solvers._deflation import ExtremeEigenpairs, extreme_eigenpairs
 from convspectra.solvers._orthonormal import less
+from convspectra.solvers._stop import DeflationStop
 
 ENCLOSE = {"as it comes": {}, "enclosed": {"enclosure": 0.02}, "separated": {"separation": 1e-7}}
 
@@ -31,7 +33,7 @@ def run(
     matrix: Tensor, k: int = 1, *, largest: bool = True, seed: int = 0, **options
 ) -> ExtremeEigenpairs:
     """The result, with what is asked of the caller's operator checked on the way."""
-    options = {"tol": 1e-8, "maxiter": 500, **options}
+    stop = stop_from(options, DeflationStop, maxiter=500)
     size, count = len(matrix), 0
     scale = float(matrix.norm()) or 1.0
 
@@ -54,6 +56,7 @@ def run(
         size,
         k,
         largest=largest,
+        stop=stop,
         like=matrix,
         generator=torch.Generator().manual_seed(seed),
         **options,
@@ -166,7 +169,7 @@ def test_two_close_values_are_bounded_although_the_vectors_mix_them(apart):
 def test_pairs_far_apart_in_size():
     """What is lost in the rounding of the first value is looked for in its complement."""
     values = 10.0 ** -torch.arange(0, 40, 0.5, dtype=torch.float64)
-    options = {"tol": 1e-8, "maxiter": 500, "largest": True, "like": values}
+    options = {"stop": DeflationStop(1e-8, 500), "largest": True, "like": values}
 
     def solve(**more) -> ExtremeEigenpairs:
         return extreme_eigenpairs(
@@ -321,8 +324,7 @@ def test_products_that_are_not_finite_are_refused(bad):
             6,
             1,
             largest=True,
-            tol=1e-8,
-            maxiter=20,
+            stop=DeflationStop(tol=1e-8, maxiter=20),
             like=matrix,
         )
 

@@ -20,7 +20,8 @@ from helpers.symmetric import (
 from torch import Tensor
 
 from convspectra.solvers import _gaussian as gaussian
-from convspectra.solvers._lanczos import Eigenpairs, lanczos
+from convspectra.solvers._lanczos import Eigenpairs, Metric, lanczos
+from convspectra.solvers._stop import LanczosStop
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -36,11 +37,9 @@ def test_of_two_values_near_each_other_the_first_is_given(bulk, gap):
             len(spectrum),
             1,
             largest=False,
-            tol=1e-4,
-            maxiter=500,
+            stop=LanczosStop(tol=1e-4, maxiter=500, values_only=True),
             like=spectrum,
             generator=torch.Generator().manual_seed(seed),
-            values_only=True,
         )
         assert found.converged
         assert float(found.values[0]) == pytest.approx(0.7, rel=1e-4)
@@ -195,8 +194,7 @@ def run_pencil(a: Tensor, b: Tensor, k: int = 1, *, seed: int = 0, **options) ->
         a,
         k,
         seed=seed,
-        metric=lambda x: x @ b,
-        smallest_of_metric=float(np.linalg.eigvalsh(b.numpy())[0]),
+        metric=Metric(lambda x: x @ b, float(np.linalg.eigvalsh(b.numpy())[0])),
         **options,
     )
 
@@ -222,7 +220,7 @@ def test_an_eigenpair_in_a_metric(largest):
 def test_a_metric_that_is_the_identity_changes_nothing(largest):
     matrix = with_spectrum(LINE)
     plain = run_lanczos(matrix, largest=largest, maxiter=20)
-    same = run_lanczos(matrix, largest=largest, maxiter=20, metric=lambda x: x)
+    same = run_lanczos(matrix, largest=largest, maxiter=20, metric=Metric(lambda x: x, 1.0))
     assert torch.allclose(plain.values, same.values, rtol=1e-12)
     assert math.isclose(plain.bound, same.bound, rel_tol=1e-10)
 
@@ -254,10 +252,9 @@ def test_a_metric_is_never_wrongly_reassuring():
 def test_a_small_metric_widens_the_bound():
     """B = c I with a lower bound of c on it is A scaled; with less, less is known."""
     a = with_spectrum(LINE)
-    options = {"maxiter": 6, "metric": lambda x: 4 * x}
     plain = run_lanczos(a, maxiter=6)
-    exact = run_lanczos(a, smallest_of_metric=4.0, **options)
-    less = run_lanczos(a, smallest_of_metric=1e-6, **options)
+    exact = run_lanczos(a, maxiter=6, metric=Metric(lambda x: 4 * x, 4.0))
+    less = run_lanczos(a, maxiter=6, metric=Metric(lambda x: 4 * x, 1e-6))
     assert math.isclose(exact.bound, 4 * plain.bound, rel_tol=1e-6)
     assert less.bound > 1.2 * exact.bound
 
@@ -274,7 +271,7 @@ def test_a_larger_failure_probability_is_content_with_less(monkeypatch):
 def test_a_metric_that_is_not_finite_is_refused():
     a, b, _ = pencil(1)
     with pytest.raises(ArithmeticError, match="expected finite products"):
-        run_lanczos(a, metric=lambda x: x @ b * math.nan)
+        run_lanczos(a, metric=Metric(lambda x: x @ b * math.nan, 1.0))
 
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-6])

@@ -8,6 +8,7 @@ from helpers.checker import EPS, MATRICES, check, counts, each_matrix, random, t
 from torch import Tensor
 
 from convspectra.solvers._lobpcg import lobpcg
+from convspectra.solvers._stop import Stop
 
 
 def run(
@@ -38,12 +39,10 @@ def run(
         rmatvec,
         tuple(tall.shape),
         k,
-        tol=tol,
-        maxiter=maxiter,
+        stop=Stop(tol, maxiter, values_only),
         like=tall,
         generator=torch.Generator().manual_seed(seed),
         precondition=precondition,
-        values_only=values_only,
     )
     assert result.matvecs == count
     if tall is matrix:

@@ -10,7 +10,7 @@ from convspectra.solvers._davidson import davidson
 from convspectra.solvers._deflation import extreme_eigenpairs
 from convspectra.solvers._dense import dense_svd, gram_eigh
 from convspectra.solvers._gaussian import FAILURE_PROBABILITY, log_smallest_norm
-from convspectra.solvers._lanczos import lanczos, ritz_ends
+from convspectra.solvers._lanczos import Metric, lanczos, ritz_ends
 from convspectra.solvers._leading import leading_eigenpairs
 from convspectra.solvers._lobpcg import lobpcg
 from convspectra.solvers._orthonormal import less
@@ -24,16 +24,21 @@ from convspectra.solvers._quadrature import (
     tridiagonals,
 )
 from convspectra.solvers._result import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets
+from convspectra.solvers._stop import DeflationStop, LanczosStop, Stop
 from convspectra.solvers._tracking import Ends, improved, towards_norm, working_dtype
 
 __all__ = [
     "FAILURE_PROBABILITY",
     "NO_BOUND_BELOW",
+    "DeflationStop",
     "Eigenpairs",
     "Ends",
     "GaussRule",
+    "LanczosStop",
     "LinearMap",
+    "Metric",
     "SingularTriplets",
+    "Stop",
     "Tridiagonals",
     "bin_fractions",
     "davidson",

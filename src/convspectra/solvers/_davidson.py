@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convspectra.solvers._orthonormal import inner_products, orthonormal
 from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs
+from convspectra.solvers._stop import Stop
 
 GUARD_VECTORS = 2
 """Vectors beside the k wanted: the last of those converges by its distance to the next beyond."""
@@ -33,12 +34,10 @@ def davidson(
     k: int,
     *,
     largest: bool = True,
-    tol: float,
-    maxiter: int,
+    stop: Stop,
     like: Tensor,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
-    values_only: bool = False,
     precondition: Callable[[Tensor], Tensor] | None = None,
     most_kept: int | None = None,
 ) -> Eigenpairs:
@@ -54,20 +53,18 @@ def davidson(
         At most n.
     largest : bool
         The smallest are those of a positive semidefinite operator.
-    tol : float
+    stop : Stop
         A pair has converged when its residual is at most ``tol value``, and a smallest one when it
         is at most ``tol sqrt(value norm)``; with `values_only`, when the error of the value is
         estimated to be ``tol value``, residual^2 over the gap to the next Ritz value, and the
-        residual is at most ten times what pairs need: an eigenvalue is that near.
-    maxiter : int
-        Most block steps.
+        residual is at most ten times what pairs need: an eigenvalue is that near. Steps are of
+        whole blocks.
     like : Tensor
         Gives the dtype and the device. In single precision no tolerance below 1e-6 is reached.
     generator : torch.Generator, optional
         Of the Gaussian start vectors, on that device.
     start : Tensor, optional
         Independent rows to start from instead, k or more.
-    values_only : bool
     precondition : callable, optional
         On rows, symmetric positive definite: near |t - A|^{-1} for a t beyond the spectrum.
     most_kept : int, optional
@@ -105,7 +102,7 @@ def davidson(
     before = projected.new_zeros(block, 0)
     sign = 1.0 if largest else -1.0
     order, products, converged, norm = 0, 0, False, 0.0
-    for step in range(maxiter):
+    for step in range(stop.maxiter):
         _check_finite(new)
         new = orthonormal(new[: most - order], basis[:order])
         if len(new) == 0:  # nothing that the basis does not have
@@ -124,11 +121,11 @@ def davidson(
         residuals = ax - values[:, None].to(like.dtype) * x
         sizes = torch.linalg.vector_norm(residuals, dim=1).double()
         floor = ROUNDING_UNITS * eps * norm
-        reached = _reached(sizes, every, tol, norm, floor, values_only, largest)
+        reached = _reached(sizes, every, stop, norm, floor, largest)
         done = reached | (sizes <= floor)  # rounding error: no step makes it less
         enough, whole = len(values) >= k, order == size
         converged = (enough and bool(reached[:k].all())) or (largest and whole)
-        if (enough and bool(done[:k].all())) or whole or step == maxiter - 1:
+        if (enough and bool(done[:k].all())) or whole or step == stop.maxiter - 1:
             break
         new = residuals[~done]
         new = new if precondition is None else precondition(new)
@@ -159,17 +156,16 @@ def _check_finite(products: Tensor) -> None:
 def _reached(
     sizes: Tensor,
     every: Tensor,
-    tol: float,
+    stop: Stop,
     norm: float,
     floor: float,
-    values_only: bool,
     largest: bool,
 ) -> Tensor:
-    error = tol * every[: len(sizes)].abs()
-    residual = error if largest else tol * (every[: len(sizes)].abs() * norm).sqrt()
+    error = stop.tol * every[: len(sizes)].abs()
+    residual = error if largest else stop.tol * (every[: len(sizes)].abs() * norm).sqrt()
     if largest:
         error, residual = error.clamp_min(floor), residual.clamp_min(floor)
-    if not values_only:
+    if not stop.values_only:
         return sizes <= residual
     beyond = every[len(sizes)] if len(every) > len(sizes) else every[-1]
     gaps = (every[: len(sizes)] - beyond).clamp_min(floor)

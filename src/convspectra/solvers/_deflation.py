@@ -24,6 +24,7 @@ from torch import Tensor
 
 from convspectra.solvers._lanczos import lanczos
 from convspectra.solvers._result import Eigenpairs, LinearMap
+from convspectra.solvers._stop import DeflationStop, LanczosStop
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,9 @@ def extreme_eigenpairs(
     k: int,
     *,
     largest: bool,
-    tol: float,
-    maxiter: int,
+    stop: DeflationStop,
     like: Tensor,
     generator: torch.Generator | None = None,
-    values_only: bool = False,
-    alone: bool = False,
-    enclosure: float = 0.1,
-    separation: float | None = None,
     full_orthogonalization: bool = False,
     most_kept: int | None = None,
     resolution: float = 0.0,
@@ -82,16 +78,10 @@ def extreme_eigenpairs(
         n.
     k : int
         At most n.
-    largest, tol, maxiter, like, generator, values_only, full_orthogonalization, most_kept
+    largest, like, generator, full_orthogonalization, most_kept
         As for `lanczos`.
-    alone : bool
-        With k = 1: the rest is not looked at.
-    enclosure : float
-        The rest is looked at until its bound is this near the k-th value, relatively; if that is
-        alone, Lanczos goes on until its own bound is.
-    separation : float, optional
-        Instead: until the rest is shown to be apart from the k-th value by this fraction of it, or
-        not to be.
+    stop : DeflationStop
+        What is to be known of the pairs and of the rest of the spectrum.
     resolution : float
         Values that are less than this fraction of the first are lost in its rounding: they are
         looked for again in the complement.
@@ -109,21 +99,18 @@ def extreme_eigenpairs(
     products, norm, converged, runs = 0, 0.0, True, 0
     all_bounds, rest = math.inf, -math.inf
 
-    def run(count: int, **options: object) -> Eigenpairs:
+    def run(count: int, enclosure: float = math.inf, beyond: float | None = None) -> Eigenpairs:
         return lanczos(
             deflated(vectors),
             size,
             count,
             largest=largest,
-            tol=tol,
-            maxiter=maxiter,
+            stop=LanczosStop(stop.tol, stop.maxiter, stop.values_only, enclosure, beyond),
             like=like,
             generator=generator,
-            values_only=values_only,
             full_orthogonalization=full_orthogonalization,
             most_kept=most_kept,
             excluded=vectors,
-            **options,  # type: ignore[arg-type]
         )
 
     def take(pairs: Eigenpairs, count: int) -> None:
@@ -139,28 +126,26 @@ def extreme_eigenpairs(
         if len(values) < k:
             pairs, first = first, None
             if pairs is None:
-                pairs = run(k - len(values), **({"enclosure": enclosure} if alone else {}))
+                pairs = run(k - len(values), stop.enclosure if stop.alone else math.inf)
             products, norm = products + pairs.products, max(norm, pairs.norm)
             if len(values) == 0:
                 all_bounds = sign * pairs.bound
             resolved = pairs.values.abs() >= resolution * pairs.values[0].abs()
             take(pairs, int(resolved.sum()) if pairs.converged else len(resolved))
             converged = pairs.converged
-            if alone or not converged:
+            if stop.alone or not converged:
                 rest = math.inf
                 break
             continue
         kth = float(values[k - 1])
-        beyond = kth if separation is None else kth - sign * separation * abs(kth)
-        pairs = run(
-            1,
-            beyond=beyond,
-            enclosure=enclosure if separation is None else 0.0,
-        )
+        if stop.separation is None:
+            pairs = run(1, stop.enclosure, kth)
+        else:
+            pairs = run(1, 0.0, kth - sign * stop.separation * abs(kth))
         products += pairs.products
         rest = sign * pairs.bound
         converged = converged and pairs.converged
-        if sign * float(pairs.values[0]) <= sign * kth + tol * abs(kth) or not pairs.converged:
+        if sign * float(pairs.values[0]) <= sign * kth + stop.tol * abs(kth) or not pairs.converged:
             break
         take(pairs, 1)
         rest = -math.inf

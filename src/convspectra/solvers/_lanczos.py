@@ -24,7 +24,8 @@ from torch import Tensor
 
 from convspectra.solvers._gaussian import bound_beyond, log_smallest_norm
 from convspectra.solvers._orthonormal import less
-from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs
+from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs, LinearMap
+from convspectra.solvers._stop import LanczosStop
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -41,22 +42,33 @@ SMALL_BASIS = 1_000_000
 CHUNK = 32
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A positive definite B, whose inner product takes the place of the usual one.
+
+    Attributes
+    ----------
+    product : callable
+        B on a row, (1, n) -> (1, n).
+    smallest : float
+        A lower bound on the eigenvalues of B, above 0.
+    """
+
+    product: LinearMap
+    smallest: float
+
+
 def lanczos(
     product: Callable[[Tensor], Tensor],
     size: int,
     k: int,
     *,
     largest: bool,
-    tol: float,
-    maxiter: int,
+    stop: LanczosStop,
     like: Tensor,
     generator: torch.Generator | None = None,
-    values_only: bool = False,
-    enclosure: float = math.inf,
-    beyond: float | None = None,
     excluded: Tensor | None = None,
-    metric: Callable[[Tensor], Tensor] | None = None,
-    smallest_of_metric: float = 1.0,
+    metric: Metric | None = None,
     full_orthogonalization: bool = False,
     most_kept: int | None = None,
 ) -> Eigenpairs:
@@ -70,33 +82,20 @@ def lanczos(
         n.
     k : int
     largest : bool
-    tol : float
+    stop : LanczosStop
         A pair has converged when its residual is at most ``tol |value|``; with `values_only`, when
         the error of the value is estimated so, or at `LOOSEST_ESTIMATE`, of the value and of the
         spread of all, residual^2 over the gap to the next Ritz value, and the residual is at most
-        ``10 tol |value|``: an eigenvalue is that near.
-    maxiter : int
-        Most steps, k at least.
+        ``10 tol |value|``: an eigenvalue is that near. At least k steps are taken.
     like : Tensor
         Gives the dtype and the device. In single precision the bound means nothing.
     generator : torch.Generator, optional
         Of the Gaussian start vector, on that device.
-    values_only : bool
-    enclosure : float
-        Go on until the bound is within this fraction of the first value, for at most as many steps
-        again as the values took.
-    beyond : float, optional
-        Stop as soon as no eigenvalue beyond this one is to be expected: the bound is within
-        `enclosure` of it, and the first Ritz value with its estimated error is not beyond it. If
-        one is, go on until it has converged; otherwise no vectors are given.
     excluded : Tensor, optional
         Orthonormal rows; the eigenpairs are those in their orthogonal complement, which the
         operator must map into itself.
-    metric : callable, optional
-        With k = 1: B on a row, positive definite. The eigenvalue is that of A B, with the inner
-        product of B.
-    smallest_of_metric : float
-        A lower bound on the eigenvalues of B.
+    metric : Metric, optional
+        With k = 1: B. The eigenvalue is that of A B, with the inner product of B.
     full_orthogonalization : bool
         New vectors are made orthogonal to the whole basis: where products are dearer than that.
     most_kept : int, optional
@@ -114,10 +113,9 @@ def lanczos(
     Cost: one product and about ``8 n`` flops a step; one pass over the basis when a pair converges.
     """
     sign = 1.0 if largest else -1.0
+    tol, maxiter, enclosure, beyond = stop.tol, stop.maxiter, stop.enclosure, stop.beyond
     keep = max(maxiter if most_kept is None else most_kept, k)
-    run = _Recurrence(
-        product, sign, size, like, generator, excluded, metric, smallest_of_metric, keep
-    )
+    run = _Recurrence(product, sign, size, like, generator, excluded, metric, keep)
     limit = max(maxiter if k == 1 else min(maxiter, keep), k)
     reached_at, check_at = 0, 1
     while True:
@@ -128,10 +126,10 @@ def lanczos(
             continue
         check_at = steps + 1 + steps // 16
         ritz = run.ritz(k)
-        errors = ritz.errors(tol) if values_only else ritz.residuals
+        errors = ritz.errors(tol) if stop.values_only else ritz.residuals
         allowed = tol * np.abs(ritz.values[:k])
         near = ritz.residuals[:k] <= np.maximum(PAIRS_COUNT_AS_ONE * allowed, run.least_residual)
-        if values_only:
+        if stop.values_only:
             # Beside a multiple of the identity every residual is small, and says nothing.
             relative = min(tol, LOOSEST_ESTIMATE)
             allowed = relative * np.minimum(np.abs(ritz.values[:k]), ritz.spread)
@@ -182,7 +180,7 @@ def ritz_ends(
     No basis is kept: that costs copies of values that have converged, and none outside the spectrum
     (Paige, J. Inst. Maths Applics 18, 1976). Options as for `lanczos`.
     """
-    run = _Recurrence(product, 1.0, size, like, generator, None, None, 1.0, keep=1)
+    run = _Recurrence(product, 1.0, size, like, generator, None, None, keep=1)
     while run.steps < min(steps, size) and not run.exhausted:
         run.step()
     return run.ends()
@@ -227,8 +225,7 @@ class _Recurrence:
         like: Tensor,
         generator: torch.Generator | None,
         excluded: Tensor | None,
-        metric: Callable[[Tensor], Tensor] | None,
-        smallest_of_metric: float,
+        metric: Metric | None,
         keep: int,
     ) -> None:
         self._product, self._sign, self._metric, self._keep = product, sign, metric, keep
@@ -247,7 +244,7 @@ class _Recurrence:
         self._first_lost = self._before, self._next, self._dual
         self._log_delta = (
             log_smallest_norm(1)
-            + 0.5 * math.log(smallest_of_metric)
+            + 0.5 * math.log(1.0 if metric is None else metric.smallest)
             - math.log(max(length, 1e-300))
         )
         self.norm = 0.0
@@ -370,7 +367,7 @@ class _Recurrence:
             length = float(torch.linalg.vector_norm(w))
             w = w / max(length, float(torch.finfo(w.dtype).tiny))
             return w, w, length
-        dual = self._metric(w)
+        dual = self._metric.product(w)
         length = math.sqrt(max(float(torch.dot(w[0], dual[0])), 0.0))
         scale = 1 / max(length, float(torch.finfo(w.dtype).tiny))
         return scale * w, scale * dual, length

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convspectra.solvers._orthonormal import inner_products, orthonormal, principal
 from convspectra.solvers._result import NO_BOUND_BELOW, PAIRS_COUNT_AS_ONE, SingularTriplets
+from convspectra.solvers._stop import Stop
 
 GUARD_VECTORS = 2
 FLOOR_UNITS = 64
@@ -28,11 +29,9 @@ def lobpcg(
     shape: tuple[int, int],
     k: int,
     *,
-    tol: float,
-    maxiter: int,
+    stop: Stop,
     like: Tensor,
     generator: torch.Generator | None = None,
-    values_only: bool = False,
     precondition: Callable[[Tensor], Tensor] | None = None,
 ) -> SingularTriplets:
     """The k smallest singular triplets, ascending, of a map from R^n.
@@ -45,18 +44,16 @@ def lobpcg(
         With m < n the smallest are null vectors.
     k : int
         At most n.
-    tol : float
+    stop : Stop
         A triplet has converged when ``||A'A v - s^2 v|| <= tol * s * sigma_max``, or when that
         residual is down at the rounding error of A'A and s is at most ``tol * sigma_max``: A'A
         resolves no singular value below about ``sqrt(eps) sigma_max``. With `values_only`, when
         the error of s^2 is estimated to be ``tol * s^2``, residual^2 over the gap to the next one,
         and the residual is at most ten times what vectors need.
-    maxiter : int
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
         Of the random start vectors, on that device.
-    values_only : bool
     precondition : callable, optional
         On rows, symmetric positive definite: an approximation of (A'A)^{-1}.
 
@@ -80,7 +77,7 @@ def lobpcg(
     ax = matvec(x)
     p, ap = x.new_zeros(0, n), x.new_zeros(0, m)
     matvecs, converged, norm = block, False, 0.0
-    for _ in range(maxiter):
+    for _ in range(stop.maxiter):
         rotation, s = _left_singular(ax)
         norm = max(norm, float(s.amax()))
         x, ax = rotation.T @ x, rotation.T @ ax
@@ -90,13 +87,13 @@ def lobpcg(
         matvecs += block
         size = torch.linalg.vector_norm(residual, dim=1)[:k]
         floor = FLOOR_UNITS * eps
-        reached = size <= tol * ratio[:k]
-        if values_only and block > k:
+        reached = size <= stop.tol * ratio[:k]
+        if stop.values_only and block > k:
             gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
-            near = size <= PAIRS_COUNT_AS_ONE * tol * ratio[:k]
-            reached |= near & (size**2 <= tol * ratio[:k] ** 2 * gap)
+            near = size <= PAIRS_COUNT_AS_ONE * stop.tol * ratio[:k]
+            reached |= near & (size**2 <= stop.tol * ratio[:k] ** 2 * gap)
         if bool((reached | (size <= floor)).all()):
-            converged = bool((reached | (ratio[:k] <= tol)).all())
+            converged = bool((reached | (ratio[:k] <= stop.tol)).all())
             break
         # The guard vectors go on as long as one of the others does.
         active = torch.ones(block, dtype=torch.bool, device=x.device)

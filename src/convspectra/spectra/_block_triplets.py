@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import Block, ConvOperator, Place, Product, independent_blocks, scatter
-from convspectra.solvers import SingularTriplets, less, lobpcg
+from convspectra.solvers import SingularTriplets, Stop, less, lobpcg
 from convspectra.spectra._request import ZERO, Request
 from convspectra.spectra._strategy import admits, answer
 
@@ -227,8 +227,7 @@ def _null_vectors(
                 inner.apply_adjoint,
                 inner.op.shape,
                 wanted + zero[b, place],
-                tol=options.tol,
-                maxiter=NULL_VECTOR_STEPS,
+                stop=Stop(options.tol, NULL_VECTOR_STEPS),
                 like=block.op.weight,
                 generator=options.generator,
             )

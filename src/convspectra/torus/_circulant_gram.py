@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import ConvOperator, Product
-from convspectra.solvers import inverse_and_logabsdet, lanczos, leading_eigenpairs
+from convspectra.solvers import (
+    LanczosStop,
+    Metric,
+    inverse_and_logabsdet,
+    lanczos,
+    leading_eigenpairs,
+)
 from convspectra.torus._embedding import CirculantEmbedding
 from convspectra.torus._symbols import half_multiplicity
 
@@ -133,14 +139,10 @@ class CirculantGram:
             math.prod(self._shape),
             1,
             largest=True,
-            tol=0.5,
-            maxiter=maxiter,
+            stop=LanczosStop(tol=0.5, maxiter=maxiter, enclosure=0.0, beyond=0.0),
             like=self.tall.op.weight,
             generator=generator,
-            enclosure=0.0,
-            beyond=0.0,
-            metric=metric,
-            smallest_of_metric=1 / (self._norm * (1 + REGULARIZATION) + square),
+            metric=Metric(metric, smallest=1 / (self._norm * (1 + REGULARIZATION) + square)),
         )
         return run.bound <= 0, 2 * run.products
 

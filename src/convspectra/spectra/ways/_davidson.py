@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import Product, rounding_of
-from convspectra.solvers import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets, davidson
+from convspectra.solvers import (
+    NO_BOUND_BELOW,
+    Eigenpairs,
+    LinearMap,
+    SingularTriplets,
+    Stop,
+    davidson,
+)
 from convspectra.spectra._request import Request, refined
 from convspectra.spectra.ways._preconditioned import (
     NOISE,
@@ -48,12 +55,10 @@ def davidson_largest(request: Request) -> SingularTriplets:
             layer.gram,
             min(op.shape),
             k,
-            tol=tol,
-            maxiter=request.most_steps(STEPS),
+            stop=Stop(tol, request.most_steps(STEPS), values_only),
             like=layer.op.weight,
             generator=request.generator,
             start=start,
-            values_only=values_only,
             precondition=precondition,
         )
 
@@ -96,12 +101,10 @@ def davidson_smallest(request: Request) -> SingularTriplets:
             size,
             request.k,
             largest=False,
-            tol=request.tol,
-            maxiter=request.most_steps(STEPS_FOR_SMALLEST),
+            stop=Stop(request.tol, request.most_steps(STEPS_FOR_SMALLEST), request.values_only),
             like=op.weight,
             generator=request.generator,
             start=start,
-            values_only=request.values_only,
             precondition=precondition,
             most_kept=request.max_bytes // (8 * size),
         )

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import ConvOperator, Product, rounding_of
-from convspectra.solvers import FAILURE_PROBABILITY, SingularTriplets, extreme_eigenpairs, less
+from convspectra.solvers import (
+    FAILURE_PROBABILITY,
+    DeflationStop,
+    SingularTriplets,
+    extreme_eigenpairs,
+    less,
+)
 from convspectra.spectra._request import Request
 from convspectra.torus import REFINEMENT_THRESHOLD
 
@@ -76,14 +82,16 @@ def smallest_by_inverse(
         op.shape[1],
         request.k,
         largest=True,
-        tol=request.tol,
-        maxiter=request.most_steps(STEPS),
+        stop=DeflationStop(
+            request.tol,
+            request.most_steps(STEPS),
+            request.values_only,
+            enclosure=ENCLOSURE,
+            separation=request.separation and 1 - (1 + request.separation) ** -2,
+            alone=request.alone,
+        ),
         like=op.weight,
         generator=request.generator,
-        values_only=request.values_only,
-        alone=request.alone,
-        enclosure=ENCLOSURE,
-        separation=request.separation and 1 - (1 + request.separation) ** -2,
         full_orthogonalization=True,
         resolution=INVERSE_RESOLUTION,
     )

@@ -10,8 +10,11 @@ from torch import Tensor
 from convspectra.operator import ConvOperator, Product, rounding_of
 from convspectra.solvers import (
     FAILURE_PROBABILITY,
+    DeflationStop,
     Eigenpairs,
+    LanczosStop,
     SingularTriplets,
+    Stop,
     davidson,
     extreme_eigenpairs,
     lanczos,
@@ -92,6 +95,8 @@ def lanczos_triplets(
         separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1
     # Half for the pairs themselves, half for what is not seen to be beyond them.
     tol = request.tol / 2
+    # Smallest values that take more steps than vectors are kept are not to be had so.
+    most_steps = steps if request.largest else min(steps, most_kept)
     several = request.largest and request.k > 1 and separation is None
     first, in_vain = None, 0
     if several and request.tol >= SINGLE_TOLERANCE:
@@ -102,15 +107,11 @@ def lanczos_triplets(
         size,
         request.k,
         largest=request.largest,
-        tol=tol,
-        # Smallest values that take more steps than that are not to be had so.
-        maxiter=steps if request.largest else min(steps, most_kept),
+        stop=DeflationStop(
+            tol, most_steps, request.values_only, 2 * enclosure, separation, request.alone
+        ),
         like=request.op.weight,
         generator=request.generator,
-        values_only=request.values_only,
-        alone=request.alone,
-        enclosure=2 * enclosure,
-        separation=separation,
         most_kept=most_kept,
         first=first,
     )
@@ -157,8 +158,7 @@ def _largest_in_single(request: Request, tall: Product, tol: float, steps: int) 
         size,
         request.k,
         largest=True,
-        tol=tol,
-        maxiter=steps,
+        stop=LanczosStop(tol, steps),
         like=single.op.weight,
         generator=request.generator,
         most_kept=request.max_bytes // (4 * size),
@@ -168,8 +168,7 @@ def _largest_in_single(request: Request, tall: Product, tol: float, steps: int) 
         tall.gram,
         size,
         request.k,
-        tol=tol,
-        maxiter=STEPS_IN_DOUBLE,
+        stop=Stop(tol, STEPS_IN_DOUBLE),
         like=request.op.weight,
         start=start,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from convspectra.operator import Product
-from convspectra.solvers import SingularTriplets, lobpcg
+from convspectra.solvers import SingularTriplets, Stop, lobpcg
 from convspectra.spectra._request import Request, refined
 from convspectra.spectra.ways._preconditioned import (
     NOISE,
@@ -28,11 +28,9 @@ def lobpcg_smallest(request: Request) -> SingularTriplets:
         tall.apply_adjoint,
         tall.op.shape,
         request.k,
-        tol=request.tol,
-        maxiter=request.most_steps(STEPS_FOR_SMALLEST),
+        stop=Stop(request.tol, request.most_steps(STEPS_FOR_SMALLEST), request.values_only),
         like=request.op.weight,
         generator=request.generator,
-        values_only=request.values_only,
         precondition=None if gram is None else gram.inverse_near_zero()[0],
     )
     # M v / s of a small s is orthogonal to others only as far as rounding lets it be.
@@ -55,8 +53,7 @@ def _with_null_vectors(
         tall.apply,
         (tall.op.shape[1], tall.op.shape[0]),
         zeros,
-        tol=request.tol,
-        maxiter=request.most_steps(STEPS_FOR_SMALLEST),
+        stop=Stop(request.tol, request.most_steps(STEPS_FOR_SMALLEST)),
         like=request.op.weight,
         generator=request.generator,
     )
