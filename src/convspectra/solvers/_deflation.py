@@ -94,14 +94,11 @@ def extreme_eigenpairs(
     repeated value.
     """
     sign = 1.0 if largest else -1.0
-    values, residuals = like.new_zeros(0), like.new_zeros(0)
-    vectors = like.new_zeros(0, size)
-    products, norm, converged, runs = 0, 0.0, True, 0
-    all_bounds, rest = math.inf, -math.inf
+    found = _Found(sign, like, size)
 
     def run(count: int, enclosure: float = math.inf, beyond: float | None = None) -> Eigenpairs:
         return lanczos(
-            deflated(vectors),
+            deflated(found.vectors),
             size,
             count,
             largest=largest,
@@ -110,56 +107,66 @@ def extreme_eigenpairs(
             generator=generator,
             full_orthogonalization=full_orthogonalization,
             most_kept=most_kept,
-            excluded=vectors,
+            excluded=found.vectors,
         )
 
-    def take(pairs: Eigenpairs, count: int) -> None:
-        nonlocal values, residuals, vectors, runs
-        runs += 1
-        values = torch.cat([values, pairs.values[:count]])
-        residuals = torch.cat([residuals, pairs.residuals[:count]])
-        vectors = torch.cat([vectors, pairs.vectors[:count]])
-        order = torch.argsort(sign * values, descending=True, stable=True)
-        values, residuals, vectors = values[order], residuals[order], vectors[order]
-
-    while len(values) < size:
-        if len(values) < k:
-            pairs, first = first, None
-            if pairs is None:
-                pairs = run(k - len(values), stop.enclosure if stop.alone else math.inf)
-            products, norm = products + pairs.products, max(norm, pairs.norm)
-            if len(values) == 0:
-                all_bounds = sign * pairs.bound
-            resolved = pairs.values.abs() >= resolution * pairs.values[0].abs()
-            take(pairs, int(resolved.sum()) if pairs.converged else len(resolved))
-            converged = pairs.converged
-            if stop.alone or not converged:
-                rest = math.inf
-                break
-            continue
-        kth = float(values[k - 1])
+    norm, all_bounds, rest, ended = 0.0, math.inf, -math.inf, False
+    # First k pairs. Those lost in the rounding of the first are left to the next run.
+    while len(found.values) < k and not ended:
+        pairs, first = first, None
+        if pairs is None:
+            pairs = run(k - len(found.values), stop.enclosure if stop.alone else math.inf)
+        norm = max(norm, pairs.norm)
+        if len(found.values) == 0:
+            all_bounds = sign * pairs.bound
+        resolved = pairs.values.abs() >= resolution * pairs.values[0].abs()
+        found.add(pairs, int(resolved.sum()) if pairs.converged else len(resolved))
+        if stop.alone or not pairs.converged:
+            # Nothing is known of the rest, and nothing more is to be.
+            rest, ended = math.inf, True
+    # Then their complement, for as long as it shows a value that belongs among them.
+    while len(found.values) < size and not ended:
+        kth = float(found.values[k - 1])
         if stop.separation is None:
             pairs = run(1, stop.enclosure, kth)
         else:
             pairs = run(1, 0.0, kth - sign * stop.separation * abs(kth))
-        products += pairs.products
-        rest = sign * pairs.bound
-        converged = converged and pairs.converged
-        if sign * float(pairs.values[0]) <= sign * kth + stop.tol * abs(kth) or not pairs.converged:
-            break
-        take(pairs, 1)
-        rest = -math.inf
-    bounds = [
-        min(bound, all_bounds) for bound in _bounds(sign * values, residuals, rest, runs == 1)
-    ]
+        belongs = sign * float(pairs.values[0]) > sign * kth + stop.tol * abs(kth)
+        ended = not (belongs and pairs.converged)
+        found.add(pairs, 0 if ended else 1)
+        rest = sign * pairs.bound if ended else -math.inf
+    ranked = _bounds(sign * found.values, found.residuals, rest, found.runs == 1)
     return ExtremeEigenpairs(
-        values=values[:k],
-        vectors=vectors[:k],
-        bounds=[sign * bound for bound in bounds[: k + 1]],
+        values=found.values[:k],
+        vectors=found.vectors[:k],
+        bounds=[sign * min(bound, all_bounds) for bound in ranked[: k + 1]],
         norm=norm,
-        converged=converged,
-        products=products,
+        converged=found.converged,
+        products=found.products,
     )
+
+
+class _Found:
+    """The pairs of all runs so far, the most extreme first, and what the runs took."""
+
+    def __init__(self, sign: float, like: Tensor, size: int) -> None:
+        self._sign = sign
+        self.values, self.residuals = like.new_zeros(0), like.new_zeros(0)
+        self.vectors = like.new_zeros(0, size)
+        self.products, self.runs, self.converged = 0, 0, True
+
+    def add(self, pairs: Eigenpairs, count: int) -> None:
+        """Count what a run took, and add the first pairs that it found."""
+        self.products += pairs.products
+        self.converged = self.converged and pairs.converged
+        if count == 0:
+            return
+        self.runs += 1
+        values = torch.cat([self.values, pairs.values[:count]])
+        order = torch.argsort(self._sign * values, descending=True, stable=True)
+        self.values = values[order]
+        self.residuals = torch.cat([self.residuals, pairs.residuals[:count]])[order]
+        self.vectors = torch.cat([self.vectors, pairs.vectors[:count]])[order]
 
 
 def _bounds(values: Tensor, residuals: Tensor, rest: float, one_run: bool) -> list[float]:

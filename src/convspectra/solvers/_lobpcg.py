@@ -7,6 +7,7 @@ each Rayleigh-Ritz step, after Hetmaniuk and Lehoucq (J. Comput. Phys. 218, 2006
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,13 +72,14 @@ def lobpcg(
     """
     m, n = shape
     block = min(n, k + GUARD_VECTORS)
-    eps = torch.finfo(like.dtype).eps
+    floor = FLOOR_UNITS * float(torch.finfo(like.dtype).eps)
     x = torch.randn(block, n, dtype=like.dtype, device=like.device, generator=generator)
     x = torch.linalg.qr(x.T).Q.T
     ax = matvec(x)
     p, ap = x.new_zeros(0, n), x.new_zeros(0, m)
     matvecs, converged, norm = block, False, 0.0
     for _ in range(stop.maxiter):
+        # Ritz vectors of A'A in the span of x, ascending, and their residuals.
         rotation, s = _left_singular(ax)
         norm = max(norm, float(s.amax()))
         x, ax = rotation.T @ x, rotation.T @ ax
@@ -86,18 +88,14 @@ def lobpcg(
         residual = rmatvec(ax / (norm or 1.0)) / (norm or 1.0) - ratio[:, None] ** 2 * x
         matvecs += block
         size = torch.linalg.vector_norm(residual, dim=1)[:k]
-        floor = FLOOR_UNITS * eps
-        reached = size <= stop.tol * ratio[:k]
-        if stop.values_only and block > k:
-            gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
-            near = size <= PAIRS_COUNT_AS_ONE * stop.tol * ratio[:k]
-            reached |= near & (size**2 <= stop.tol * ratio[:k] ** 2 * gap)
-        if bool((reached | (size <= floor)).all()):
+        reached = _reached(size, ratio, stop)
+        done = reached | (size <= floor)  # rounding error: no step makes it less
+        if bool(done.all()):
             converged = bool((reached | (ratio[:k] <= stop.tol)).all())
             break
-        # The guard vectors go on as long as one of the others does.
+        # New directions. The guard vectors go on as long as one of the others does.
         active = torch.ones(block, dtype=torch.bool, device=x.device)
-        active[:k] = ~(reached | (size <= floor))
+        active[:k] = ~done
         search = residual[active]
         search = search if precondition is None else precondition(search)
         search = orthonormal(search, x)
@@ -106,29 +104,46 @@ def lobpcg(
             break
         images = matvec(search)
         matvecs += len(search)
+        # Rayleigh-Ritz in the orthonormal basis [x, search, p]: the extreme left singular vectors
+        # of all images are the Ritz vectors of A'A. The next p is the part beside x.
         p, ap = _beside(p, ap, torch.cat([x, search]), torch.cat([ax, images]))
         together, stacked = torch.cat([x, search, p]), torch.cat([ax, images, ap])
-        # The extreme left singular vectors of all images are the Ritz vectors of A'A.
         left, s = _left_singular(stacked)
         norm = max(norm, float(s.amax()))
         chosen = left[:, :block].T
         p, ap = chosen[:, block:] @ together[block:], chosen[:, block:] @ stacked[block:]
         x, ax = chosen @ together, chosen @ stacked
-    ax = matvec(x)
-    matvecs += block
-    s = torch.linalg.vector_norm(ax, dim=1)[:k]
+    # Images by combination have gathered rounding: those that are given are computed anew.
+    triplets = _triplets(x[:k], matvec(x)[:k], norm)
+    return replace(triplets, converged=converged, matvecs=matvecs + block)
+
+
+def _reached(size: Tensor, ratio: Tensor, stop: Stop) -> Tensor:
+    """Whether residuals of the first Ritz values, relative to the norm as these are, are enough."""
+    k = len(size)
+    reached = size <= stop.tol * ratio[:k]
+    if stop.values_only and len(ratio) > k:
+        gap = (ratio[k] ** 2 - ratio[:k] ** 2).abs()
+        near = size <= PAIRS_COUNT_AS_ONE * stop.tol * ratio[:k]
+        reached |= near & (size**2 <= stop.tol * ratio[:k] ** 2 * gap)
+    return reached
+
+
+def _triplets(v: Tensor, images: Tensor, norm: float) -> SingularTriplets:
+    """Triplets, ascending, from right vectors and their images under a map of this norm."""
+    s = torch.linalg.vector_norm(images, dim=1)
     order = torch.argsort(s)
     s = s[order]
-    slack = 8 * m**0.5 * eps * norm
+    slack = 8 * images.shape[1] ** 0.5 * torch.finfo(s.dtype).eps * norm
     return SingularTriplets(
-        u=ax[:k][order] / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None],
+        u=images[order] / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None],
         s=s,
-        v=x[:k][order],
+        v=v[order],
         lower=torch.zeros_like(s),
         others=0.0,
         upper=s + slack,
-        converged=converged,
-        matvecs=matvecs,
+        converged=False,
+        matvecs=0,
         certificate=NO_BOUND_BELOW,
     )
 
