@@ -1,6 +1,6 @@
 """Networks whose packages keep weights apart from the model: the modules that the weights fill.
 
-Names are those of the state dicts. Each function builds one network for `load_targets`.
+Names are those of the state dicts. Each function builds one network for `load_operators`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import convspectra as cs
 from benchmarks.layers import resnet50
 from benchmarks.measure import machine, peak_bytes, timed
 from convspectra.auditing._layer_audit import TOLERANCE, AuditOptions, audit_layer
-from convspectra.models._linear_layers import Target
+from convspectra.models._named_operators import NamedOperator
 from convspectra.operator._convolution import scaled_outputs
 from convspectra.paper.figures import write_texts
 from convspectra.text import markdown_table
@@ -50,12 +50,12 @@ def measured(width: int, size: int, audit_first: bool, console: Console) -> list
         op = layer.operator()
         scale = 0.5 + torch.rand(op.output_shape[0], dtype=torch.float64)
         folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
-        target = Target(layer.name, "Conv2d", op, scale=scale, batch_norm="random")
+        named = NamedOperator(layer.name, "Conv2d", op, scale=scale, batch_norm="random")
         times, answers = {}, {}
         runs = {
             "engine": partial(both_ends, op),
             "engine, folded": partial(both_ends, folded),
-            "audit": partial(audit_layer, target, None, AuditOptions()),
+            "audit": partial(audit_layer, named, None, AuditOptions()),
         }
         for name in reversed(runs) if audit_first else runs:
             times[name], answers[name] = timed(runs[name])

@@ -25,7 +25,7 @@ from benchmarks.measure import call, machine, timed
 from benchmarks.pretrained import PRETRAINED
 from convspectra.auditing import _table as audit_table
 from convspectra.auditing import network_facts, table_row
-from convspectra.auditing._audit import audit_targets
+from convspectra.auditing._audit import audit_operators
 from convspectra.auditing._layer_audit import AuditOptions
 from convspectra.auditing._numbers import seconds
 from convspectra.auditing._record import Conditioning, LayerAudit
@@ -73,7 +73,7 @@ def audited(name: str, folder: str | None = None) -> dict[str, Any]:
     network = PRETRAINED[name]
     version, path = network.find(Path(folder) if folder else None)
     shape = sizes(network.input_shape)
-    elapsed, report = timed(lambda: audit_targets(network.targets(path), name, shape))
+    elapsed, report = timed(lambda: audit_operators(network.operators(path), name, shape))
     found = [(layer, layer.applied) for layer in report.layers if layer.applied is not None]
     regular = [(layer, numbers) for layer, numbers in found if not numbers.singular]
     ends = [end for _, numbers in found for end in (numbers.sigma_max, numbers.sigma_min)]
@@ -97,7 +97,7 @@ def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any])
     version, path = network.find(folder)
     options = AuditOptions(spectrum=True)
     shape = sizes((1, *network.input_shape))
-    report = audit_targets(network.targets(path), name, shape, options=options)
+    report = audit_operators(network.operators(path), name, shape, options=options)
     out.mkdir(parents=True, exist_ok=True)
     report.to_json(out / f"{name}.json")
     report.to_html(out / f"{name}.html")

@@ -28,8 +28,8 @@ from benchmarks.ours import certified
 from benchmarks.peers import circular
 from benchmarks.pretrained import PRETRAINED
 from convspectra.cli._printing import input_shape
-from convspectra.models._linear_layers import Target
-from convspectra.models.files import load_targets
+from convspectra.models._named_operators import NamedOperator
+from convspectra.models.files import load_operators
 from convspectra.text import markdown_table
 
 COLUMNS = (
@@ -43,22 +43,22 @@ SHOWN = (
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
 
 
-def measured(targets: Iterable[Target]) -> Iterator[dict[str, Any]]:
+def measured(operators: Iterable[NamedOperator]) -> Iterator[dict[str, Any]]:
     """Two rows a layer, sigma_max (LM) and sigma_min (SM); one that says why for a skipped one."""
-    for target in targets:
-        op = target.operator
+    for named in operators:
+        op = named.operator
         if op is None:
-            yield {"layer": target.name, "note": f"skipped: {target.skipped}"}
+            yield {"layer": named.name, "note": f"skipped: {named.skipped}"}
             continue
         peer = circular(op.with_weight(op.weight.double())).values
         facts = {
-            "layer": target.name,
+            "layer": named.name,
             "weight": "x".join(map(str, op.weight.shape)),
             "input": "x".join(map(str, op.input_shape[1:])),
             "options": str(_options(op)),
             "rows": op.shape[0],
             "columns": op.shape[1],
-            "note": "; ".join(target.notes),
+            "note": "; ".join(named.notes),
         }
         for which, what in (("LM", "sigma_max"), ("SM", "sigma_min")):
             run = partial(certified, op, which, tol=TOLERANCE[which], return_singular_vectors=False)
@@ -100,7 +100,7 @@ def _texts(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def run(name: str, targets: Iterable[Target], out: Path, console: Console) -> str:
+def run(name: str, operators: Iterable[NamedOperator], out: Path, console: Console) -> str:
     """Measure, print and write; returns the totals."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -110,7 +110,7 @@ def run(name: str, targets: Iterable[Target], out: Path, console: Console) -> st
     ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in measured(targets):
+        for row in measured(operators):
             status.update(row["layer"])
             writer.writerow(row)
             file.flush()
@@ -143,11 +143,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.package:
         pretrained = PRETRAINED[args.package]
-        name, targets = args.package, pretrained.targets(pretrained.find()[1])
+        name, operators = args.package, pretrained.operators(pretrained.find()[1])
     else:
         shapes = [args.input] if args.input else []
-        name, targets = load_targets(args.file, shapes, factory=args.factory)
-    run(args.name or name, targets, args.out, Console())
+        name, operators = load_operators(args.file, shapes, factory=args.factory)
+    run(args.name or name, operators, args.out, Console())
 
 
 if __name__ == "__main__":

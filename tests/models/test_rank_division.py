@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convspectra.models._layers import is_convolution
-from convspectra.models._rank_division import Division, divide, refuse_sharded
+from convspectra.models._rank_division import RankDivision, divide_among_ranks, refuse_sharded
 
 
 class FakeGroup:
@@ -29,15 +29,15 @@ def fake_groups(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda group: group.rank)
 
 
-def loads(costs: list[float], division: Division) -> list[float]:
+def loads(costs: list[float], division: RankDivision) -> list[float]:
     return [
         sum(cost for cost, owner in zip(costs, division.owner, strict=True) if owner == rank)
         for rank in range(division.size)
     ]
 
 
-def of_each_rank(costs: list[float], size: int) -> list[Division]:
-    return [divide(costs, FakeGroup(size, rank)) for rank in range(size)]
+def of_each_rank(costs: list[float], size: int) -> list[RankDivision]:
+    return [divide_among_ranks(costs, FakeGroup(size, rank)) for rank in range(size)]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -61,7 +61,7 @@ def test_the_busiest_rank_has_at_most_four_thirds_of_the_least_possible(size, se
         max(sum(c for c, o in zip(costs, owner, strict=True) if o == rank) for rank in range(size))
         for owner in itertools.product(range(size), repeat=len(costs))
     )
-    worst = max(loads(costs, divide(costs, FakeGroup(size))))
+    worst = max(loads(costs, divide_among_ranks(costs, FakeGroup(size))))
     assert worst <= (4 / 3 - 1 / (3 * size)) * best + 1e-12
 
 
@@ -78,24 +78,24 @@ def test_the_busiest_rank_has_at_most_four_thirds_of_the_least_possible(size, se
     ],
 )
 def test_the_dearest_first_to_who_has_the_least(costs, size, owner):
-    division = divide(costs, FakeGroup(size))
+    division = divide_among_ranks(costs, FakeGroup(size))
     assert division.owner == owner
     assert division.size == size
 
 
 def test_one_process_has_everything():
     for group in (None, FakeGroup(1)):
-        division = divide([3.0, 1.0], group)
-        assert division == Division(None, 0, 1, (0, 0))
+        division = divide_among_ranks([3.0, 1.0], group)
+        assert division == RankDivision(None, 0, 1, (0, 0))
         assert division.own == [0, 1]
 
 
 def test_the_default_group_where_nothing_is_initialized(monkeypatch):
     assert not dist.is_initialized()
-    assert divide([3.0, 1.0], "default") == Division(None, 0, 1, (0, 0))
+    assert divide_among_ranks([3.0, 1.0], "default") == RankDivision(None, 0, 1, (0, 0))
     monkeypatch.setattr(dist, "is_available", lambda: False)
     monkeypatch.setattr(dist, "is_initialized", lambda: pytest.fail("is not there"))
-    assert divide([3.0, 1.0], "default") == Division(None, 0, 1, (0, 0))
+    assert divide_among_ranks([3.0, 1.0], "default") == RankDivision(None, 0, 1, (0, 0))
 
 
 def test_the_default_group_is_the_world(monkeypatch):
@@ -103,7 +103,7 @@ def test_the_default_group_is_the_world(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d._world, "default_pg", world, raising=False)
     monkeypatch.setattr(type(dist.group), "WORLD", world, raising=False)
-    division = divide([3.0, 1.0], "default")
+    division = divide_among_ranks([3.0, 1.0], "default")
     assert division.group is world
     assert (division.rank, division.own) == (1, [1])
 
@@ -113,7 +113,7 @@ def test_other_names_of_groups_are_refused(group):
     with pytest.raises(
         ValueError, match=f"expected process_group to be 'default', .*got '{group}'"
     ):
-        divide([1.0], group)
+        divide_among_ranks([1.0], group)
 
 
 # --- what ranks exchange --------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_other_names_of_groups_are_refused(group):
 def test_one_process_exchanges_nothing(monkeypatch):
     for name in ("all_reduce", "all_gather_object"):
         monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("nothing to exchange"))
-    division, value, values = divide([1.0], None), torch.ones(2), {"a": 1}
+    division, value, values = divide_among_ranks([1.0], None), torch.ones(2), {"a": 1}
     assert division.total(value) is value
     assert division.gathered(values) is values
 
@@ -136,7 +136,7 @@ def test_totals_leave_the_value_of_this_rank_as_it_was(monkeypatch):
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     value = torch.ones(2)
-    assert divide([1.0], group).total(value).tolist() == [11.0, 11.0]
+    assert divide_among_ranks([1.0], group).total(value).tolist() == [11.0, 11.0]
     assert value.tolist() == [1.0, 1.0]
 
 
@@ -148,7 +148,7 @@ def test_gathered_is_the_union(monkeypatch):
         parts[:] = [{"a": 1}, values, {}]
 
     monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    assert divide([1.0], group).gathered({"b": 2}) == {"a": 1, "b": 2}
+    assert divide_among_ranks([1.0], group).gathered({"b": 2}) == {"a": 1, "b": 2}
 
 
 # --- sharded models -------------------------------------------------------------------------------
@@ -205,6 +205,6 @@ def test_whole_models_pass():
 @given(st.lists(st.integers(0, 1000), max_size=20), st.integers(2, 9))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_rank_has_more_than_a_fair_share_and_one_layer(costs, size):
-    division = divide(costs, FakeGroup(size))
+    division = divide_among_ranks(costs, FakeGroup(size))
     assert len(division.owner) == len(costs)
     assert max(loads(costs, division)) <= sum(costs) / size + max(costs, default=0)

@@ -14,8 +14,8 @@ from helpers.strategies import one_thread as one_thread
 from safetensors.torch import save_file
 from torch import nn
 
-from convspectra.models._linear_layers import Target
-from convspectra.models.files import LoadError, load_targets
+from convspectra.models._named_operators import NamedOperator
+from convspectra.models.files import LoadError, load_operators
 
 SHAPES = [(3, 6, 6)]
 FACTORY = f"{__name__}:network"
@@ -40,21 +40,21 @@ def failing() -> nn.Module:
     raise SystemError("no network today")
 
 
-def same_layers(targets: list[Target], normalized: bool = True) -> None:
-    """The targets are the layers of `network`, found by applying them."""
+def same_layers(operators: list[NamedOperator], normalized: bool = True) -> None:
+    """The operators are the layers of `network`, found by applying them."""
     model = network()
-    assert [t.type for t in targets] == ["Conv2d", "ConvTranspose2d", "Linear"]
-    for target, layer in zip(targets, (model[0], model[3], model[5]), strict=True):
+    assert [t.type for t in operators] == ["Conv2d", "ConvTranspose2d", "Linear"]
+    for named, layer in zip(operators, (model[0], model[3], model[5]), strict=True):
         torch.manual_seed(1)
-        x = torch.randn(1, *target.operator.input_shape)
+        x = torch.randn(1, *named.operator.input_shape)
         if normalized or layer is not model[0]:
             expected = (layer(x) - layer(torch.zeros_like(x))).detach()
-            torch.testing.assert_close(target.operator.matvec(x), expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(named.operator.matvec(x), expected, atol=1e-5, rtol=1e-4)
     if normalized:
-        assert [t.name for t in targets] == ["0", "3", "5"]
-        assert [t.batch_norm for t in targets] == ["1", "", ""]
+        assert [t.name for t in operators] == ["0", "3", "5"]
+        assert [t.batch_norm for t in operators] == ["1", "", ""]
         scale = torch.full((4,), (4 + 1e-5) ** -0.5, dtype=torch.float64)
-        torch.testing.assert_close(targets[0].scale, scale)
+        torch.testing.assert_close(operators[0].scale, scale)
 
 
 @pytest.fixture
@@ -109,31 +109,31 @@ WRITERS = [script, trace, exported, checkpoint, legacy, safetensors, pickled]
 def test_every_format_gives_the_layers_of_the_model(tmp_path, example, write):
     path = tmp_path / "net.bin"  # content decides, not the suffix
     write(path, example)
-    name, targets = load_targets(path, SHAPES, factory=FACTORY, allow_pickle=True)
+    name, operators = load_operators(path, SHAPES, factory=FACTORY, allow_pickle=True)
     assert name == "net"
-    same_layers(targets)
+    same_layers(operators)
 
 
 def test_a_frozen_archive_has_its_normalization_folded(tmp_path, example):
     frozen(tmp_path / "net.pt", example)
-    _, targets = load_targets(tmp_path / "net.pt", SHAPES)
-    same_layers(targets, normalized=False)
+    _, operators = load_operators(tmp_path / "net.pt", SHAPES)
+    same_layers(operators, normalized=False)
     scale = (4 + 1e-5) ** -0.5
     expected = network()[0].weight.detach() * scale
-    torch.testing.assert_close(targets[0].operator.weight, expected)
+    torch.testing.assert_close(operators[0].operator.weight, expected)
 
 
 def test_a_factory_alone():
-    name, targets = load_targets(None, SHAPES, factory=FACTORY)
+    name, operators = load_operators(None, SHAPES, factory=FACTORY)
     assert name == "network"
-    same_layers(targets)
+    same_layers(operators)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net"])
 def test_nested_state_dicts_with_a_prefix(tmp_path, key):
     state = {f"module.{name}": value for name, value in network().state_dict().items()}
     torch.save({"epoch": 3, key: state}, tmp_path / "net.pth")
-    same_layers(load_targets(tmp_path / "net.pth", SHAPES, factory=FACTORY)[1])
+    same_layers(load_operators(tmp_path / "net.pth", SHAPES, factory=FACTORY)[1])
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_nested_state_dicts_with_a_prefix(tmp_path, key):
 
 def refused(match: str, path, shapes=SHAPES, **options) -> None:
     with pytest.raises(LoadError, match=match) as caught:
-        load_targets(path, shapes, **options)
+        load_operators(path, shapes, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_without_checksums(tmp_path):
         checkpoint(tmp_path / "net.pt", None)
     finally:
         torch.serialization.set_crc32_options(True)
-    same_layers(load_targets(tmp_path / "net.pt", SHAPES, factory=FACTORY)[1])
+    same_layers(load_operators(tmp_path / "net.pt", SHAPES, factory=FACTORY)[1])
 
 
 def test_what_pytorch_logs_stays_silent(tmp_path, capfd):
@@ -236,11 +236,11 @@ def test_zip_archives_that_are_no_models(tmp_path):
 
 
 class Hostile:
-    def __init__(self, target) -> None:
-        self.target = target
+    def __init__(self, named) -> None:
+        self.named = named
 
     def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
+        return os.system, (f"touch {self.named}",)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda o, p: p.write_bytes(pickle.dumps(o))])
@@ -287,7 +287,7 @@ def test_factories_that_are_none(factory, reason):
 @pytest.mark.parametrize("kind", ["onnx", "safetensors"])
 def test_optional_packages(tmp_path, monkeypatch, kind):
     head = {"onnx": b"\x08\x09", "safetensors": b"\x02\0\0\0\0\0\0\0{}"}[kind]
-    for module in ("safetensors.torch", "onnx", "convspectra.models.files._onnx_targets"):
+    for module in ("safetensors.torch", "onnx", "convspectra.models.files._onnx_layers"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"pip install 'convspectra\[{kind}\]'"):
-        load_targets(_written(tmp_path / "net", head), SHAPES, factory=FACTORY)
+        load_operators(_written(tmp_path / "net", head), SHAPES, factory=FACTORY)

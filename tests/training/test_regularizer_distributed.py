@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from convspectra import Schedule, SpectralRegularizer
-from convspectra.models._rank_division import divide
+from convspectra.models._rank_division import divide_among_ranks
 from convspectra.training import _tracked as tracked
 
 NAMES = ("conditioning", "frobenius", "stein")
@@ -404,7 +404,7 @@ def test_without_a_group_every_rank_has_everything(runs):
 
 
 def test_one_process_needs_no_group():
-    division = divide([3.0, 1.0], "default")
+    division = divide_among_ranks([3.0, 1.0], "default")
     assert (division.group, division.size, division.own) == (None, 1, [0, 1])
 
 

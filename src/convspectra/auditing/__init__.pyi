@@ -1,4 +1,4 @@
-from ._audit import audit, audit_targets
+from ._audit import audit, audit_operators
 from ._comparison import CHANGE_IMPORTANCE, CHANGE_TEXTS, compare
 from ._findings import BAND, network_facts
 from ._journal import journal_files, remove_journal
@@ -21,7 +21,7 @@ __all__ = [
     "LayerAudit",
     "Rule",
     "audit",
-    "audit_targets",
+    "audit_operators",
     "compare",
     "journal_files",
     "largest",

@@ -21,7 +21,13 @@ from convspectra.auditing._layer_audit import AuditOptions, audit_layer, cost, d
 from convspectra.auditing._record import Circumstances, LayerAudit
 from convspectra.auditing._report import AuditReport, report_of
 from convspectra.auditing._workers import answers
-from convspectra.models import DEFAULT_GROUP, Division, Target, divide, module_targets
+from convspectra.models import (
+    DEFAULT_GROUP,
+    NamedOperator,
+    RankDivision,
+    divide_among_ranks,
+    named_operators,
+)
 from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer
 from convspectra.text import sizes
 
@@ -102,8 +108,8 @@ def audit(
     >>> [(layer.name, layer.shape, layer.applied.rank) for layer in report.layers]
     [('0', (288, 192), 192)]
     """
-    return audit_targets(
-        module_targets(model, example_input),
+    return audit_operators(
+        named_operators(model, example_input),
         type(model).__name__,
         _shapes(example_input),
         options=AuditOptions(spectrum, fold, max_bytes),
@@ -116,8 +122,8 @@ def audit(
     )
 
 
-def audit_targets(
-    targets: Sequence[Target],
+def audit_operators(
+    operators: Sequence[NamedOperator],
     model: str,
     input_shape: str,
     *,
@@ -135,27 +141,27 @@ def audit_targets(
     check_positive_integer("max_bytes", options.max_bytes)
     for device in devices:
         _check_device(device)
-    if not targets:
+    if not operators:
         raise ValueError(f"expected {model} to have layers with weights, got none")
-    keys = [_key(target, options) for target in targets]
-    division = divide([cost(target) for target in targets], process_group)
+    keys = [_key(named, options) for named in operators]
+    division = divide_among_ranks([cost(named) for named in operators], process_group)
     kept = _Kept(None if journal is None else Path(journal), division, keys)
     complete = True
     try:
-        _run(targets, keys, division, kept, options, devices or [None] * workers, progress)
+        _run(operators, keys, division, kept, options, devices or [None] * workers, progress)
     except KeyboardInterrupt:
         complete = False
     found = division.gathered(kept.found)
-    layers = [_named(found[key], target) for key, target in zip(keys, targets, strict=True)
+    layers = [_named(found[key], named) for key, named in zip(keys, operators, strict=True)
               if key in found]  # fmt: skip
-    complete = complete and len(layers) == len(targets)
+    complete = complete and len(layers) == len(operators)
     return report_of(_circumstances(model, input_shape, complete), layers, band)
 
 
 class _Kept:
     """Finished layers by key, in memory and in the journal."""
 
-    def __init__(self, journal: Path | None, division: Division, keys: Sequence[str]) -> None:
+    def __init__(self, journal: Path | None, division: RankDivision, keys: Sequence[str]) -> None:
         self._path = journal
         self.found: dict[str, LayerAudit] = {}
         if journal is None:
@@ -174,17 +180,17 @@ class _Kept:
 
 
 def _run(
-    targets: Sequence[Target],
+    operators: Sequence[NamedOperator],
     keys: Sequence[str],
-    division: Division,
+    division: RankDivision,
     kept: _Kept,
     options: AuditOptions,
     devices: Sequence[str | torch.device | None],
     progress: Progress | None,
 ) -> None:
-    costs = {keys[i]: cost(targets[i]) for i in division.own}
+    costs = {keys[i]: cost(operators[i]) for i in division.own}
     whole = sum(costs.values()) or 1.0
-    todo = {keys[i]: targets[i] for i in division.own if keys[i] not in kept.found}
+    todo = {keys[i]: operators[i] for i in division.own if keys[i] not in kept.found}
     left = sum(costs[key] for key in todo)
     for key in costs:
         if progress is not None and key in kept.found:
@@ -199,33 +205,33 @@ def _run(
             progress(layer, max(0.0, 1 - left / whole))
 
 
-def _sendable(target: Target) -> Target:
-    """The target without a graph behind its weight."""
-    if target.operator is None:
-        return target
-    return Target(
-        **vars(target)
-        | {"operator": target.operator.with_weight(target.operator.weight.detach(), check=False)}
+def _sendable(named: NamedOperator) -> NamedOperator:
+    """The named without a graph behind its weight."""
+    if named.operator is None:
+        return named
+    return NamedOperator(
+        **vars(named)
+        | {"operator": named.operator.with_weight(named.operator.weight.detach(), check=False)}
     )
 
 
-def _named(layer: LayerAudit, target: Target) -> LayerAudit:
-    """The entry under the target's own name: a shared weight was computed once."""
-    own = described(target)
+def _named(layer: LayerAudit, named: NamedOperator) -> LayerAudit:
+    """The entry under the named's own name: a shared weight was computed once."""
+    own = described(named)
     names = ("name", "type", "batch_norm", "notes", "uses")
     return LayerAudit(**vars(layer) | {name: getattr(own, name) for name in names})
 
 
-def _key(target: Target, options: AuditOptions) -> str:
+def _key(named: NamedOperator, options: AuditOptions) -> str:
     """What decides the numbers of a layer, hashed."""
     digest = hashlib.sha256(repr(options).encode())
-    op = target.operator
+    op = named.operator
     if op is None:
-        digest.update(repr((target.name, target.skipped)).encode())
+        digest.update(repr((named.name, named.skipped)).encode())
         return digest.hexdigest()
     facts = (op.geometry, op.groups, op.transposed, op.dtype, tuple(op.weight.shape))
     digest.update(repr(facts).encode())
-    for tensor in (op.weight, target.scale):
+    for tensor in (op.weight, named.scale):
         if tensor is not None:
             digest.update(_bytes(tensor))
     return digest.hexdigest()

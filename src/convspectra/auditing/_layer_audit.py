@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from convspectra.auditing._record import Certified, Circular, Conditioning, LayerAudit, Spectrum
-from convspectra.models import Target
+from convspectra.models import NamedOperator
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
     ConvOperator,
@@ -69,31 +69,31 @@ class AuditOptions:
 
 
 def audit_layer(
-    target: Target, device: str | torch.device | None, options: AuditOptions
+    layer: NamedOperator, device: str | torch.device | None, options: AuditOptions
 ) -> LayerAudit:
     """The numbers of one layer, computed on a device or where its weight is.
 
     One that cannot be computed is skipped with the reason.
     """
     start = time.perf_counter()
-    found = described(target)
-    op = target.operator
+    found = described(layer)
+    op = layer.operator
     if op is not None and device is not None:
         op = op.with_weight(op.weight.to(device))
     if op is not None:
         try:
-            found = _computed(found, op, target, options)
+            found = _computed(found, op, layer, options)
         except _FAILURES as error:
             found = replace(found, skipped=_reason(error))
     return replace(found, seconds=time.perf_counter() - start)
 
 
-def described(target: Target) -> LayerAudit:
+def described(layer: NamedOperator) -> LayerAudit:
     """What is known of a layer before anything is computed."""
     blank = LayerAudit(
-        target.name, target.type, skipped=target.skipped, notes=target.notes, uses=target.uses
+        layer.name, layer.type, skipped=layer.skipped, notes=layer.notes, uses=layer.uses
     )
-    op = target.operator
+    op = layer.operator
     if op is None:
         return blank
     g = op.geometry
@@ -110,13 +110,13 @@ def described(target: Target) -> LayerAudit:
         output_shape=op.output_shape,
         shape=op.shape,
         dtype=str(op.dtype).removeprefix("torch."),
-        batch_norm=target.batch_norm,
+        batch_norm=layer.batch_norm,
     )
 
 
-def cost(target: Target) -> float:
+def cost(layer: NamedOperator) -> float:
     """Flops, very roughly: to hand out layers and to tell the time left."""
-    op = target.operator
+    op = layer.operator
     if op is None:
         return 0.0
     g = op.geometry
@@ -125,19 +125,19 @@ def cost(target: Target) -> float:
     border = op.groups * (op.weight.shape[1] * across) ** 3
     points = math.prod(g.output_size) * (2 if math.prod(g.kernel_size) > 1 else 0)
     symbols = points * op.weight.shape[0] * op.weight.shape[1] * min(op.weight.shape[:2])
-    return (products + symbols + (border if g.ndim else 0.0)) * (1 + (target.scale is not None))
+    return (products + symbols + (border if g.ndim else 0.0)) * (1 + (layer.scale is not None))
 
 
 def _computed(
-    found: LayerAudit, op: ConvOperator, target: Target, options: AuditOptions
+    found: LayerAudit, op: ConvOperator, layer: NamedOperator, options: AuditOptions
 ) -> LayerAudit:
     op = op.with_weight(op.weight.detach().double())
     applied = conditioning(op, options)
     torus = circular_operator(op)
     found = replace(found, applied=applied, circular=_circular(op, torus, applied, options))
-    if options.fold and target.scale is not None:
+    if options.fold and layer.scale is not None:
         try:
-            scale = target.scale.to(op.weight)
+            scale = layer.scale.to(op.weight)
             folded = op.with_weight(scaled_outputs(op.weight, scale, op.groups, op.transposed))
             found = replace(found, folded=conditioning(folded, options))
         except _FAILURES as error:

@@ -118,12 +118,12 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     journal = _journal(parsed)
     loading = importlib.import_module("convspectra.models.files")
     auditing = importlib.import_module("convspectra.auditing")
-    name, targets = loading.load_targets(
+    name, operators = loading.load_operators(
         parsed.file, parsed.input, factory=parsed.factory, allow_pickle=parsed.allow_pickle
     )
     with _group() as first, _Bar(console, first) as bar:
-        report = auditing.audit_targets(
-            targets,
+        report = auditing.audit_operators(
+            operators,
             name,
             ", ".join(sizes((1, *shape)) for shape in parsed.input),
             options=auditing.AuditOptions(parsed.spectrum, not parsed.no_fold, max_bytes),

@@ -1,28 +1,26 @@
 """From a module or a file to named operators: one tracer, one reader a file format."""
 
-from convspectra.models._layers import (
-    Layer,
-    Selection,
-    find_layers,
-    is_convolution,
-    named,
-    selected,
-    unwrapped,
+from convspectra.models._layers import Layer, find_layers, named
+from convspectra.models._named_operators import NamedOperator, named_operators
+from convspectra.models._rank_division import (
+    DEFAULT_GROUP,
+    RankDivision,
+    divide_among_ranks,
+    refuse_sharded,
 )
-from convspectra.models._linear_layers import Target, module_targets
-from convspectra.models._rank_division import DEFAULT_GROUP, Division, divide, refuse_sharded
+from convspectra.models._selection import Selection, is_convolution, selected, unwrapped
 
 __all__ = [
     "DEFAULT_GROUP",
-    "Division",
     "Layer",
+    "NamedOperator",
+    "RankDivision",
     "Selection",
-    "Target",
-    "divide",
+    "divide_among_ranks",
     "find_layers",
     "is_convolution",
-    "module_targets",
     "named",
+    "named_operators",
     "refuse_sharded",
     "selected",
     "unwrapped",

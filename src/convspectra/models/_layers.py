@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from convspectra.operator import CONVOLUTION_TYPES, LAYER_TYPES, ConvOperator
-
-Predicate = Callable[[str, nn.Module], bool]
-Selection: TypeAlias = str | Iterable[str] | Predicate
-"""Layers by a shell-style pattern of their names, by several, or by a function (name, module)."""
+from convspectra.models._forward_pass import evaluated, recorded_pass
+from convspectra.models._selection import Selection, is_convolution, modules_of, selected
+from convspectra.operator import LAYER_TYPES, ConvOperator
 
 
 @dataclass(frozen=True)
@@ -54,50 +49,6 @@ class Layer:
         return op.weight.shape, op.geometry, op.groups, op.transposed, op.dtype, op.device
 
 
-def is_convolution(name: str, module: nn.Module) -> bool:
-    """The default choice of layers: every convolution, transposed or not."""
-    return isinstance(module, CONVOLUTION_TYPES)
-
-
-def selected(name: str, module: nn.Module, selection: Selection) -> bool:
-    """Whether a selection includes a module; a pattern chooses among convolutions only.
-
-    Raises
-    ------
-    ValueError
-        For anything that is not a selection.
-    """
-    if callable(selection):
-        return bool(selection(name, module))
-    patterns: list[Any] = [selection]
-    if isinstance(selection, Iterable) and not isinstance(selection, str):
-        patterns = list(selection)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise ValueError(
-            "expected a selection of layers to be a name pattern, several of them, or a function "
-            f"of (name, module), got {selection!r}"
-        )
-    named = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    return named and isinstance(module, LAYER_TYPES)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile`` and (Distributed)DataParallel, whose names are shorter.
-
-    Examples
-    --------
-    >>> unwrapped(nn.DataParallel(nn.ReLU()))
-    ReLU()
-    """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 @contextlib.contextmanager
 def named(layer: Layer) -> Iterator[None]:
     """Put the name of the layer in front of what goes wrong inside."""
@@ -108,13 +59,6 @@ def named(layer: Layer) -> Iterator[None]:
         if not str(error).startswith(f"{label}: "):
             error.args = (": ".join([label, *map(str, error.args[:1])]), *error.args[1:])
         raise
-
-
-def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules and their names as they are without ``torch.compile`` of some of them."""
-    for name, module in model.named_modules():
-        if "_orig_mod" not in module._modules:
-            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
 def find_layers(
@@ -129,7 +73,7 @@ def find_layers(
     ----------
     model : nn.Module
         Run once, in evaluation mode and without gradients; its modes and buffers are left as they
-        were.
+        were. Lazy modules get their weights.
     example_input : Tensor, or tuple of positional arguments
     include, exclude : str, iterable of str, or callable (name, module) -> bool
         Which modules to list: patterns like "layer1.*" match names of convolutions and linear
@@ -138,9 +82,13 @@ def find_layers(
     Raises
     ------
     ValueError
-        If an included module is not one that `ConvOperator` knows, has a lazy or meta weight, gets
-        its input by keyword, or is never reached; if no module is included; if the example input
-        is not finite. The module is named.
+        If an included module is not one that `ConvOperator` knows, has a lazy or meta weight, or is
+        never reached; if no module is included; if the example input is not finite. The module is
+        named.
+
+    Notes
+    -----
+    Cost: one forward pass. Memory: the output of every layer at once.
 
     Examples
     --------
@@ -179,50 +127,22 @@ def find_layers(
             raise ValueError(
                 f"layer {name!r}: expected one of {names}, got {type(module).__name__}"
             )
+    with evaluated(model):
+        recorder = recorded_pass(model, example_input)
     seen: dict[tuple[str, tuple[int, ...]], Layer] = {}
-
-    def record(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        size = _spatial_size(name, module, arguments)
-        seen.setdefault((name, size), Layer(name, module, size))
-
-    hooks = [
-        module.register_forward_pre_hook(functools.partial(_hook, record, name))
-        for name, module in chosen.items()
-    ]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    missed = sorted(set(chosen) - {name for name, _ in seen})
+    for use in recorder.uses:
+        if use.module is not None and use.name in chosen:
+            layer = Layer(use.name, use.module, use.input_size)
+            seen.setdefault((layer.name, layer.input_size), layer)
+    reached = recorder.reached & set(chosen)
+    missed = sorted(set(chosen) - reached)
     if missed:
         raise ValueError(
             f"expected every included layer to be reached by the forward pass of example_input, "
             f"these were not: {missed}; exclude them or give another example"
         )
+    for name in sorted(reached - {name for name, _ in seen}):
+        Layer(name, chosen[name], ()).operator()  # says why it could not be taken
     for layer in seen.values():
         layer.operator()
     return list(seen.values())
-
-
-def _hook(
-    record: Callable[[str, nn.Module, tuple[Any, ...]], None],
-    name: str,
-    module: nn.Module,
-    arguments: tuple[Any, ...],
-) -> None:
-    record(name, module, arguments)
-
-
-def _spatial_size(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[int, ...]:
-    if isinstance(module, nn.Linear):
-        return ()
-    if not arguments or not isinstance(arguments[0], Tensor):
-        raise ValueError(f"layer {name!r}: expected its input as a positional tensor")
-    ndim = len(module.kernel_size)  # type: ignore[arg-type]
-    return tuple(arguments[0].shape[-ndim:])

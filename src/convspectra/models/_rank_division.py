@@ -14,7 +14,7 @@ DEFAULT_GROUP = "default"
 
 
 @dataclass(frozen=True)
-class Division:
+class RankDivision:
     """Who computes what.
 
     Attributes
@@ -52,7 +52,7 @@ class Division:
         return {key: value for part in parts for key, value in part.items()}
 
 
-def divide(costs: Sequence[float], group: Any) -> Division:
+def divide_among_ranks(costs: Sequence[float], group: Any) -> RankDivision:
     """Every layer to the rank with the least to do so far, the dearest first."""
     if isinstance(group, str):
         if group != DEFAULT_GROUP:
@@ -63,13 +63,13 @@ def divide(costs: Sequence[float], group: Any) -> Division:
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     size = 1 if group is None else dist.get_world_size(group)
     if size == 1:
-        return Division(None, 0, 1, (0,) * len(costs))
+        return RankDivision(None, 0, 1, (0,) * len(costs))
     load = [0.0] * size
     owner = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owner[i] = min(range(size), key=lambda rank: (load[rank], rank))
         load[owner[i]] += costs[i]
-    return Division(group, dist.get_rank(group), size, tuple(owner))
+    return RankDivision(group, dist.get_rank(group), size, tuple(owner))
 
 
 def refuse_sharded(model: torch.nn.Module, chosen: Callable[[str, torch.nn.Module], bool]) -> None:

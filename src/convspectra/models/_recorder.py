@@ -12,13 +12,16 @@ operation says anew what its results are, so that an address may be used again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from convspectra.models._linear_calls import (
@@ -31,8 +34,16 @@ from convspectra.models._linear_calls import (
     product_call,
     product_factors,
 )
-from convspectra.operator import ConvOperator
+from convspectra.models._selection import modules_of
+from convspectra.operator import ConvOperator, convolution_options
 
+_NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    (nn.MultiheadAttention, "attention is not a linear map of its input"),
+    ((nn.RNNBase, nn.RNNCellBase), "a recurrence is not a linear map of its input"),
+    (nn.Bilinear, "it is linear in each of two inputs, not in one"),
+    ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
+)
+LAZY = "it is lazy and has no weight yet; run one forward pass first"
 PADDED = "its input is padded by a separate operation"
 
 
@@ -46,11 +57,13 @@ class Reader:
 
 @dataclass
 class Use:
-    """One application of a layer."""
+    """One application of a layer; `module` is set where it is one that was taken whole."""
 
     name: str
     type: str
     operator: ConvOperator | None = None
+    module: nn.Module | None = None
+    input_size: tuple[int, ...] = ()
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
@@ -71,18 +84,25 @@ class Recorder(TorchDispatchMode):
     ----------
     stored : dict of str to Tensor
         Parameters and buffers by their qualified names.
+    lazy : mapping of str to str
+        Names and types of modules without a weight, which are passed over.
 
     Notes
     -----
     Holds on to the output of every layer: memory is that of a forward pass with gradients.
     """
 
-    def __init__(self, stored: dict[str, Tensor]) -> None:
+    supports_higher_order_operators = True  # torch.cond and the like
+
+    def __init__(
+        self, stored: dict[str, Tensor], lazy: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: list[Use] = []
         self.read: set[str] = set()
         self.reached: set[str] = set()
         self.frames: list[Frame] = []
+        self._lazy = lazy
         self._views = {_view(t): name for name, t in reversed(stored.items()) if t.numel()}
         self._sources = {_storage(t): name for name, t in reversed(stored.items()) if t.numel()}
         self._dependent: set[int] = set()
@@ -99,6 +119,10 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run one operation and note what it says of the layers."""
         kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):  # what is inside runs unseen
+            result = func(*args, **kwargs)
+            self._dependent.update(_storage(t) for t in _tensors(result))
+            return result
         # In inference mode composite operations arrive whole.
         if func.name().startswith("aten::") and _is_composite(func):
             with self:
@@ -113,6 +137,65 @@ class Recorder(TorchDispatchMode):
             self._padded[id(result)] = result
         self._note_origin(func, _tensors((args, kwargs)), _tensors(result))
         return result
+
+    @contextlib.contextmanager
+    def hooked(self, model: nn.Module) -> Iterator[None]:
+        """See the modules of a model too, besides the operations (Note [Two views of a pass])."""
+        handles = []
+        try:
+            for name, module in modules_of(model):
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                before = functools.partial(self._enter, name)
+                after = functools.partial(self._leave, name)
+                handles.append(module.register_forward_pre_hook(before))
+                handles.append(
+                    module.register_forward_hook(after, with_kwargs=True, always_call=True)
+                )
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self.reached.add(name)
+        self.frames.append(Frame(name, whole=True))  # a parametrized weight is computed here
+        self.frames[-1] = Frame(name, name in self._lazy or _taken_whole(module))
+
+    def _leave(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        *outside, frame = self.frames
+        if output is not None and frame.whole and not any(outer.whole for outer in outside):
+            reason = LAZY if name in self._lazy else not_linear(module)
+            if reason:
+                kind = self._lazy.get(name, type(module).__name__)
+                self.add(Use(name, kind, skipped=reason))
+            else:
+                x = args[0] if args else kwargs["input"]
+                self.add(self._module_use(name, module, x, output), output)
+        self.frames.pop()
+
+    def _module_use(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Use:
+        weight, options = convolution_options(module)
+        ndim = weight.ndim - 2
+        size = tuple(x.shape[x.ndim - ndim :])
+        use = Use(name, type(module).__name__, module=module, input_size=size)
+        if self.is_padded(x):
+            use.notes.append(PADDED)
+        try:
+            op = ConvOperator(weight.detach(), size, **options)
+            if options.get("transposed"):
+                op = _with_output_size(op, size, options, output)
+            use.operator = op
+        except ValueError as error:
+            use.skipped = str(error)
+        return use
 
     def depend(self, value: Any) -> None:
         """Take the arrays in an example input as what everything else may depend on."""
@@ -255,6 +338,22 @@ def is_lazy(tensor: Tensor) -> bool:
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
+def _taken_whole(module: nn.Module) -> bool:
+    """Whether a module is one named: known, or known not to be linear."""
+    if not_linear(module):
+        return True
+    try:
+        convolution_options(module)
+    except ValueError:
+        return False
+    return True
+
+
+def not_linear(module: nn.Module) -> str:
+    """Why a module is no linear map of its input; "" where nothing is known against it."""
+    return next((reason for kind, reason in _NOT_LINEAR if isinstance(module, kind)), "")
+
+
 def _script_constants(model: torch.jit.ScriptModule) -> Iterator[tuple[str, Tensor]]:
     graph: Any = model.inlined_graph  # kept alive: its nodes do not keep it
     for node in graph.findAllNodes("prim::Constant"):
@@ -262,6 +361,20 @@ def _script_constants(model: torch.jit.ScriptModule) -> Iterator[tuple[str, Tens
         tensor = value.toIValue() if value.type().kind() == "TensorType" else None
         if isinstance(tensor, Tensor) and tensor.ndim > 1 and not value.debugName().isdigit():
             yield value.debugName().removeprefix("self."), tensor
+
+
+def _with_output_size(
+    op: ConvOperator, size: tuple[int, ...], options: dict[str, Any], output: Tensor
+) -> ConvOperator:
+    """The transposed layer as called, perhaps with an ``output_size``."""
+    spatial = op.output_shape[1:]
+    actual = tuple(output.shape[output.ndim - len(spatial) :])
+    if actual == spatial:
+        return op
+    extra = tuple(
+        p + n - m for p, n, m in zip(options["output_padding"], actual, spatial, strict=True)
+    )
+    return ConvOperator(op.weight, size, **{**options, "output_padding": extra})
 
 
 def _padding_of(call: LinearCall) -> dict[str, Any]:
@@ -278,8 +391,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    if tensor.layout is not torch.strided:
-        return id(tensor)
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return id(tensor)  # sparse, or in pieces on several ranks: there is no one address
     return tensor.untyped_storage().data_ptr()
 
 

@@ -13,7 +13,7 @@ from convspectra.models import (
     DEFAULT_GROUP,
     Layer,
     Selection,
-    divide,
+    divide_among_ranks,
     find_layers,
     is_convolution,
     refuse_sharded,
@@ -188,7 +188,9 @@ class SpectralRegularizer:
         self._factors = layer_factors(self._layers, layer_weights)
         self._schedule = schedule
         self._nonfinite = nonfinite
-        self._division = divide([_cost(layer.operator()) for layer in self._layers], process_group)
+        self._division = divide_among_ranks(
+            [_cost(layer.operator()) for layer in self._layers], process_group
+        )
         own = self._division.own
         self._terms: Terms
         if isinstance(penalty, str) and penalty in OBJECTIVES:

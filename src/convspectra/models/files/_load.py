@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from convspectra.models._linear_layers import Target
+from convspectra.models._named_operators import NamedOperator
 from convspectra.models.files._errors import LoadError
 from convspectra.models.files._kinds import MAX_BYTES, model_kind
 from convspectra.models.files._torch_files import (
-    checkpoint_targets,
-    exported_targets,
-    factory_targets,
-    safetensors_targets,
-    script_targets,
+    checkpoint_operators,
+    exported_operators,
+    factory_operators,
+    safetensors_operators,
+    script_operators,
 )
 from convspectra.text import plain
 
 
-def load_targets(
+def load_operators(
     path: str | PathLike[str] | None,
     input_shapes: Sequence[tuple[int, ...]],
     *,
     factory: str | None = None,
     allow_pickle: bool = False,
     max_bytes: int = MAX_BYTES,
-) -> tuple[str, list[Target]]:
+) -> tuple[str, list[NamedOperator]]:
     """The name of a model in a file and its layers, ready to audit.
 
     Parameters
@@ -64,50 +64,52 @@ def load_targets(
     if path is None:
         if factory is None:
             raise LoadError("expected a model file, a factory or both, got neither")
-        return factory.rpartition(":")[2], factory_targets(factory, shapes)
+        return factory.rpartition(":")[2], factory_operators(factory, shapes)
     path = Path(path)
     return plain(path.stem), [
-        _printable(target) for target in _targets(path, shapes, factory, allow_pickle, max_bytes)
+        _printable(named) for named in _operators(path, shapes, factory, allow_pickle, max_bytes)
     ]
 
 
-def _targets(
+def _operators(
     path: Path,
     shapes: list[tuple[int, ...]],
     factory: str | None,
     allow_pickle: bool,
     max_bytes: int,
-) -> list[Target]:
+) -> list[NamedOperator]:
     kind = model_kind(path, max_bytes)
     if kind == "onnx":
-        return _onnx_targets(path, shapes, max_bytes)
+        return _onnx_operators(path, shapes, max_bytes)
     if kind == "torchscript":
-        return script_targets(path, shapes)
+        return script_operators(path, shapes)
     if kind == "export":
-        return exported_targets(path, shapes, allow_pickle)
+        return exported_operators(path, shapes, allow_pickle)
     if kind == "safetensors":
-        return safetensors_targets(path, shapes, factory)
-    return checkpoint_targets(path, shapes, factory, allow_pickle)
+        return safetensors_operators(path, shapes, factory)
+    return checkpoint_operators(path, shapes, factory, allow_pickle)
 
 
-def _printable(target: Target) -> Target:
-    """The target with texts that a terminal shows as they are, whatever the file says."""
+def _printable(named: NamedOperator) -> NamedOperator:
+    """The named with texts that a terminal shows as they are, whatever the file says."""
     return dataclasses.replace(
-        target,
-        name=plain(target.name),
-        type=plain(target.type),
-        batch_norm=plain(target.batch_norm),
-        skipped=plain(target.skipped),
-        notes=tuple(map(plain, target.notes)),
+        named,
+        name=plain(named.name),
+        type=plain(named.type),
+        batch_norm=plain(named.batch_norm),
+        skipped=plain(named.skipped),
+        notes=tuple(map(plain, named.notes)),
     )
 
 
-def _onnx_targets(path: Path, shapes: list[tuple[int, ...]], max_bytes: int) -> list[Target]:
+def _onnx_operators(
+    path: Path, shapes: list[tuple[int, ...]], max_bytes: int
+) -> list[NamedOperator]:
     try:
-        from convspectra.models.files._onnx_targets import onnx_targets
+        from convspectra.models.files._onnx_layers import onnx_operators
     except ModuleNotFoundError as error:
         raise ImportError("pip install 'convspectra[onnx]' to read ONNX models") from error
-    return onnx_targets(path, shapes, max_bytes)
+    return onnx_operators(path, shapes, max_bytes)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convspectra.models._linear_layers import Target, module_targets, trace_targets
+from convspectra.models._named_operators import NamedOperator, named_operators, traced_operators
 from convspectra.models.files._errors import LoadError, refusing
 from convspectra.models.files._exported_check import check_export
 from convspectra.text import sizes
@@ -27,7 +27,7 @@ _UNGUARDED = {  # the guards of an exported program are Python in its file
 }
 
 
-def script_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
+def script_operators(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[NamedOperator]:
     """The layers of a TorchScript archive, by one run on zeros.
 
     Loading and running a TorchScript archive executes the code in it.
@@ -35,12 +35,12 @@ def script_targets(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[Target
     with refusing(path, "not a whole TorchScript archive", "save it again with torch.jit.save"):
         model = torch.jit.load(str(path), map_location="cpu")
         model.eval()
-    return _run(path, model, shapes, trace_targets)
+    return _run(path, model, shapes, traced_operators)
 
 
-def exported_targets(
+def exported_operators(
     path: Path, shapes: Sequence[tuple[int, ...]], allow_pickle: bool
-) -> list[Target]:
+) -> list[NamedOperator]:
     """The layers of a ``torch.export.save`` archive, by one run on zeros.
 
     Without `allow_pickle` the archive is checked to run no code of its own, and not loaded if it
@@ -50,22 +50,22 @@ def exported_targets(
         check_export(path)
     with refusing(path, "not a whole torch.export archive", "save it again with torch.export.save"):
         model = torch.export.load(path).module(**_UNGUARDED)
-    return _run(path, model, shapes, trace_targets)
+    return _run(path, model, shapes, traced_operators)
 
 
-def checkpoint_targets(
+def checkpoint_operators(
     path: Path, shapes: Sequence[tuple[int, ...]], factory: str | None, allow_pickle: bool
-) -> list[Target]:
+) -> list[NamedOperator]:
     """The layers of the factory's model with a checkpoint's weights, or of a pickled module."""
     content = _unpickled(path, allow_pickle)
     if isinstance(content, nn.Module):
-        return _run(path, content, shapes, module_targets)
-    return _filled_targets(path, content, shapes, factory)
+        return _run(path, content, shapes, named_operators)
+    return _filled_operators(path, content, shapes, factory)
 
 
-def safetensors_targets(
+def safetensors_operators(
     path: Path, shapes: Sequence[tuple[int, ...]], factory: str | None
-) -> list[Target]:
+) -> list[NamedOperator]:
     """The layers of the factory's model with the weights of a safetensors file."""
     try:
         from safetensors.torch import load_file  # optional
@@ -73,12 +73,12 @@ def safetensors_targets(
         raise ImportError("pip install 'convspectra[safetensors]' to read safetensors") from error
     with refusing(path, "not a whole safetensors file", "copy the file again"):
         content = load_file(path)
-    return _filled_targets(path, content, shapes, factory)
+    return _filled_operators(path, content, shapes, factory)
 
 
-def factory_targets(factory: str, shapes: Sequence[tuple[int, ...]]) -> list[Target]:
+def factory_operators(factory: str, shapes: Sequence[tuple[int, ...]]) -> list[NamedOperator]:
     """The layers of the factory's model as it comes."""
-    return _run(factory, built(factory), shapes, module_targets)
+    return _run(factory, built(factory), shapes, named_operators)
 
 
 def built(factory: str) -> nn.Module:
@@ -128,9 +128,9 @@ def _needs_pickle(error: BaseException | None) -> bool:
     return isinstance(error, pickle.UnpicklingError) and "Weights only load failed" in str(error)
 
 
-def _filled_targets(
+def _filled_operators(
     path: Path, content: Any, shapes: Sequence[tuple[int, ...]], factory: str | None
-) -> list[Target]:
+) -> list[NamedOperator]:
     state = _state_dict(path, content)
     if factory is None:
         raise LoadError(
@@ -141,7 +141,7 @@ def _filled_targets(
     _check_keys(path, factory, set(model.state_dict()), set(state))
     with refusing(path, f"the weights do not fit the model of {factory}"):
         model.load_state_dict(state, strict=True)
-    return _run(path, model, shapes, module_targets)
+    return _run(path, model, shapes, named_operators)
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
@@ -175,8 +175,8 @@ def _run(
     subject: object,
     model: nn.Module,
     shapes: Sequence[tuple[int, ...]],
-    targets: Callable[[nn.Module, Any], list[Target]],
-) -> list[Target]:
+    operators: Callable[[nn.Module, Any], list[NamedOperator]],
+) -> list[NamedOperator]:
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
     inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
@@ -187,7 +187,7 @@ def _run(
         "check the input shapes, --input",
     ):
         try:
-            return targets(model, inputs)
+            return operators(model, inputs)
         except Exception:
             with torch.no_grad():
                 model(*inputs)  # TorchScript loses the cause of an error under a recorder

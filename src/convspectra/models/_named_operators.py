@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from convspectra.models._layers import modules_of, unwrapped
-from convspectra.models._recorder import PADDED, Frame, Recorder, Use, is_lazy, stored_tensors
-from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
+from convspectra.models._forward_pass import evaluated, recorded_pass
+from convspectra.models._recorder import LAZY, Recorder, Use, is_lazy, not_linear
+from convspectra.models._selection import modules_of, unwrapped
+from convspectra.operator import LAYER_TYPES, ConvOperator
 
-_NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
-    (nn.MultiheadAttention, "attention is not a linear map of its input"),
-    ((nn.RNNBase, nn.RNNCellBase), "a recurrence is not a linear map of its input"),
-    (nn.Bilinear, "it is linear in each of two inputs, not in one"),
-    ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
-)
-_LAZY = "it is lazy and has no weight yet; run one forward pass first"
 _UNREACHED = "the forward pass of the example input does not reach it"
 _UNREAD = "no convolution or product with a matrix reads its {}"
 
 
 @dataclass(frozen=True)
-class Target:
+class NamedOperator:
     """One layer at one input size, or one that was passed over.
 
     Attributes
@@ -61,7 +52,7 @@ class Target:
     uses: int = 1
 
 
-def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
+def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]:
     """Every linear layer that one forward pass uses, in its order, then those it does not.
 
     Parameters
@@ -73,7 +64,7 @@ def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
 
     Returns
     -------
-    list of Target
+    list of NamedOperator
         One for each layer and input size. A layer that is no linear map that `ConvOperator` knows
         has `skipped` set. A convolution or matrix product that the model calls as a function is
         listed under the name of its weight.
@@ -91,7 +82,7 @@ def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
     Examples
     --------
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.PReLU())
-    >>> [(t.name, t.type, t.batch_norm) for t in module_targets(model, torch.zeros(1, 1, 8, 8))]
+    >>> [(t.name, t.type, t.batch_norm) for t in named_operators(model, torch.zeros(1, 1, 8, 8))]
     [('0', 'Conv2d', '1')]
     """
     if not isinstance(model, nn.Module):
@@ -106,25 +97,20 @@ def module_targets(model: nn.Module, example_input: Any) -> list[Target]:
                 f"expected a model with data, got {name!r} on the meta device; "
                 "load its weights first"
             )
-    with _evaluated(model):
-        return trace_targets(model, example_input, lazy)
+    with evaluated(model):
+        return traced_operators(model, example_input, lazy)
 
 
-def trace_targets(
+def traced_operators(
     model: nn.Module, example_input: Any, lazy: Mapping[str, str] = MappingProxyType({})
-) -> list[Target]:
-    """As `module_targets`, in the mode that the model is in and without its checks.
+) -> list[NamedOperator]:
+    """As `named_operators`, in the mode that the model is in and without its checks.
 
     The modules named in `lazy`, with their types, are passed over. Takes TorchScript and exported
     programs too.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    recorder = Recorder(stored_tensors(model))
-    recorder.depend(inputs)
-    with _hooked(model, recorder, lazy), torch.no_grad(), _slow_attention(), recorder:
-        output = model(*inputs)
-    recorder.returned(output)
-    reached = [_target(uses) for uses in _grouped(recorder.uses)]
+    recorder = recorded_pass(model, example_input, lazy)
+    reached = [_named_operator(uses) for uses in _grouped(recorder.uses)]
     return reached + list(_unread(model, recorder, lazy))
 
 
@@ -132,139 +118,6 @@ def _is_lazy(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.lazy.LazyModuleMixin) and any(
         map(is_lazy, module.parameters(recurse=False))
     )
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; the modes and buffers of before afterwards."""
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, None if buffer is None else buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if not (buffer is not None and is_lazy(buffer))
-    ]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer, value in buffers:
-            if buffer is not None and value is not None:
-                buffer.data.copy_(value)
-            module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Attention by its single operations: the fused ones call no module."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _hooked(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[None]:
-    handles = []
-    try:
-        for name, module in modules_of(model):
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            before = functools.partial(_before, recorder, name, lazy)
-            after = functools.partial(_after, recorder, name, lazy)
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _before(
-    recorder: Recorder, name: str, lazy: Mapping[str, str], module: nn.Module, args: Any
-) -> None:
-    recorder.reached.add(name)
-    recorder.frames.append(Frame(name, whole=True))  # a parametrized weight is computed here
-    recorder.frames[-1] = Frame(name, name in lazy or _taken_whole(module))
-
-
-def _after(
-    recorder: Recorder,
-    name: str,
-    lazy: Mapping[str, str],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-) -> None:
-    *outside, frame = recorder.frames
-    if output is not None and frame.whole and not any(outer.whole for outer in outside):
-        reason = _LAZY if name in lazy else _not_linear(module)
-        if reason:
-            kind = lazy.get(name, type(module).__name__)
-            recorder.add(Use(name, kind, skipped=reason))
-        else:
-            recorder.add(_module_use(recorder, name, module, args, kwargs, output), output)
-    recorder.frames.pop()
-
-
-def _taken_whole(module: nn.Module) -> bool:
-    """Whether a module is one target: known, or known not to be linear."""
-    if _not_linear(module):
-        return True
-    try:
-        convolution_options(module)
-    except ValueError:
-        return False
-    return True
-
-
-def _not_linear(module: nn.Module) -> str:
-    return next((reason for kind, reason in _NOT_LINEAR if isinstance(module, kind)), "")
-
-
-def _module_use(
-    recorder: Recorder,
-    name: str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> Use:
-    x = args[0] if args else kwargs["input"]
-    use = Use(name, type(module).__name__)
-    if recorder.is_padded(x):
-        use.notes.append(PADDED)
-    weight, options = convolution_options(module)
-    ndim = weight.ndim - 2
-    size = tuple(x.shape[x.ndim - ndim :])
-    try:
-        op = ConvOperator(weight.detach(), size, **options)
-        if options.get("transposed"):
-            op = _with_output_size(op, size, options, output)
-        use.operator = op
-    except ValueError as error:
-        use.skipped = str(error)
-    return use
-
-
-def _with_output_size(
-    op: ConvOperator, size: tuple[int, ...], options: dict[str, Any], output: Tensor
-) -> ConvOperator:
-    """The transposed layer as called, perhaps with an ``output_size``."""
-    spatial = op.output_shape[1:]
-    actual = tuple(output.shape[output.ndim - len(spatial) :])
-    if actual == spatial:
-        return op
-    extra = tuple(
-        p + n - m for p, n, m in zip(options["output_padding"], actual, spatial, strict=True)
-    )
-    return ConvOperator(op.weight, size, **{**options, "output_padding": extra})
 
 
 def _grouped(uses: list[Use]) -> list[list[Use]]:
@@ -277,13 +130,13 @@ def _grouped(uses: list[Use]) -> list[list[Use]]:
     return list(groups.values())
 
 
-def _target(uses: list[Use]) -> Target:
+def _named_operator(uses: list[Use]) -> NamedOperator:
     first = uses[0]
     notes = list(dict.fromkeys(note for use in uses for note in use.notes))
     scale, batch_norm, remark = _normalization(uses)
     if remark:
         notes.append(remark)
-    return Target(
+    return NamedOperator(
         first.name or first.type,
         first.type,
         first.operator,
@@ -314,7 +167,9 @@ def _normalization(uses: list[Use]) -> tuple[Tensor | None, str, str]:
     return found[0].scale, names[0], ""
 
 
-def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> Iterator[Target]:
+def _unread(
+    model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]
+) -> Iterator[NamedOperator]:
     """The modules with a matrix that no use of the pass stands for."""
     covered = {use.name for use in recorder.uses}
     if "" in covered:  # the model itself is one layer
@@ -327,18 +182,18 @@ def _unread(model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]) -> It
             for parameter, value in module.named_parameters(recurse=False)
             if _is_matrix(value) and _qualified(name, parameter) not in recorder.read
         ]
-        listed = isinstance(module, LAYER_TYPES) or bool(_not_linear(module)) or name in lazy
+        listed = isinstance(module, LAYER_TYPES) or bool(not_linear(module)) or name in lazy
         if not listed and (not matrices or _is_normalization(module)):
             continue
         covered.add(name or type(module).__name__)
         kind = getattr(module, "original_name", type(module).__name__)
         if name in lazy:
-            reason = _LAZY
+            reason = LAZY
         elif listed and name not in recorder.reached:
-            reason = _not_linear(module) or _UNREACHED
+            reason = not_linear(module) or _UNREACHED
         else:
             reason = _UNREAD.format(" or ".join(matrices) or "weight")
-        yield Target(name or kind, kind, None, skipped=reason, uses=0)
+        yield NamedOperator(name or kind, kind, None, skipped=reason, uses=0)
 
 
 def _qualified(module: str, parameter: str) -> str:

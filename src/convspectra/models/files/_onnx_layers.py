@@ -10,7 +10,7 @@ import torch
 from onnx import GraphProto, NodeProto
 from torch import Tensor
 
-from convspectra.models._linear_layers import Target
+from convspectra.models._named_operators import NamedOperator
 from convspectra.models._recorder import PADDED
 from convspectra.models.files._errors import LoadError, refusing
 from convspectra.models.files._onnx_file import (
@@ -45,25 +45,27 @@ class _PassedOverError(Exception):
     """Why a layer has no operator."""
 
 
-def onnx_targets(path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int) -> list[Target]:
+def onnx_operators(
+    path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int
+) -> list[NamedOperator]:
     """Conv, ConvTranspose, Gemm and MatMul nodes with stored weights, in the order of the file."""
     scope = read_model(path, shapes, max_bytes)
     with refusing(path, "not a valid ONNX graph", "export it again"):
-        return list(_graph_targets(scope, scope.graph, inside=""))
+        return list(_graph_operators(scope, scope.graph, inside=""))
 
 
-def _graph_targets(scope: Scope, graph: GraphProto, inside: str) -> Iterator[Target]:
+def _graph_operators(scope: Scope, graph: GraphProto, inside: str) -> Iterator[NamedOperator]:
     for node in graph.node:
-        yield from _node_targets(scope, node, inside)
+        yield from _node_operators(scope, node, inside)
         for inner in subgraphs(node):
             nested = Scope(
                 scope.path, inner, scope.max_bytes, dict(scope.stored), dict(scope.computed)
             )
             fill(nested, inner)
-            yield from _graph_targets(nested, inner, f"{node.op_type} node {label(node)!r}")
+            yield from _graph_operators(nested, inner, f"{node.op_type} node {label(node)!r}")
 
 
-def _node_targets(scope: Scope, node: NodeProto, inside: str) -> Iterator[Target]:
+def _node_operators(scope: Scope, node: NodeProto, inside: str) -> Iterator[NamedOperator]:
     kind, standard = node.op_type, node.domain in _ONNX_DOMAINS
     weighted = any(name in scope.stored or name in scope.computed for name in node.input)
     if standard and kind in ("Conv", "ConvTranspose"):
@@ -71,11 +73,11 @@ def _node_targets(scope: Scope, node: NodeProto, inside: str) -> Iterator[Target
     elif standard and kind in ("Gemm", "MatMul") and _has_one_factor(scope, node):
         build = _product
     elif standard and kind in _WEIGHTED and weighted:
-        yield Target(label(node), kind, None, skipped=_WEIGHTED[kind])
+        yield NamedOperator(label(node), kind, None, skipped=_WEIGHTED[kind])
         return
     elif not standard and weighted and any(w in kind for w in ("Conv", "MatMul", "Gemm")):
         reason = f"an operator of the domain {node.domain}, not of ONNX itself"
-        yield Target(label(node), kind, None, skipped=reason)
+        yield NamedOperator(label(node), kind, None, skipped=reason)
         return
     else:
         return
@@ -84,9 +86,9 @@ def _node_targets(scope: Scope, node: NodeProto, inside: str) -> Iterator[Target
             raise _PassedOverError(f"it is inside a branch or loop, {inside}")
         op = build(scope, node)
     except _PassedOverError as reason:
-        yield Target(label(node), kind, None, skipped=str(reason))
+        yield NamedOperator(label(node), kind, None, skipped=str(reason))
     else:
-        yield _with_surroundings(scope, node, Target(label(node), kind, op))
+        yield _with_surroundings(scope, node, NamedOperator(label(node), kind, op))
 
 
 def _has_one_factor(scope: Scope, node: NodeProto) -> bool:
@@ -158,8 +160,8 @@ def _product(scope: Scope, node: NodeProto) -> ConvOperator:
         raise _PassedOverError(str(error)) from error
 
 
-def _with_surroundings(scope: Scope, node: NodeProto, target: Target) -> Target:
-    """The target with the padding before it and the batch normalization after it."""
+def _with_surroundings(scope: Scope, node: NodeProto, named: NamedOperator) -> NamedOperator:
+    """The named with the padding before it and the batch normalization after it."""
     notes = []
     if any(_is_padding(scope, name) for name in node.input[:2]):
         notes.append(PADDED)
@@ -167,19 +169,19 @@ def _with_surroundings(scope: Scope, node: NodeProto, target: Target) -> Target:
     readers = scope.readers.get(output, [])
     norms = [r for r in readers if r.op_type == "BatchNormalization" and r.input[0] == output]
     if not norms or (node.op_type in ("Gemm", "MatMul") and len(scope.shapes.get(output, ())) != 2):
-        return dataclasses.replace(target, notes=tuple(notes))
+        return dataclasses.replace(named, notes=tuple(notes))
     norm, others = norms[0], [label(r) for r in readers if r is not norms[0]]
     others += ["the model's output"] * (output in {value.name for value in scope.graph.output})
     if others or read_names(norm).count(output) != 1:
         listed = ", ".join(others) or label(norm)
         notes.append(f"batch normalization {label(norm)} is not alone to read it: {listed} too")
-        return dataclasses.replace(target, notes=tuple(notes))
-    assert target.operator is not None
-    scale = _normalization_scale(scope, norm, target.operator.output_shape[0])
+        return dataclasses.replace(named, notes=tuple(notes))
+    assert named.operator is not None
+    scale = _normalization_scale(scope, norm, named.operator.output_shape[0])
     if scale is None:
         notes.append(f"batch normalization {label(norm)} has no stored statistics")
-        return dataclasses.replace(target, notes=tuple(notes))
-    return dataclasses.replace(target, scale=scale, batch_norm=label(norm), notes=tuple(notes))
+        return dataclasses.replace(named, notes=tuple(notes))
+    return dataclasses.replace(named, scale=scale, batch_norm=label(norm), notes=tuple(notes))
 
 
 def _is_padding(scope: Scope, name: str) -> bool:

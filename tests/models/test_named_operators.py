@@ -12,7 +12,7 @@ from helpers.strategies import one_thread as one_thread
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from convspectra.models._linear_layers import Target, module_targets
+from convspectra.models._named_operators import NamedOperator, named_operators
 
 
 class Given(nn.Module):
@@ -32,9 +32,9 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def only(model: nn.Module, example) -> Target:
-    (target,) = module_targets(model, example)
-    return target
+def only(model: nn.Module, example) -> NamedOperator:
+    (named,) = named_operators(model, example)
+    return named
 
 
 def settled(norm):
@@ -73,12 +73,12 @@ def functional(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: type(v).__name__)
 def test_operator_is_the_layer_without_its_bias(layer, shape):
     x = random(1, *shape)
-    target = only(nn.Sequential(layer), x)
+    named = only(nn.Sequential(layer), x)
     expected = layer(x) - layer(torch.zeros_like(x))
-    torch.testing.assert_close(target.operator.matvec(x), expected)
-    assert (target.name, target.type, target.skipped) == ("0", type(layer).__name__, "")
-    assert target.notes == ()
-    assert not target.operator.weight.requires_grad
+    torch.testing.assert_close(named.operator.matvec(x), expected)
+    assert (named.name, named.type, named.skipped) == ("0", type(layer).__name__, "")
+    assert named.notes == ()
+    assert not named.operator.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_a_layer_called_as_a_function_is_named_by_its_weight(layer, shape, infer
     x = random(1, *shape)
     model = functional(layer)
     model.forward = torch.inference_mode()(model.forward) if inference else model.forward
-    target = only(model, x)
+    named = only(model, x)
     expected = (layer(x) - layer(torch.zeros_like(x))).detach()
-    torch.testing.assert_close(target.operator.matvec(x), expected)
-    assert (target.name, target.type) == ("layer", type(layer).__name__)
+    torch.testing.assert_close(named.operator.matvec(x), expected)
+    assert (named.name, named.type) == ("layer", type(layer).__name__)
 
 
 def test_order_is_that_of_execution_and_sizes_are_separate():
@@ -100,7 +100,7 @@ def test_order_is_that_of_execution_and_sizes_are_separate():
         return self.a(F.avg_pool2d(self.a(self.b(self.b(x))), 2))
 
     model = Given(forward, a=nn.Conv2d(3, 3, 3, padding=1), b=nn.Conv2d(3, 3, 1))
-    first, second, third = module_targets(model, X)
+    first, second, third = named_operators(model, X)
     assert [t.name for t in (first, second, third)] == ["b", "a", "a"]
     assert [t.uses for t in (first, second, third)] == [2, 1, 1]
     assert (second.operator.input_shape, third.operator.input_shape) == ((3, 6, 5), (3, 3, 2))
@@ -109,9 +109,9 @@ def test_order_is_that_of_execution_and_sizes_are_separate():
 def test_output_size_of_a_transposed_layer_counts():
     layer = nn.ConvTranspose2d(3, 2, 3, stride=2)
     model = Given(lambda self, x: self.up(x, output_size=[14, 12]), up=layer)
-    target = only(model, X)
+    named = only(model, X)
     expected = layer(X, output_size=[14, 12]) - layer.bias[:, None, None]
-    torch.testing.assert_close(target.operator.matvec(X), expected)
+    torch.testing.assert_close(named.operator.matvec(X), expected)
 
 
 def test_input_by_keyword_and_without_a_batch():
@@ -130,17 +130,17 @@ def test_other_floating_types(dtype):
 )
 def test_a_parametrized_weight_is_the_effective_one(parametrize):
     layer = parametrize(nn.Conv2d(3, 4, 2)).eval()
-    target = only(nn.Sequential(layer), X)
+    named = only(nn.Sequential(layer), X)
     expected = layer(X) - layer(torch.zeros_like(X))
-    torch.testing.assert_close(target.operator.matvec(X), expected)
+    torch.testing.assert_close(named.operator.matvec(X), expected)
 
 
 def test_old_weight_norm():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = torch.nn.utils.weight_norm(nn.Linear(3, 2))
-    target = only(nn.Sequential(layer), X[0, :, 0, :3])
-    torch.testing.assert_close(target.operator.weight, layer.weight.detach())
+    named = only(nn.Sequential(layer), X[0, :, 0, :3])
+    torch.testing.assert_close(named.operator.weight, layer.weight.detach())
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
@@ -158,7 +158,7 @@ def test_weights_without_a_module():
         return F.linear(z, torch.eye(2)), z @ z.T
 
     model = Given(forward, taps=nn.Parameter(random(4, 3, 2, 2)), head=nn.Parameter(random(2, 168)))
-    taps, head, third = module_targets(model, X)
+    taps, head, third = named_operators(model, X)
     assert [t.name for t in (taps, head, third)] == ["taps", "head", "linear_1"]
     assert taps.notes == ("its input is padded by a separate operation",)
     torch.testing.assert_close(head.operator.weight, model.head.detach())
@@ -172,14 +172,14 @@ def test_a_product_from_the_left_maps_columns():
 
 def test_a_weight_computed_from_a_parameter_says_so():
     model = Given(lambda self, x: F.conv2d(x, self.w * 2), w=nn.Parameter(random(2, 3, 3, 3)))
-    target = only(model, X)
-    assert torch.equal(target.operator.weight, 2 * model.w.detach())
-    assert target.notes == ("its weight is a part of w or computed from it",)
+    named = only(model, X)
+    assert torch.equal(named.operator.weight, 2 * model.w.detach())
+    assert named.notes == ("its weight is a part of w or computed from it",)
 
 
 def test_a_weight_computed_from_the_input_is_passed_over():
-    target = only(Given(lambda self, x: F.conv2d(x, x[:, :, :2, :2])), X)
-    assert target.skipped == "its weight is computed from the input"
+    named = only(Given(lambda self, x: F.conv2d(x, x[:, :, :2, :2])), X)
+    assert named.skipped == "its weight is computed from the input"
 
 
 def test_a_subclass_with_its_own_forward_is_taken_from_its_operations():
@@ -188,10 +188,10 @@ def test_a_subclass_with_its_own_forward_is_taken_from_its_operations():
             return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
 
     model = nn.Sequential(Standardized(3, 2, 3))
-    target = only(model, X)
+    named = only(model, X)
     expected = model[0].weight - model[0].weight.mean()
-    torch.testing.assert_close(target.operator.weight, expected.detach())
-    assert target.name == "0"
+    torch.testing.assert_close(named.operator.weight, expected.detach())
+    assert named.name == "0"
 
 
 # --- what is passed over --------------------------------------------------------------------------
@@ -230,21 +230,21 @@ SKIPPED = [
 def test_other_modules_are_listed_with_a_reason(layer, example, reason):
     kind = type(layer).__name__  # a lazy module changes its type
     model = Given(lambda self, *x: self.layer(*x), layer=layer)
-    target = only(model, example)
-    assert (target.name, target.type, target.operator) == ("layer", kind, None)
-    assert reason in target.skipped
+    named = only(model, example)
+    assert (named.name, named.type, named.operator) == ("layer", kind, None)
+    assert reason in named.skipped
 
 
 def test_a_layer_that_is_not_reached():
     model = Given(lambda self, x: self.a(x), a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(1, 1, 1))
-    used, unused = module_targets(model, X)
+    used, unused = named_operators(model, X)
     assert used.operator is not None
     assert unused.skipped == "the forward pass of the example input does not reach it"
 
 
 def test_a_lazy_layer_stays_lazy():
     model = nn.Sequential(nn.LazyLinear(2))
-    module_targets(model, X)
+    named_operators(model, X)
     assert isinstance(model[0].weight, nn.UninitializedParameter)
 
 
@@ -256,16 +256,16 @@ def test_a_weight_that_is_not_finite():
 
 def test_attention_layers_show_their_linear_parts():
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    targets = module_targets(model, random(1, 5, 4))
-    assert [t.name for t in targets] == ["self_attn", "linear1", "linear2"]
+    operators = named_operators(model, random(1, 5, 4))
+    assert [t.name for t in operators] == ["self_attn", "linear1", "linear2"]
     assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_meta_device_and_other_objects_are_refused():
     with pytest.raises(ValueError, match="meta device"):
-        module_targets(nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
+        named_operators(nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
     with pytest.raises(ValueError, match=r"expected model to be a torch.nn.Module, got str"):
-        module_targets("model", X)
+        named_operators("model", X)
 
 
 def test_modes_buffers_and_hooks_are_left():
@@ -277,7 +277,7 @@ def test_modes_buffers_and_hooks_are_left():
     model.register_buffer("count", torch.zeros(()))
     model.conv.eval()
     before = copy.deepcopy(model.state_dict())
-    module_targets(model, X)
+    named_operators(model, X)
     assert (model.training, model.conv.training, model.norm.training) == (True, False, True)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -288,7 +288,7 @@ def test_what_the_model_raises_is_left():
         raise KeyError("its own")
 
     with pytest.raises(KeyError, match="its own"):
-        module_targets(Given(forward, conv=nn.Conv2d(3, 2, 3)), X)
+        named_operators(Given(forward, conv=nn.Conv2d(3, 2, 3)), X)
 
 
 # --- batch normalization --------------------------------------------------------------------------
@@ -306,11 +306,11 @@ NORMALIZED = [
 @pytest.mark.parametrize(("layer", "norm", "x"), NORMALIZED)
 def test_scale_is_that_of_the_normalized_model(layer, norm, x):
     model = nn.Sequential(layer, norm).eval()
-    target = only(model.train(), x)
+    named = only(model.train(), x)
     model.eval()
-    assert target.batch_norm == "1"
-    assert target.scale.dtype == torch.float64
-    scaled = target.operator.matvec(x) * target.scale.float().reshape(-1, *(1,) * (x.ndim - 2))
+    assert named.batch_norm == "1"
+    assert named.scale.dtype == torch.float64
+    scaled = named.operator.matvec(x) * named.scale.float().reshape(-1, *(1,) * (x.ndim - 2))
     torch.testing.assert_close(scaled, model(x) - model(torch.zeros_like(x)), atol=1e-5, rtol=1e-5)
 
 
@@ -340,9 +340,9 @@ def test_a_normalization_that_is_not_alone_is_not_folded(forward, other):
         norm=settled(nn.BatchNorm2d(4)),
         pool=nn.AvgPool2d(3, 1, 1),
     )
-    target = only(model, X)
-    assert (target.scale, target.batch_norm) == (None, "")
-    (note,) = target.notes
+    named = only(model, X)
+    assert (named.scale, named.batch_norm) == (None, "")
+    (note,) = named.notes
     assert note.startswith("batch normalization norm is not alone")
     assert other in note
 
@@ -357,8 +357,8 @@ NOT_NORMALIZED = [
 
 @pytest.mark.parametrize("model", NOT_NORMALIZED)
 def test_other_normalizations_are_not_folded(model):
-    target = only(model, X)
-    assert (target.scale, target.batch_norm, target.notes) == (None, "", ())
+    named = only(model, X)
+    assert (named.scale, named.batch_norm, named.notes) == (None, "", ())
 
 
 def test_uses_with_different_normalizations():
@@ -368,19 +368,19 @@ def test_uses_with_different_normalizations():
         a=settled(nn.BatchNorm2d(4)),
         b=settled(nn.BatchNorm2d(4)),
     )
-    target = only(model, X)
-    assert target.scale is None
-    assert target.uses == 2
-    assert target.notes[0].endswith("the same batch normalization (a or b)")
+    named = only(model, X)
+    assert named.scale is None
+    assert named.uses == 2
+    assert named.notes[0].endswith("the same batch normalization (a or b)")
 
 
 @pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 3), nn.MultiheadAttention(4, 2)])
 def test_a_model_that_is_one_layer_is_named_by_its_type(model):
     example = X if isinstance(model, nn.Conv2d) else (torch.zeros(5, 1, 4),) * 3
-    (target,) = module_targets(model, example)
-    assert (target.name, target.uses) == (type(model).__name__, 1)
+    (named,) = named_operators(model, example)
+    assert (named.name, named.uses) == (type(model).__name__, 1)
 
 
 def test_a_layer_that_is_not_reached_has_no_uses():
     model = Given(lambda self, x: self.a(x), a=nn.Conv2d(3, 3, 3), b=nn.Conv2d(3, 3, 3))
-    assert [t.uses for t in module_targets(model, X)] == [1, 0]
+    assert [t.uses for t in named_operators(model, X)] == [1, 0]

@@ -1,0 +1,69 @@
+"""A forward pass of an example input under the recorder, which leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from convspectra.models._recorder import Recorder, is_lazy, stored_tensors
+
+
+def recorded_pass(
+    model: nn.Module, example_input: Any, lazy: Mapping[str, str] = MappingProxyType({})
+) -> Recorder:
+    """One forward pass, watched, without gradients and in the mode that the model is in.
+
+    Parameters
+    ----------
+    model : nn.Module
+        TorchScript and exported programs too.
+    example_input : Tensor, or tuple of positional arguments
+    lazy : mapping of str to str
+        Names and types of modules without a weight, which are passed over.
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    recorder = Recorder(stored_tensors(model), lazy)
+    recorder.depend(inputs)
+    with recorder.hooked(model), torch.no_grad(), _slow_attention(), recorder:
+        output = model(*inputs)
+    recorder.returned(output)
+    return recorder
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the modes and buffers of before afterwards."""
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if not (buffer is not None and is_lazy(buffer))
+    ]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            if buffer is not None and value is not None:
+                buffer.data.copy_(value)
+            module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Attention by its single operations: the fused ones call no module."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
