@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import convspectra
 from convspectra import penalties, testing
@@ -20,7 +21,13 @@ from convspectra import penalties, testing
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PROSE = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-PAGES = [DOCS / "tutorial.md", *sorted((DOCS / "howto").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    DOCS / "tutorial.md",
+    DOCS / "certainty.md",
+    *sorted((DOCS / "howto").glob("*.md")),
+]
+MOST_LINES_OF_README = 100
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -99,6 +106,46 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
 def test_files_are_found_on_a_page() -> None:
     text = "`solvers/_lanczos.py` and `matlab.py`, `tests/helpers`, not `a/b` of a formula or `x`"
     assert named_files(text) == ["solvers/_lanczos.py", "matlab.py", "tests/helpers"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_LINES_OF_README
+
+
+def first_column(page: Path) -> set[str]:
+    """The names in backticks in the first column of the tables of a page."""
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return {name for row in rows for name in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+
+
+def test_every_function_has_its_cost_on_the_page() -> None:
+    public = {name: getattr(convspectra, name) for name in convspectra.__all__}
+    expected = {name for name, value in public.items() if inspect.isfunction(value)}
+    expected |= {"ConvOperator", "SpectralRegularizer", "matlab.rand"}
+    expected |= {f"penalties.{name}" for name in penalties.__all__}
+    assert expected - first_column(DOCS / "costs.md") == set()
+
+
+@pytest.mark.parametrize(
+    ("which", "method", "options"),
+    [
+        ("LM", "dense", {}),
+        ("SM", "gram", {}),
+        ("LM", "lanczos", {}),
+        ("SM", "lanczos", {}),
+        ("LM", "davidson", {}),
+        ("SM", "davidson", {}),
+        ("SM", "capacitance", {}),
+        ("SM", "circulant", {"padding_mode": "circular"}),
+    ],
+)
+def test_certificates_are_on_the_page(which: str, method: str, options: dict[str, str]) -> None:
+    weight = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    op = convspectra.ConvOperator(weight, (12, 12), padding=1, **options)
+    result = convspectra.svds(op, 1, which, method=method)
+    rows = (DOCS / "certainty.md").read_text().splitlines()
+    known = [found[1] for row in rows if (found := re.match(r'\| "([^"]+)" \|', row))]
+    assert [start for start in known if result.certificate.startswith(start)] != []
 
 
 @pytest.fixture
