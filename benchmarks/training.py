@@ -32,7 +32,7 @@ import convspectra as cs
 from benchmarks.measure import machine, timed
 from benchmarks.resnet18 import is_three_by_three, resnet18
 from convspectra.models._layers import find_layers
-from convspectra.training import _tracked as reference
+from convspectra.training import _followed_values as reference
 from experiments.stable_gradients import peers
 from experiments.stable_gradients.data import load
 from experiments.stable_gradients.networks import as_applied

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convspectra.training._objectives import OBJECTIVES, objective
+from convspectra.training._extreme_values import EXTREME_PENALTIES, extreme_penalty
 
 SPECTRA = np.array([[3.0, 1.5, 0.9, 0.25], [2.5, 2.25, 0.5, 0.125], [1.0, 1.0, 1.0, 1.0]])
 """Singular values of three layers, descending."""
@@ -50,7 +50,7 @@ def ends(spectra: np.ndarray, smallest: int, largest: int) -> tuple[Tensor, Tens
 
 @each_value
 def test_values(name, options, by_hand):
-    wanted = objective(name, options)
+    wanted = extreme_penalty(name, options)
     result = wanted.function(*ends(SPECTRA, wanted.smallest, wanted.largest))
     assert result.shape == (len(SPECTRA),)
     np.testing.assert_allclose(result.numpy(), [by_hand(s) for s in SPECTRA], rtol=1e-14)
@@ -58,7 +58,7 @@ def test_values(name, options, by_hand):
 
 @each_value
 def test_values_beyond_those_asked_for_do_not_count(name, options, by_hand):
-    wanted = objective(name, options)
+    wanted = extreme_penalty(name, options)
     result = wanted.function(*ends(SPECTRA, 4, 4))
     np.testing.assert_allclose(result.numpy(), [by_hand(s) for s in SPECTRA], rtol=1e-14)
 
@@ -78,31 +78,31 @@ def test_values_beyond_those_asked_for_do_not_count(name, options, by_hand):
     ],
 )
 def test_how_many_values_are_read(name, options, counts):
-    wanted = objective(name, options)
+    wanted = extreme_penalty(name, options)
     assert (wanted.smallest, wanted.largest) == counts
 
 
 def test_all_of_them_are_tested():
-    assert {name for name, *_ in VALUES} == set(OBJECTIVES)
+    assert {name for name, *_ in VALUES} == set(EXTREME_PENALTIES)
 
 
 @each_value
 def test_gradients(name, options, by_hand):
-    wanted = objective(name, options)
+    wanted = extreme_penalty(name, options)
     inputs = [x.requires_grad_() for x in ends(SPECTRA[:2], 4, 4)]
     assert torch.autograd.gradcheck(wanted.function, inputs)
 
 
 @given(
     st.lists(st.floats(0.01, 10), min_size=1, max_size=6),
-    st.sampled_from(sorted(OBJECTIVES)),
+    st.sampled_from(sorted(EXTREME_PENALTIES)),
     st.floats(0, 1),
     st.floats(0, 3),
 )
 def test_penalties_of_orthogonal_layers_are_least(values, name, lower, width):
     """Of all layers of the same ||M||_F: sigma_min, sigma_max, conditioning and cond are."""
     options = {"lower": lower, "upper": lower + width} if name == "band" else {}
-    wanted = objective(name, options)
+    wanted = extreme_penalty(name, options)
     spectrum = np.sort(np.array(values))[None, ::-1].copy()
     flat = np.full_like(spectrum, np.sqrt(np.mean(spectrum**2)))
     given_layer, orthogonal = (
@@ -136,10 +136,10 @@ def test_penalties_of_orthogonal_layers_are_least(values, name, lower, width):
 )
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
-        objective(name, options)
+        extreme_penalty(name, options)
 
 
 def test_unknown_names_are_a_key_error():
     """The caller has checked them."""
     with pytest.raises(KeyError, match="sigma_mid"):
-        objective("sigma_mid", {})
+        extreme_penalty("sigma_mid", {})

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from convspectra.training._tracked import (
+from convspectra.training._followed_values import (
     CHANGE_EVERY,
     FOLLOWED_TO,
     LITTLE,
     LONGEST,
     MUCH,
-    Reference,
+    LastExact,
 )
 
 
 def reference(interval=4):
-    return Reference(torch.zeros(1), [0.0, 0.0], [1.0, 1.0], 3, 3, 0, interval, due=7)
+    return LastExact(torch.zeros(1), [0.0, 0.0], [1.0, 1.0], 3, 3, 0, interval, due=7)
 
 
 @pytest.mark.parametrize("end", [0, 1])

@@ -14,7 +14,7 @@ import convspectra as cs
 from convspectra import ConvOperator, SpectralRegularizer, penalties
 from convspectra.penalties import _extremes as extremes
 from convspectra.penalties import _spectrum as spectrum
-from convspectra.training import _layer_penalties as terms
+from convspectra.training import _exact_penalties as exact
 
 FOLLOWED = ("frobenius", "sigma_min", "sigma_max", "conditioning", "cond", "band")
 EXACT = ("stein", "circular_stein", "orthogonality")
@@ -229,8 +229,8 @@ def recorded(monkeypatch, name: str) -> list[int]:
         return original(op)
 
     monkeypatch.setattr(penalties, name, record)
-    monkeypatch.setitem(terms.EXACT_PENALTIES, name, record)
-    monkeypatch.setattr(terms, "ADDITIVE", (record,) if name in ADDITIVE else ())
+    monkeypatch.setitem(exact.EXACT_PENALTIES, name, record)
+    monkeypatch.setattr(exact, "ADDITIVE", (record,) if name in ADDITIVE else ())
     return groups
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convspectra import Schedule, SpectralRegularizer
 from convspectra.models._rank_division import divide_among_ranks
-from convspectra.training import _tracked as tracked
+from convspectra.training import _followed_values as tracked
 
 NAMES = ("conditioning", "frobenius", "stein")
 SIZE = (5, 6)

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 import convspectra as cs
 from convspectra import ConvOperator, Schedule, SpectralRegularizer
-from convspectra.training import _layer_penalties as terms
-from convspectra.training import _tracked as tracked
+from convspectra.training import _exact_penalties as exact
+from convspectra.training import _followed_values as tracked
 
 NAMES = ("conditioning", "band", "frobenius", "stein")
 each_penalty = pytest.mark.parametrize("name", NAMES)
@@ -617,8 +617,8 @@ def test_nothing_is_computed_where_the_schedule_is_zero(name, monkeypatch):
         (tracked, "improved"),
         (tracked.Stack, "evaluate"),
         (tracked.Stack, "mean_square"),
-        (terms, "block_diagonal"),
-        (terms.ExactTerms, "_value"),
+        (exact, "block_diagonal"),
+        (exact.ExactPenalties, "_value"),
     ):
         monkeypatch.setattr(module, attribute, lambda *_, **__: pytest.fail("computed"))
     value = reg()

@@ -11,7 +11,7 @@ from torch import nn
 
 import convspectra as cs
 from convspectra import ConvOperator
-from convspectra.training._tracked import Stack
+from convspectra.training._followed_values import Stack
 
 SIZE = 6
 LAYERS = {
@@ -219,7 +219,7 @@ def test_a_report_sees_ends_that_the_vectors_do_not():
         conv.weight[range(4), range(4), 1, 1] = torch.tensor([0.5, 1.0, 1.5, 2.0])
     reg = cs.SpectralRegularizer(conv, torch.zeros(1, 4, SIZE, SIZE), penalty="cond")
     reg()
-    ((stack, _),) = reg._terms._stacks
+    ((stack, _),) = reg._penalties._stacks
     inside = torch.zeros(2, 4, SIZE, SIZE)
     inside[0, 1, 2, 2] = inside[1, 2, 2, 2] = 1
     stack.ends.vectors[0] = inside.flatten(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -123,12 +123,12 @@ class Evaluation:
     ----------
     value : Tensor
         0-dim, float64.
-    gradients : list of Gradient
-        One a layer; none if they were not asked for.
+    gradients : mapping of int to Gradient
+        By the number of the layer; empty if they were not asked for.
     """
 
     value: Tensor
-    gradients: list[Gradient]
+    gradients: Mapping[int, Gradient]
 
 
 def give_gradient(

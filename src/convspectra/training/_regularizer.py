@@ -21,39 +21,13 @@ from convspectra.models import (
     unwrapped,
 )
 from convspectra.operator import ConvOperator, check_positive_integer, convolution_options
+from convspectra.training._exact_penalties import Penalty
 from convspectra.training._fingerprint import Fingerprint, fingerprint
-from convspectra.training._gradients import Gradient, KnownGradient, give_gradient
-from convspectra.training._layer_penalties import (
-    EXACT_PENALTIES,
-    ExactTerms,
-    Penalty,
-    Terms,
-    TrackedTerms,
-)
-from convspectra.training._objectives import OBJECTIVES, objective
+from convspectra.training._gradients import Evaluation, Gradient, KnownGradient, give_gradient
+from convspectra.training._layer_penalties import layer_penalties
 from convspectra.training._report import RegularizerReport
 
 LayerWeights: TypeAlias = Mapping[str, float] | Callable[[str, nn.Module], float]
-
-
-def check_penalty(penalty: object, options: Mapping[str, Any] | None) -> None:
-    """Raise a ValueError for an unknown penalty, or for options that it cannot have."""
-    names = (*OBJECTIVES, *EXACT_PENALTIES)
-    if isinstance(penalty, str):
-        if penalty not in names:
-            raise ValueError(
-                f"expected penalty to be one of {names} or a function of a ConvOperator, got "
-                f"{penalty!r}"
-            )
-    elif not callable(penalty):
-        raise ValueError(
-            f"expected penalty to be a name or a function, got {type(penalty).__name__}"
-        )
-    if options and penalty not in OBJECTIVES:
-        raise ValueError(
-            f"expected no penalty_options for {penalty!r}, got {dict(options)!r}; give a function, "
-            "for example functools.partial of one in convspectra.penalties"
-        )
 
 
 def checked_factor(name: str, value: object) -> float:
@@ -172,7 +146,6 @@ class SpectralRegularizer:
         nonfinite: str = "raise",
         process_group: Any = DEFAULT_GROUP,
     ) -> None:
-        check_penalty(penalty, penalty_options)
         self.weight = checked_factor("weight", weight)
         check_positive_integer("improve_interval", improve_interval)
         check_positive_integer("refresh_interval", refresh_interval)
@@ -191,16 +164,14 @@ class SpectralRegularizer:
         self._division = divide_among_ranks(
             [_cost(layer.operator()) for layer in self._layers], process_group
         )
-        own = self._division.own
-        self._terms: Terms
-        if isinstance(penalty, str) and penalty in OBJECTIVES:
-            followed = objective(penalty, penalty_options or {})
-            self._terms = TrackedTerms(
-                self._layers, own, followed, improve_interval, refresh_interval
-            )
-        else:
-            function = EXACT_PENALTIES[penalty] if isinstance(penalty, str) else penalty
-            self._terms = ExactTerms(self._layers, function)
+        self._penalties = layer_penalties(
+            penalty,
+            penalty_options,
+            self._layers,
+            self._division.own,
+            improve_interval,
+            refresh_interval,
+        )
         self._step = 0
         self._scale = 0.0  # the weight at the last call
         self._seen: Fingerprint | None = None
@@ -287,7 +258,7 @@ class SpectralRegularizer:
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
         for i in self._division.own:
-            self._terms.refresh(i, self._step)
+            self._penalties.refresh(i, self._step)
 
     def report(self, *, settle: bool = True) -> RegularizerReport:
         """What is known of each layer, with its age and its enclosure; collective.
@@ -300,7 +271,7 @@ class SpectralRegularizer:
         from what that found.
         """
         own = {
-            i: self._terms.report(i, self._step, self._skipped[i], settle)
+            i: self._penalties.report(i, self._step, self._skipped[i], settle)
             for i in self._division.own
         }
         layers = self._division.gathered(own)
@@ -315,7 +286,7 @@ class SpectralRegularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Step, vectors and last exact computations, as tensors and plain numbers; collective."""
-        own = {i: self._terms.state(i) for i in self._division.own}
+        own = {i: self._penalties.state(i) for i in self._division.own}
         skipped = {i: self._skipped[i] for i in self._division.own}
         layers, skips = self._division.gathered(own), self._division.gathered(skipped)
         return {
@@ -341,7 +312,7 @@ class SpectralRegularizer:
                 f"expected the state of the layers {keys}, got that of {list(state['layers'])}"
             )
         for i in self._division.own:
-            self._terms.load(i, state["layers"][keys[i]])
+            self._penalties.load(i, state["layers"][keys[i]])
             self._skipped[i] = state["skipped"][keys[i]]
         self._step = state["step"]
         # Like no weights at all: the next call counts as a step, unless it is the first.
@@ -350,7 +321,7 @@ class SpectralRegularizer:
 
     def to(self, device: torch.device | str) -> SpectralRegularizer:
         """Move the state to where the model is moved; a call does so by itself."""
-        self._terms.to(torch.device(device))
+        self._penalties.to(torch.device(device))
         return self
 
     # --- one evaluation --------------------------------------------------------------------------
@@ -362,20 +333,20 @@ class SpectralRegularizer:
 
         Weights with a gradient of 0 come with None, so that the sum depends on them all the same.
         """
-        valued = valued or self._terms.gradient_needs_value
+        valued = valued or self._penalties.gradient_needs_value
         with torch.enable_grad():  # else weights from a parametrization look frozen
             weights = [convolution_options(layer.module)[0] for layer in self._layers]
         failure: Exception | None = None
         value = weights[0].new_full((), math.nan, dtype=torch.float64)
-        by_layer: dict[int, Gradient] = {}
+        own = Evaluation(value, {})
         try:
             with torch.autocast(weights[0].device.type, enabled=False):
-                value, by_layer = self._evaluate_own(weights, moving, valued, scale)
+                own = self._evaluate_own(weights, moving, valued, scale)
         except Exception as error:
             if self._division.group is None:
                 raise
             failure = error  # The other ranks wait for a value: NaN tells them.
-        value = self._division.total(value)
+        value = self._division.total(own.value)
         if failure is not None:
             raise failure
         if not math.isfinite(value):
@@ -387,7 +358,7 @@ class SpectralRegularizer:
             self._last = float(value) if valued else None
             self._last_scale = self._scale
         found = [
-            (weight, by_layer.get(i))
+            (weight, own.gradients.get(i))
             for i, weight in enumerate(weights)
             if moving and weight.requires_grad
         ]
@@ -395,7 +366,7 @@ class SpectralRegularizer:
 
     def _evaluate_own(
         self, weights: list[Tensor], moving: bool, valued: bool, scale: float | None
-    ) -> tuple[Tensor, dict[int, Gradient]]:
+    ) -> Evaluation:
         """The sum over the layers of this rank, and their gradients."""
         if moving:
             self._count_step(weights)
@@ -405,13 +376,15 @@ class SpectralRegularizer:
         own = [i for i in self._division.own if weights[i].requires_grad]
         factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
         active = list(factors)
-        sizes = self._terms.sizes(weights, active, valued=valued) if active else []
-        for i, size in zip(active, sizes, strict=True):
+        sizes = self._penalties.sizes(weights, active, valued=valued)
+        found = torch.stack(list(sizes.values())).tolist() if active else []
+        for i, size in zip(active, found, strict=True):
             if not math.isfinite(size):
                 self._leave_out(i, moving)
                 del factors[i]
-        value, gradients = self._terms.evaluate(weights, factors, self._step, moving)
-        return value, dict(zip(factors, gradients, strict=False))
+        return self._penalties.evaluate(
+            weights, sizes, factors, self._step, moving=moving, valued=valued
+        )
 
     def _leave_out(self, index: int, moving: bool) -> None:
         if self._nonfinite == "raise":

@@ -18,7 +18,7 @@ Function: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Objective:
+class ExtremePenalty:
     """A penalty of the extreme singular values of a layer.
 
     Attributes
@@ -35,29 +35,29 @@ class Objective:
     function: Function
 
 
-def _frobenius() -> Objective:
-    return Objective(0, 0, lambda low, high, mean_square: 0.5 * mean_square)
+def _frobenius() -> ExtremePenalty:
+    return ExtremePenalty(0, 0, lambda low, high, mean_square: 0.5 * mean_square)
 
 
-def _sigma_min(k: int = 1) -> Objective:
+def _sigma_min(k: int = 1) -> ExtremePenalty:
     check_positive_integer("k", k)
-    return Objective(k, 0, lambda low, high, mean_square: -low[:, :k].mean(1))
+    return ExtremePenalty(k, 0, lambda low, high, mean_square: -low[:, :k].mean(1))
 
 
-def _sigma_max(k: int = 1) -> Objective:
+def _sigma_max(k: int = 1) -> ExtremePenalty:
     check_positive_integer("k", k)
-    return Objective(0, k, lambda low, high, mean_square: high[:, :k].mean(1))
+    return ExtremePenalty(0, k, lambda low, high, mean_square: high[:, :k].mean(1))
 
 
-def _conditioning() -> Objective:
-    return Objective(1, 0, lambda low, high, mean_square: 0.5 * mean_square - low[:, 0])
+def _conditioning() -> ExtremePenalty:
+    return ExtremePenalty(1, 0, lambda low, high, mean_square: 0.5 * mean_square - low[:, 0])
 
 
-def _cond() -> Objective:
-    return Objective(1, 1, lambda low, high, mean_square: high[:, 0].log() - low[:, 0].log())
+def _cond() -> ExtremePenalty:
+    return ExtremePenalty(1, 1, lambda low, high, mean_square: high[:, 0].log() - low[:, 0].log())
 
 
-def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> Objective:
+def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> ExtremePenalty:
     check_band(lower, upper)
     check_positive_integer("k", k)
 
@@ -66,10 +66,10 @@ def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> Objective:
         above = (high[:, :k] - upper).clamp_min(0)
         return 0.5 * (below.square().mean(1) + above.square().mean(1))
 
-    return Objective(k, k, hinge)
+    return ExtremePenalty(k, k, hinge)
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
+EXTREME_PENALTIES: dict[str, Callable[..., ExtremePenalty]] = {
     "frobenius": _frobenius,
     "sigma_min": _sigma_min,
     "sigma_max": _sigma_max,
@@ -79,8 +79,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 }
 
 
-def objective(name: str, options: Mapping[str, Any]) -> Objective:
-    """The objective of that name.
+def extreme_penalty(name: str, options: Mapping[str, Any]) -> ExtremePenalty:
+    """The penalty of that name.
 
     Raises
     ------
@@ -88,18 +88,18 @@ def objective(name: str, options: Mapping[str, Any]) -> Objective:
         For options that the penalty does not have, or that cannot be.
     """
     try:
-        return OBJECTIVES[name](**options)
+        return EXTREME_PENALTIES[name](**options)
     except TypeError as error:
         raise ValueError(f"penalty_options of {name!r}: {error}") from error
 
 
 def weighted(
-    objective: Objective, scale: Tensor, mean_square: Tensor, low: Tensor, high: Tensor
+    penalty: ExtremePenalty, scale: Tensor, mean_square: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The weighted sum of penalties, and its derivatives by ||M||_F^2 / n and the values."""
     variables = [x.detach().double().requires_grad_() for x in (mean_square, low, high)]
     with torch.enable_grad():
-        value = (scale * objective.function(variables[1], variables[2], variables[0])).sum()
+        value = (scale * penalty.function(variables[1], variables[2], variables[0])).sum()
         slopes = torch.autograd.grad(value, variables, allow_unused=True)
     narrow = (None if slope is None else slope.to(mean_square.dtype) for slope in slopes)
     return value.detach(), tuple(narrow)

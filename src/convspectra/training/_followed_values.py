@@ -41,8 +41,8 @@ from convspectra.solvers import (
     working_dtype,
 )
 from convspectra.spectra import glimpsed_ends, svds, tap_norm_bound
+from convspectra.training._extreme_values import ExtremePenalty, weighted
 from convspectra.training._gradients import Evaluation, SpectralGradient
-from convspectra.training._objectives import Objective, weighted
 from convspectra.training._report import LayerReport, is_frozen, unknown
 
 FOLLOWED_TO = (0.05, 0.01)
@@ -58,7 +58,7 @@ CHANGE_EVERY = 2
 
 
 @dataclass
-class Reference:
+class LastExact:
     """The last exact computation of a layer, and what happened since.
 
     Attributes
@@ -146,7 +146,7 @@ class Stack:
     largest: int
     interval: int
     ends: Ends | None = None
-    references: list[Reference | None] = field(default_factory=list)
+    last_exact: list[LastExact | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.template = self.layers[0].operator()
@@ -157,7 +157,7 @@ class Stack:
                     f"layer {self.layers[0].name!r}: expected k in 1 to {self.count} = "
                     f"min(op.shape), got {asked}"
                 )
-        self.references = [None] * len(self.layers)
+        self.last_exact = [None] * len(self.layers)
 
     # --- exact computation -----------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Stack:
         ArithmeticError, LinAlgError, ValueError
             If nothing was known before and nothing was found.
         """
-        layer, reference = self.layers[index], self.references[index]
+        layer, last = self.layers[index], self.last_exact[index]
         op = layer.operator()
         lower, upper = [0.0, 0.0], [math.inf, math.inf]
         tall = op.shape[0] >= op.shape[1]
@@ -181,7 +181,7 @@ class Stack:
             try:
                 result = svds(op, count, which, tol=REFRESH_TOLERANCE)
             except (ArithmeticError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-                if reference is None:
+                if last is None:
                     raise
                 failed = True
                 break
@@ -190,11 +190,11 @@ class Stack:
             assert vectors is not None
             found.append(vectors.flatten(1))
             lower[end], upper[end] = float(result.lower[0]), float(result.upper[0])
-        if failed and reference is not None:
-            reference.failures, reference.tried = reference.failures + 1, step
+        if failed and last is not None:
+            last.failures, last.tried = last.failures + 1, step
             return
         weight = op.weight.detach().clone()
-        self.references[index] = Reference(
+        self.last_exact[index] = LastExact(
             weight, lower, upper, step, step, int(failed), self.interval, due=step + self.interval
         )
         self._store(index, torch.cat(found))
@@ -230,7 +230,7 @@ class Stack:
 
     def evaluate(
         self,
-        objective: Objective,
+        penalty: ExtremePenalty,
         weights: Sequence[Tensor],
         squares: Mapping[int, Tensor],
         factors: Sequence[float],
@@ -259,14 +259,14 @@ class Stack:
             self.to(weights[0].device)
         tall = _tall(self.template)
         # The vectors that the penalty reads, without those for the report.
-        low, high = objective.smallest, objective.largest
+        low, high = penalty.smallest, penalty.largest
         columns = [*range(low), *range(self.smallest, self.smallest + high)]
         images = self._images(weights, active, columns, step)
         vectors = self.ends.vectors[active][:, columns]
         sigma = torch.linalg.vector_norm(images, dim=2)
-        value, slopes = weighted(objective, scale, mean_square, sigma[:, :low], sigma[:, low:])
+        value, slopes = weighted(penalty, scale, mean_square, sigma[:, :low], sigma[:, low:])
         if not moving:
-            return Evaluation(value, [])
+            return Evaluation(value, {})
         by_sigma = torch.zeros_like(sigma)
         for part, slope in ((by_sigma[:, :low], slopes[1]), (by_sigma[:, low:], slopes[2])):
             if slope is not None:
@@ -275,15 +275,15 @@ class Stack:
         left = by_sigma[:, :, None] * images
         return Evaluation(
             value,
-            [
-                SpectralGradient(
+            {
+                position: SpectralGradient(
                     tall,
                     v.reshape(len(v), *tall.input_shape),
                     u.reshape(len(u), *tall.output_shape),
                     None if slopes[0] is None else slopes[0][i],
                 )
-                for i, (v, u) in enumerate(zip(vectors, left, strict=True))
-            ],
+                for i, (position, v, u) in enumerate(zip(active, vectors, left, strict=True))
+            },
         )
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
@@ -292,14 +292,14 @@ class Stack:
         Its values are those of its vectors, or of these after steps in float64 that are not kept
         and what Lanczos sees from a random vector, if that is farther out.
         """
-        layer, reference, ends = self.layers[index], self.references[index], self.ends
-        if reference is None or ends is None:
+        layer, last, ends = self.layers[index], self.last_exact[index], self.ends
+        if last is None or ends is None:
             return unknown(layer, skipped)
         if not convolution_options(layer.module)[0].isfinite().all():
-            return replace(unknown(layer, skipped), failures=reference.failures)
+            return replace(unknown(layer, skipped), failures=last.failures)
         op = layer.operator()
         op = op.with_weight(op.weight.detach().double())
-        change = op.weight - reference.weight.double()
+        change = op.weight - last.weight.double()
         part = Ends(*(value[index : index + 1].double() for value in vars(ends).values()))
         tall, moved = _tall(op), _tall(op.with_weight(change))
         sigma = torch.zeros_like(part.residuals)
@@ -321,7 +321,7 @@ class Stack:
         changed = bool(change.any())
         drift = tap_norm_bound(op.with_weight(change)) if changed else 0.0
         rounding = 5 * rounding_of(op) * largest  # of squares that are a hundredth of the largest
-        lower, upper = reference.moved(drift)
+        lower, upper = last.moved(drift)
         return LayerReport(
             name=layer.name,
             input_size=layer.input_size,
@@ -332,9 +332,9 @@ class Stack:
             sigma_max_lower=max(lower[1], largest - rounding),
             sigma_max_upper=upper[1],
             condition=largest / smallest if smallest > 0 else math.inf,
-            age=step - reference.step,
+            age=step - last.step,
             lost=changed and bool(part.residuals.amax() > LOST),
-            failures=reference.failures,
+            failures=last.failures,
             skipped=skipped,
             frozen=is_frozen(layer),
         )
@@ -354,9 +354,9 @@ class Stack:
         found: dict[int, Tensor] = {}
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for i in active:
-            reference = self._reference(i)
-            due = step is not None and reference.due <= step
-            kinds.setdefault((due, due and reference.follows_change), []).append(i)
+            last = self._last_exact_of(i)
+            due = step is not None and last.due <= step
+            kinds.setdefault((due, due and last.follows_change), []).append(i)
         for (due, with_change), part in kinds.items():
             stacked = _tall(self._stacked([weights[i] for i in part]))
             if due and step is not None:
@@ -387,18 +387,18 @@ class Stack:
         low, high = (ratios - 1).abs().nan_to_num().split([self.smallest, self.largest], dim=1)
         moved = torch.stack([low.amax(1), high.amax(1)], 1).tolist()
         for i, (smallest, largest) in zip(chosen, moved, strict=True):
-            self._reference(i).take_turn(step, smallest, largest, self.interval)
+            self._last_exact_of(i).take_turn(step, smallest, largest, self.interval)
         return images
 
     def _change(
         self, weights: Sequence[Tensor], chosen: list[int], direction: Tensor, step: int
     ) -> Tensor:
         """The direction in which each layer has changed the most, followed by a step or more."""
-        references = [self._reference(i) for i in chosen]
-        young = [step - reference.step <= YOUNG for reference in references]
+        lasts = [self._last_exact_of(i) for i in chosen]
+        young = [step - last.step <= YOUNG for last in lasts]
         dtype = working_dtype(self.template.dtype)
-        pairs = zip(weights, references, strict=True)
-        changes = [w.detach().to(dtype) - reference.weight.to(dtype) for w, reference in pairs]
+        pairs = zip(weights, lasts, strict=True)
+        changes = [w.detach().to(dtype) - last.weight.to(dtype) for w, last in pairs]
         change = _products(_tall(self._stacked(changes)))
         direction = towards_norm(*change, direction, 1)
         if any(young):  # one by one: what a layer does must not depend on others in its stack
@@ -407,26 +407,26 @@ class Stack:
             direction = torch.where(mask, more, direction)
         return direction
 
-    def _reference(self, index: int) -> Reference:
-        reference = self.references[index]
-        assert reference is not None
-        return reference
+    def _last_exact_of(self, index: int) -> LastExact:
+        last = self.last_exact[index]
+        assert last is not None
+        return last
 
     # --- state -----------------------------------------------------------------------------------
 
     def state(self, index: int) -> dict[str, Any] | None:
         """Everything known of one layer, as tensors and plain numbers."""
-        reference = self.references[index]
-        if reference is None:
+        last = self.last_exact[index]
+        if last is None:
             return None
         assert self.ends is not None
         ends = {name: value[index].clone() for name, value in vars(self.ends).items()}
-        return dict(vars(reference)) | ends
+        return dict(vars(last)) | ends
 
     def load(self, index: int, state: dict[str, Any] | None) -> None:
         """Take up what `state` gave; a ValueError if it follows other singular values."""
         if state is None:
-            self.references[index] = None
+            self.last_exact[index] = None
             return
         state = dict(state)
         weight = self.template.weight
@@ -437,7 +437,7 @@ class Stack:
                 f"expected a state with {self.smallest + self.largest} singular vectors, got "
                 f"{len(vectors)}; it is that of another penalty"
             )
-        self.references[index] = Reference(**state | {"weight": state["weight"].to(weight.device)})
+        self.last_exact[index] = LastExact(**state | {"weight": state["weight"].to(weight.device)})
         self._store(index, vectors)
         assert self.ends is not None
         for name, value in tensors.items():
@@ -448,9 +448,9 @@ class Stack:
         self.template = self.layers[0].operator()
         if self.ends is not None:
             self.ends = Ends(*(value.to(device) for value in vars(self.ends).values()))
-        for reference in self.references:
-            if reference is not None:
-                reference.weight = reference.weight.to(device)
+        for last in self.last_exact:
+            if last is not None:
+                last.weight = last.weight.to(device)
 
 
 def _tall(op: ConvOperator) -> ConvOperator:
