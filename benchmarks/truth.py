@@ -32,7 +32,7 @@ from rich.table import Table
 
 import convspectra as cs
 from benchmarks.random_layers import RandomLayer, random_layer
-from convspectra.spectra import _strategy as strategy
+from convspectra.spectra import _auto as auto
 from convspectra.testing import naive_dense
 
 EPS = float(np.finfo(float).eps)
@@ -143,14 +143,14 @@ def outcomes(index: int, seed: int, small_work: float | None = None) -> list[Out
     """Every way of svds on layer `index`."""
     torch.set_num_threads(1)
     if small_work is not None:
-        strategy.SMALL_WORK = small_work
+        auto.SMALL_WORK = small_work
     layer = random_layer(seed, index)
     op, truth = layer.operator(), Truth(layer)
     k = 1 + index % min(4, min(op.shape))
     return [
         _outcome(index, op, truth, which, method, k)
         for which in ("LM", "SM")
-        for method in strategy.METHODS[which]
+        for method in auto.METHODS[which]
     ]
 
 
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         "--small-work",
         type=float,
         metavar="FLOPS",
-        help="another strategy.SMALL_WORK: with 0, auto goes the ways that it has for large layers",
+        help="another auto.SMALL_WORK: with 0, auto goes the ways that it has for large layers",
     )
     parser.add_argument("--out", type=Path, help="folder for truth.json")
     args = parser.parse_args(argv)

@@ -3,9 +3,11 @@ from .auditing import AuditReport, audit
 from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
+    Explanation,
     SpectralDensity,
     SVDResult,
     cond,
+    explain,
     frobenius_norm,
     logabsdet,
     norm_bound,
@@ -34,6 +36,7 @@ __all__ = [
     "ConvOperator",
     "ConvergenceError",
     "DescentResult",
+    "Explanation",
     "LayerReport",
     "PreconditionedLayer",
     "RegularizerReport",
@@ -44,6 +47,7 @@ __all__ = [
     "audit",
     "cond",
     "descend",
+    "explain",
     "frobenius_norm",
     "kernel_to_weight",
     "logabsdet",

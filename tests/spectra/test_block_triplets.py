@@ -19,9 +19,9 @@ from convspectra import ConvOperator
 from convspectra.operator._blocks import independent_blocks
 from convspectra.solvers._result import SingularTriplets
 from convspectra.spectra import _block_triplets as assembly
+from convspectra.spectra._auto import answer
 from convspectra.spectra._block_triplets import layer_triplets
 from convspectra.spectra._request import Request
-from convspectra.spectra._strategy import answer
 
 
 def requesting(largest: bool, vectors: bool = True) -> Callable[[ConvOperator, int], Request]:
@@ -192,8 +192,8 @@ def test_nothing_but_zeros():
 
 
 def test_null_vectors_that_did_not_converge_are_not_passed_off_as_converged(monkeypatch):
-    """1 -1 on 101 points, every other one: a null space that takes LOBPCG some steps to find."""
-    layer = Layer(torch.tensor([[[1.0, -1.0]]]).double(), (201,), {"dilation": 2})
+    """1 -1 on 401 points, every other one: too large to be dense, and LOBPCG takes some steps."""
+    layer = Layer(torch.tensor([[[1.0, -1.0]]]).double(), (801,), {"dilation": 2})
     op, dense = direct(layer)
     monkeypatch.setattr(assembly, "NULL_VECTOR_STEPS", 3)
     result, _ = triplets(op, 1, largest=False)

@@ -366,3 +366,32 @@ def test_large_square_layers_take_the_capacitance_method(monkeypatch):
     assert math.isfinite(float(cs.logabsdet(op)))
     for adjoint in (False, True):
         assert cs.solve(op, random(4, 9, 9), adjoint).isfinite().all()
+
+
+def test_every_right_hand_side_has_its_own_scale() -> None:
+    op = ConvOperator(torch.tensor([[[1.0, 4.0, 1.0]]]).double(), 8)
+    y = torch.stack([torch.full((1, 8), 1e-250), torch.full((1, 8), 1e250)]).double()
+    x = cs.solve(op, y)
+    expected = torch.linalg.solve(op.to_dense(), torch.ones(8, dtype=torch.float64))
+    torch.testing.assert_close(x[0, 0] / 1e-250, expected)
+    torch.testing.assert_close(x[1, 0] / 1e250, expected)
+
+
+def test_a_solution_that_overflows_is_an_error() -> None:
+    op = ConvOperator(torch.tensor([[[5e-324]]]).double(), 4, padding=0)
+    with pytest.raises(ArithmeticError, match="overflows"):
+        cs.solve(op, torch.ones(1, 4).double())
+
+
+def test_taps_that_no_pixel_reads_do_not_count() -> None:
+    """Rows of the kernel that fall on the padding only, 1e8 and 1e15 times larger."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 12, 3, 3, dtype=torch.float64, generator=generator)
+    plain = weight * torch.tensor([0.0, 1.0, 0.0]).reshape(3, 1).double()
+    x = torch.randn(12, 1, 40, dtype=torch.float64, generator=generator)
+    for size in (1e8, 1e15):
+        outer = torch.tensor([size, 1.0, size]).reshape(3, 1).double()
+        op, alone = (ConvOperator(w, (1, 40)) for w in (weight * outer, plain))
+        torch.testing.assert_close(cs.solve(op, alone.matvec(x)), x, rtol=1e-9, atol=1e-9)
+        assert cs.sigma_min(op) == pytest.approx(cs.sigma_min(alone), rel=1e-9)
+        torch.testing.assert_close(cs.logabsdet(op), cs.logabsdet(alone))

@@ -10,7 +10,7 @@ import convspectra as cs
 from benchmarks.layers import smoothed
 from convspectra.operator._conv_operator import ConvOperator
 from convspectra.operator._structure import has_augmented
-from convspectra.spectra import _strategy as strategy
+from convspectra.spectra import _auto as auto
 from convspectra.torus._augmented import AugmentedFactorization, augmented_bytes, augmented_flops
 
 ROOM = 2**30
@@ -182,8 +182,8 @@ def test_smallest_values_of_smooth_kernels(name, smooth):
 def test_auto_finds_what_iterations_with_products_do_not_reach(name, monkeypatch):
     shape, sizes, options = SMOOTH[name]
     op = ConvOperator(weight(*shape, smooth=14.0), sizes, **options)
-    monkeypatch.setattr(strategy, "GRAM_AT_ONCE", {"LM": 0.0, "SM": 0.0})
-    monkeypatch.setattr(strategy, "DENSE_AT_ONCE", {"square": 0.0, "other": 0.0})
+    monkeypatch.setattr(auto, "GRAM_AT_ONCE", {"LM": 0.0, "SM": 0.0})
+    monkeypatch.setattr(auto, "DENSE_AT_ONCE", {"square": 0.0, "other": 0.0})
     result = cs.svds(op, 1, "SM", maxiter=300)
     assert result.method == "augmented"
     assert result.converged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass, replace
@@ -14,8 +13,6 @@ from convspectra.models import NamedOperator
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
     ConvOperator,
-    is_square_toeplitz,
-    normalized,
     scaled_outputs,
 )
 from convspectra.spectra import (
@@ -24,28 +21,16 @@ from convspectra.spectra import (
     circular_operator,
     frobenius_norm,
     is_circular,
-    logabsdet,
+    mean_log_singular_value,
+    numerical_rank,
     spectral_density,
     svds,
-    without_dependent_channels,
 )
-from convspectra.torus import Part, parts
 
 TOLERANCE = 1e-6
 """Relative, of sigma_max and sigma_min; a largest value may be within ten of these of the next, and
 then is told from it no better. The enclosures hold in any case.
 """
-LOST_AT_MOST, RANK_TOLERANCE = 31, 1e-2
-"""A layer that is too large for dense factorizations may lack so many directions until its rank is
-not counted any more; how near values come to the tolerance of the rank.
-"""
-EXACT_WORK = 2e10
-"""Flops up to which a dense factorization is taken for what no faster way gives: about a second."""
-GROWTH_COMPONENTS, GROWTH_STEPS = 25_000, 24
-"""Of the stochastic Lanczos quadrature for the mean logarithm of large rectangular layers: numbers
-drawn for all random vectors, which makes its error about 0.003, and steps from each.
-"""
-
 _FAILURES = (ValueError, ArithmeticError, RuntimeError)
 
 
@@ -183,7 +168,7 @@ def conditioning(op: ConvOperator, options: AuditOptions) -> Conditioning:
         condition=_ratio(sigma_max.value, 0.0 if singular else sigma_min.value),
         condition_lower=_ratio(sigma_max.lower, sigma_min.upper),
         condition_upper=_ratio(sigma_max.upper, sigma_min.lower),
-        rank=_rank(op, sigma_min, tolerance, options),
+        rank=numerical_rank(op, tolerance, smallest, max_bytes=options.max_bytes),
         rank_tolerance=tolerance,
         log_growth=growth,
         log_growth_error=error,
@@ -208,70 +193,6 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator
 
 
-def _dense_is_affordable(op: ConvOperator, options: AuditOptions) -> bool:
-    work = math.prod(op.shape) * min(op.shape)
-    return work <= EXACT_WORK and 8 * math.prod(op.shape) <= options.max_bytes
-
-
-def _rank(
-    op: ConvOperator, sigma_min: Certified, tolerance: float, options: AuditOptions
-) -> int | None:
-    """Singular values above the tolerance, counted in the independent blocks of the layer.
-
-    Where these are too large: all those of the layer without the channels that depend on others,
-    but for up to `LOST_AT_MOST` that are not above, which the capacitance method finds.
-    """
-    if sigma_min.lower > tolerance:
-        return min(op.shape)
-    scaled, exponent = normalized(op)
-    if exponent is None:
-        return 0
-    scaled_tolerance = math.ldexp(tolerance, -exponent)
-    found, _ = parts(scaled)
-    if sum(part.flops for part in found) <= EXACT_WORK:
-        return _counted(found, scaled_tolerance, options.max_bytes)
-    direct = scaled.T if scaled.transposed else scaled
-    independent = without_dependent_channels(direct)
-    order = min(independent.shape)
-
-    def smallest(k: int, tol: float) -> SVDResult:
-        return svds(
-            independent,
-            k,
-            "SM",
-            return_singular_vectors=False,
-            tol=tol,
-            max_bytes=options.max_bytes,
-        )
-
-    try:
-        if independent is not direct:
-            if float(smallest(1, TOLERANCE).lower[0]) > scaled_tolerance:
-                return order
-        elif sigma_min.value > tolerance:  # no bound says that there is none below
-            return None
-        if not is_square_toeplitz(independent):  # many small values would take too long
-            return None
-        count = min(LOST_AT_MOST + 1, order)
-        found_smallest = smallest(count, RANK_TOLERANCE)
-    except (ArithmeticError, ValueError):  # the other numbers stand without it
-        return None
-    lost = int((found_smallest.s <= scaled_tolerance).sum())
-    return order - lost if found_smallest.converged and lost < count else None
-
-
-def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
-    rank = 0.0
-    for part in found:
-        try:
-            matrices, copies = part.matrices(max_bytes)
-        except ValueError:  # too large
-            return None
-        values = torch.linalg.svdvals(matrices)
-        rank += float(copies @ (values > tolerance).sum(1).to(copies))
-    return round(rank)
-
-
 def _log_growth(
     op: ConvOperator, results: tuple[SVDResult, ...], singular: bool, options: AuditOptions
 ) -> tuple[float | None, float, str]:
@@ -284,18 +205,8 @@ def _log_growth(
             return result.logabsdet / count, 0.0, result.method
     if not all(result.converged for result in results):
         return None, 0.0, "sigma_min did not converge"
-    if _dense_is_affordable(op, options):
-        total = float(logabsdet(op, max_bytes=options.max_bytes))
-        return total / count, 0.0, "QR"
     # Of a well-conditioned layer svds needs no factorization, and so gives none along.
-    if is_square_toeplitz(op.T if op.transposed else op):
-        less_than_dense = min(options.max_bytes, 8 * math.prod(op.shape) - 1)
-        with contextlib.suppress(ArithmeticError, ValueError):
-            return float(logabsdet(op, max_bytes=less_than_dense)) / count, 0.0, "capacitance"
-    probes = -(-GROWTH_COMPONENTS // count)
-    density = spectral_density(op, method="quadrature", probes=probes, steps=GROWTH_STEPS)
-    method = f"stochastic Lanczos quadrature, probes {probes}, steps {GROWTH_STEPS}"
-    return density.mean_log, density.mean_log_error, method
+    return mean_log_singular_value(op, max_bytes=options.max_bytes)
 
 
 def _circular(

@@ -43,7 +43,7 @@ from convspectra.operator._polyphase import (
     to_phases,
 )
 from convspectra.operator._product import Product, rounding_of
-from convspectra.operator._scaling import ldexp, normalized
+from convspectra.operator._scaling import ldexp, normalized, without_unread_taps
 from convspectra.operator._structure import (
     has_augmented,
     has_embedding,
@@ -102,4 +102,5 @@ __all__ = [
     "to_grid",
     "to_phases",
     "weight_to_kernel",
+    "without_unread_taps",
 ]

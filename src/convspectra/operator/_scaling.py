@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,16 +10,45 @@ from convspectra.operator._conv_operator import ConvOperator
 
 
 def normalized(op: ConvOperator) -> tuple[ConvOperator, int | None]:
-    """The layer detached, in float64, divided by 2^exponent; the exponent is None for weight 0."""
-    weight = op.weight.detach().double()
-    largest = weight.abs().amax()
+    """The layer detached, in float64, divided by 2^exponent; the exponent is None for M = 0.
+
+    Taps that no pixel reads are dropped: they are no part of M, and may be far larger than it.
+    """
+    op = without_unread_taps(op.with_weight(op.weight.detach().double()))
+    largest = op.weight.abs().amax()
     if float(largest) == 0.0:
-        return op.with_weight(weight), None
+        return op, None
     exponent = int(torch.frexp(largest).exponent)
-    return op.with_weight(ldexp(weight, -exponent)), exponent
+    return op.with_weight(ldexp(op.weight, -exponent)), exponent
 
 
-def ldexp(x: Tensor, exponent: int) -> Tensor:
-    """The product x 2^exponent, in two factors so that neither overflows before x does."""
+def without_unread_taps(op: ConvOperator) -> ConvOperator:
+    """The same matrix M with 0 at the taps that only ever fall on the padding; with gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> op = ConvOperator(torch.tensor([[[7.0, 1.0, 7.0]]]), 1)
+    >>> without_unread_taps(op).weight
+    tensor([[[0., 1., 0.]]])
+    """
+    counts = np.asarray(op.geometry.tap_counts())
+    if (counts > 0).all():
+        return op
+    read = torch.from_numpy(counts > 0).to(op.device)
+    return op.with_weight(torch.where(read, op.weight, 0.0))
+
+
+def ldexp(x: Tensor, exponent: int | Tensor) -> Tensor:
+    """The product x 2^exponent, in two factors so that neither overflows before x does.
+
+    An exponent a row where it is a tensor, (b,).
+    """
+    if isinstance(exponent, Tensor):
+        halves = exponent.double().div(2).floor()
+        factors = (halves, exponent - halves)
+        shape = (-1, *(1,) * (x.ndim - 1))
+        first, second = (torch.pow(2.0, factor).to(x).reshape(shape) for factor in factors)
+        return x * first * second
     half = exponent // 2
     return x * 2.0**half * 2.0 ** (exponent - half)

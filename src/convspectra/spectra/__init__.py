@@ -3,8 +3,9 @@
 from convspectra.spectra._bounds import norm_bound, tap_norm_bound
 from convspectra.spectra._circular_padding import circular_extremes, circular_operator, is_circular
 from convspectra.spectra._density import SpectralDensity, spectral_density
-from convspectra.spectra._dependent_channels import without_dependent_channels
+from convspectra.spectra._explain import Explanation, explain
 from convspectra.spectra._inverse import logabsdet, solve
+from convspectra.spectra._rank import mean_log_singular_value, numerical_rank
 from convspectra.spectra._singular_values import (
     ConvergenceError,
     SVDResult,
@@ -16,21 +17,25 @@ from convspectra.spectra._singular_values import (
     svds,
     svdvals,
 )
-from convspectra.spectra.ways._lanczos import glimpsed_ends
+from convspectra.spectra.ways import glimpsed_ends
 
 __all__ = [
     "ConvergenceError",
+    "Explanation",
     "SVDResult",
     "SpectralDensity",
     "check_count",
     "circular_extremes",
     "circular_operator",
     "cond",
+    "explain",
     "frobenius_norm",
     "glimpsed_ends",
     "is_circular",
     "logabsdet",
+    "mean_log_singular_value",
     "norm_bound",
+    "numerical_rank",
     "sigma_max",
     "sigma_min",
     "solve",
@@ -38,5 +43,4 @@ __all__ = [
     "svds",
     "svdvals",
     "tap_norm_bound",
-    "without_dependent_channels",
 ]

@@ -30,7 +30,8 @@ from convspectra.solvers import (
     random_directions,
     tridiagonals,
 )
-from convspectra.torus import Part, parts, symbol_shape
+from convspectra.spectra._parts import Part, parts
+from convspectra.torus import symbol_shape
 
 DIRECT_FLOPS = 1.5e9
 DIRECT_ORDER = 64

@@ -34,7 +34,8 @@ from convspectra.solvers import (
     tridiagonals,
 )
 from convspectra.spectra._circular_padding import circular_operator
-from convspectra.torus import Part, half_frequencies, parts, symbols_at
+from convspectra.spectra._parts import Part, parts
+from convspectra.torus import half_frequencies, symbols_at
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,32 +13,21 @@ from convspectra.operator import (
     Block,
     ConvOperator,
     check_array,
-    check_bytes,
     check_type,
     gather,
-    group_matrices,
-    has_augmented,
     independent_blocks,
-    is_circulant,
-    is_square_grid,
-    is_square_toeplitz,
     ldexp,
     normalized,
-    polyphase,
     scatter,
+    without_unread_taps,
 )
-from convspectra.solvers import differentiable_once, inverse_and_logabsdet, lu_factor
-from convspectra.spectra._strategy import SMALL_WORK
-from convspectra.torus import (
-    AugmentedFactorization,
-    CapacitanceFactorization,
-    CirculantEmbedding,
-    augmented_bytes,
-    augmented_flops,
-)
+from convspectra.spectra._auto import direct_ways
 
 BACKWARD_ERROR_LIMIT = 1e-10
+"""Backward error above which `solve` refuses its answer: that of a stable solve is 1e-14 or less,
+so that only singular layers come near it."""
 RESIDUAL_LIMIT = 1e-2
+"""Residual, relative to y, above which it refuses too: a choice, two digits of y are lost then."""
 
 
 def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
@@ -67,10 +55,10 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
 
     Notes
     -----
-    A layer with zero padding costs one LU factorization of the border matrix of M or, where that is
-    not square, of its augmented matrix (`CapacitanceFactorization`), and one inversion of it for
-    the gradient, if that is less than what any other layer costs: a QR factorization of the dense
-    M. Twice differentiable nowhere: a second derivative raises.
+    Cost: for zero padding one LU factorization of the border matrix of M or, where M is not square,
+    of its augmented matrix, and one inversion of it for the gradient; for circular padding a QR
+    factorization of every symbol; else one of the dense M. The cheapest that fits is taken:
+    ``explain(op, "logabsdet")`` tells which. Not twice differentiable: a second derivative raises.
 
     Examples
     --------
@@ -80,7 +68,8 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     51.0
     """
     check_type("op", op, ConvOperator)
-    weight = op.weight.double()
+    op = without_unread_taps(op.with_weight(op.weight.double()))
+    weight = op.weight
     largest = float(weight.detach().abs().amax())
     if largest == 0.0:
         return weight.new_full((), -math.inf)
@@ -96,50 +85,12 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
 
 
 def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
-    if is_circulant(op):
-        return _log_pseudo_det(CirculantEmbedding(op).symbols(half=False))
-    rows, columns = (n // op.groups for n in op.shape)
-    work = rows * columns * min(rows, columns)
-    square = rows == columns and is_square_grid(op)
-    is_large = op.groups * work > SMALL_WORK and has_augmented(op)
-    by_augmented = is_large and not square and augmented_bytes(op) <= max_bytes
-    if is_large and (square or (by_augmented and augmented_flops(op) < 2.0 * op.groups * work)):
+    """That of one block by the cheapest way that fits and can say."""
+    *others, last = direct_ways(op, "logabsdet", max_bytes)
+    for way in others:
         with contextlib.suppress(ArithmeticError):
-            factorization = (
-                CapacitanceFactorization(polyphase(op), max_bytes)
-                if square
-                else AugmentedFactorization(op, max_bytes)
-            )
-            if not factorization.is_singular():
-                return factorization.logabsdet()
-        size = 8 * op.groups * rows * columns
-        check_bytes("the dense matrix of a layer close to singular", size, max_bytes)
-    return _log_pseudo_det(group_matrices(op, max_bytes))
-
-
-def _log_pseudo_det(matrices: Tensor) -> Tensor:
-    """The sum of log s over all the matrices (..., m, n), real or complex, with gradient."""
-    fixed = matrices.detach()
-    tall = fixed if fixed.shape[-2] >= fixed.shape[-1] else fixed.mH
-    negligible = tall.shape[-2] * math.prod(tall.shape[:-2]) * torch.finfo(tall.dtype).eps
-    q, r = torch.linalg.qr(tall)
-    identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-    r_inverse = torch.linalg.solve_triangular(r, identity.expand_as(r), upper=True)
-    # Frobenius norms bound sigma_min from below and sigma_max from above.
-    smallest = 1 / torch.linalg.matrix_norm(r_inverse).amax()
-    largest = torch.linalg.matrix_norm(r).amax()
-    if not float(smallest) > negligible * float(largest):
-        values = torch.linalg.svdvals(tall)
-        if float(values.amin()) <= negligible * float(values.amax()):
-            return values.new_full((), -math.inf)
-    total: Tensor = r.diagonal(dim1=-2, dim2=-1).abs().log().sum()
-    if matrices.requires_grad:
-        gradient = q @ r_inverse.mH
-        if tall.shape != fixed.shape:
-            gradient = gradient.mH
-        anchor = matrices.sum()
-        total = _LogPseudoDet.apply(matrices, gradient, total, anchor)  # type: ignore[no-untyped-call]
-    return total
+            return way.logabsdet(op, max_bytes)
+    return last.logabsdet(op, max_bytes)
 
 
 def solve(
@@ -172,8 +123,9 @@ def solve(
 
     Notes
     -----
-    Cost: one LU factorization of the border matrix for zero padding and stride 1, of the dense M
-    otherwise; then two FFTs, or ``2 n^2`` flops, for each right-hand side.
+    Cost: one LU factorization of the border matrix for zero padding, strided or not, of the symbols
+    for circular padding, of the dense M otherwise; then two FFTs, or ``2 n^2`` flops, for each
+    right-hand side. ``explain(op, "solve")`` tells which.
 
     Examples
     --------
@@ -193,8 +145,10 @@ def solve(
     scaled, exponent = normalized(op)
     if exponent is None:
         raise ArithmeticError(f"expected a layer that is not zero, got {op!r} with a weight of 0")
-    y_exponent = int(torch.frexp(y.detach().double().abs().amax()).exponent)
-    batch = ldexp(y.detach().double(), -y_exponent).reshape(-1, *shape)
+    batch = y.detach().double().reshape(-1, *shape)
+    # Each right-hand side has a scale of its own.
+    exponents = torch.frexp(batch.flatten(1).abs().amax(1)).exponent
+    batch = ldexp(batch, -exponents)
     system = scaled.T if adjoint else scaled
     x = _solve_blocks(system, batch, max_bytes)
     residual = torch.linalg.vector_norm((batch - system.apply(x)).flatten(1), dim=1)
@@ -210,7 +164,12 @@ def solve(
             f"most {RESIDUAL_LIMIT:.0e} of y, got a backward error of {worst:.1e} and a residual "
             f"of {float(residual.amax()):.1e}: the layer is singular to working precision"
         )
-    x = ldexp(x, y_exponent - exponent).to(y.dtype)
+    x = ldexp(x, exponents - exponent).to(y.dtype)
+    if not bool(x.isfinite().all()):
+        raise ArithmeticError(
+            f"expected a solution that {y.dtype} can hold, got one that overflows; scale the "
+            "weight or y"
+        )
     return x.reshape(*y.shape[: y.ndim - len(shape)], *system.input_shape)
 
 
@@ -233,37 +192,9 @@ def _solve_blocks(system: ConvOperator, batch: Tensor, max_bytes: int) -> Tensor
 
 
 def _solve_block(block: Block, right: Tensor, adjoint: bool, max_bytes: int) -> Tensor:
-    op = block.op.T if adjoint else block.op
-    if is_circulant(block.op):
-        embedding = CirculantEmbedding(block.op)
-        inverse, _ = inverse_and_logabsdet(embedding.symbols())
-        if adjoint:
-            on_torus = embedding.embed_input(right)
-            return embedding.restrict_output(embedding.multiply(inverse.mH, on_torus))
-        return embedding.restrict_input(embedding.multiply(inverse, embedding.embed_output(right)))
-    order = op.shape[0] // op.groups
-    if is_square_toeplitz(block.op) and op.groups * order**3 > SMALL_WORK:
-        return CapacitanceFactorization(op, max_bytes).solve(right)
-    matrices = group_matrices(block.op, max_bytes)
-    lu, pivots = lu_factor(matrices.mT if adjoint else matrices)
-    grouped = right.reshape(len(right), op.groups, order).permute(1, 2, 0)
-    solution = torch.linalg.lu_solve(lu, pivots, grouped)
-    return solution.permute(2, 0, 1).reshape(-1, *op.input_shape)
-
-
-class _LogPseudoDet(torch.autograd.Function):
-    """A log-pseudo-determinant whose gradient, the adjoint of the pseudo-inverse, is at hand."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, matrix: Tensor, gradient: Tensor, value: Tensor, anchor: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(gradient, anchor)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, anchor = ctx.saved_tensors
-        with torch.no_grad():
-            scaled = grad * gradient
-        return differentiable_once(scaled, anchor), None, None, None
+    """The solution of one block by the cheapest way that fits and can say."""
+    *others, last = direct_ways(block.op, "solve", max_bytes)
+    for way in others:
+        with contextlib.suppress(ArithmeticError):
+            return way.solve(block.op, right, adjoint, max_bytes)
+    return last.solve(block.op, right, adjoint, max_bytes)

@@ -22,10 +22,10 @@ from convspectra.operator import (
     squared_frobenius_norm,
 )
 from convspectra.solvers import SingularTriplets
+from convspectra.spectra._auto import METHODS
 from convspectra.spectra._block_triplets import layer_triplets
 from convspectra.spectra._dependent_channels import zero_triplets
 from convspectra.spectra._request import Request
-from convspectra.spectra._strategy import METHODS
 
 NORM_TOLERANCE = 1e-6
 """Default relative accuracy of `sigma_max`; that of `sigma_min` is the 1e-8 of `svds`."""
@@ -220,10 +220,26 @@ def svds(
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
 
 
-def sigma_max(op: ConvOperator, **options: object) -> float:
+def sigma_max(
+    op: ConvOperator,
+    *,
+    method: str = "auto",
+    tol: float = NORM_TOLERANCE,
+    maxiter: int | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> float:
     """The largest singular value of the layer: its operator norm.
 
-    Options as for `svds`, but ``tol=1e-6``.
+    Parameters
+    ----------
+    op : ConvOperator
+    method, tol, maxiter, generator, max_bytes
+        As for `svds`.
+
+    Returns
+    -------
+    float
 
     Raises
     ------
@@ -236,11 +252,29 @@ def sigma_max(op: ConvOperator, **options: object) -> float:
     >>> round(cs.sigma_max(cs.ConvOperator(torch.ones(1, 1, 3), 50)), 6)
     2.996207
     """
-    return _extreme(op, "LM", options)
+    return float(_certified(op, "LM", method, tol, maxiter, generator, max_bytes).s[0])
 
 
-def sigma_min(op: ConvOperator, **options: object) -> float:
-    """The smallest of the min(rows, columns) singular values. Options as for `sigma_max`.
+def sigma_min(
+    op: ConvOperator,
+    *,
+    method: str = "auto",
+    tol: float = 1e-8,
+    maxiter: int | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> float:
+    """The smallest of the min(rows, columns) singular values.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    method, tol, maxiter, generator, max_bytes
+        As for `svds`.
+
+    Returns
+    -------
+    float
 
     Raises
     ------
@@ -253,11 +287,34 @@ def sigma_min(op: ConvOperator, **options: object) -> float:
     >>> f"{cs.sigma_min(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)):.4e}"
     '3.7933e-03'
     """
-    return _extreme(op, "SM", options)
+    return float(_certified(op, "SM", method, tol, maxiter, generator, max_bytes).s[0])
 
 
-def cond(op: ConvOperator, **options: object) -> float:
+def cond(
+    op: ConvOperator,
+    *,
+    method: str = "auto",
+    tol: float = NORM_TOLERANCE,
+    maxiter: int | None = None,
+    generator: torch.Generator | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> float:
     """Condition number sigma_max / sigma_min; inf where the enclosure of sigma_min reaches 0.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    method, tol, maxiter, generator, max_bytes
+        As for `svds`, of both values.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ConvergenceError
+        If the tolerance was not reached for one of them; it carries the result.
 
     Examples
     --------
@@ -265,10 +322,12 @@ def cond(op: ConvOperator, **options: object) -> float:
     >>> round(cs.cond(cs.ConvOperator(torch.tensor([[[1.0, 2.0, 1.0]]]), 50)))
     1053
     """
-    smallest = _certified(op, "SM", options)
+    smallest, largest = (
+        _certified(op, which, method, tol, maxiter, generator, max_bytes) for which in ("SM", "LM")
+    )
     if float(smallest.lower[0]) == 0.0:
         return math.inf
-    return sigma_max(op, **options) / float(smallest.s[0])
+    return float(largest.s[0]) / float(smallest.s[0])
 
 
 def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
@@ -323,10 +382,27 @@ def check_count(op: ConvOperator, k: int) -> None:
         raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
 
 
-def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDResult:
-    tol = {"tol": NORM_TOLERANCE} if which == "LM" else {}
-    options = {"return_singular_vectors": False} | tol | options
-    result = svds(op, 1, which, **options)  # type: ignore[arg-type]
+def _certified(
+    op: ConvOperator,
+    which: str,
+    method: str,
+    tol: float,
+    maxiter: int | None,
+    generator: torch.Generator | None,
+    max_bytes: int,
+) -> SVDResult:
+    """One extreme value, or a ConvergenceError."""
+    result = svds(
+        op,
+        1,
+        which,
+        return_singular_vectors=False,
+        method=method,
+        tol=tol,
+        maxiter=maxiter,
+        generator=generator,
+        max_bytes=max_bytes,
+    )
     if not result.converged:
         raise ConvergenceError(
             f"the {'largest' if which == 'LM' else 'smallest'} singular value did not converge: "
@@ -336,10 +412,6 @@ def _certified(op: ConvOperator, which: str, options: dict[str, object]) -> SVDR
             result,
         )
     return result
-
-
-def _extreme(op: ConvOperator, which: str, options: dict[str, object]) -> float:
-    return float(_certified(op, which, options).s[0])
 
 
 def _zero_result(op: ConvOperator, k: int, vectors: bool) -> SVDResult:

@@ -1,13 +1,8 @@
-"""A layer as a block diagonal of dense matrices, up to unitary transformations and permutations.
-
-Independent blocks (kernel 1, sub-lattices), groups, and for circular padding all around the Fourier
-symbols: what makes the singular values of many layers affordable.
-"""
+"""Symbols of a circularly padded layer, and their Gram matrices, at chosen frequencies."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,73 +10,7 @@ from torch import Tensor
 from convspectra.operator import (
     ConvOperator,
     check_bytes,
-    group_matrices,
-    independent_blocks,
-    is_circulant,
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """An independent block of a layer that is not transposed, and how often it stands there."""
-
-    op: ConvOperator
-    places: int
-
-    @property
-    def count(self) -> int:
-        """How many singular values all of its copies have."""
-        return self.places * min(self.op.shape)
-
-    @property
-    def flops(self) -> float:
-        """What the singular values of its `matrices` cost, about."""
-        if is_circulant(self.op):
-            rows, columns = symbol_shape(self.op)
-            symbols = self.op.groups * (math.prod(self.op.geometry.output_size) // 2 + 1)
-            return 16.0 * symbols * rows * columns * min(rows, columns)
-        rows, columns = (n // self.op.groups for n in self.op.shape)
-        return 4.0 * self.op.groups * rows * columns * min(rows, columns)
-
-    def matrices(self, max_bytes: int) -> tuple[Tensor, Tensor]:
-        """Dense matrices (b, m, n), real or complex, and how often each stands there, (b,).
-
-        Raises
-        ------
-        ValueError
-            If they take more than `max_bytes`.
-        """
-        if is_circulant(self.op):
-            frequencies, copies = half_frequencies(self.op)
-            blocks = symbols_at(self.op, frequencies, max_bytes)
-            return blocks, self.places * copies.repeat(self.op.groups)
-        blocks = group_matrices(self.op, max_bytes)
-        return blocks, blocks.new_full((len(blocks),), float(self.places))
-
-    def grams(self, max_bytes: int) -> tuple[Tensor, Tensor]:
-        """The smaller Gram matrices of `matrices`, (b, n, n), and how often each stands there.
-
-        Raises
-        ------
-        ValueError
-            If they, or the matrices, take more than `max_bytes`.
-        """
-        if is_circulant(self.op):
-            rows, columns = symbol_shape(self.op)
-            if rows <= columns:
-                frequencies, copies = half_frequencies(self.op)
-                blocks = row_grams_at(self.op, frequencies, max_bytes)
-                return blocks, self.places * copies.repeat(self.op.groups)
-        blocks, copies = self.matrices(max_bytes)
-        tall = blocks if blocks.shape[1] >= blocks.shape[2] else blocks.mH
-        return tall.mH @ tall, copies
-
-
-def parts(op: ConvOperator) -> tuple[list[Part], int]:
-    """The blocks of a layer, which may be transposed, and how many more singular values are 0."""
-    blocks = independent_blocks(op.T if op.transposed else op)
-    found = [Part(block.op, len(block.places)) for block in blocks]
-    return found, min(op.shape) - sum(part.count for part in found)
 
 
 def symbol_shape(op: ConvOperator) -> tuple[int, int]:

@@ -229,11 +229,6 @@ def border_bytes(op: ConvOperator, lengths: Tensor | None = None) -> int:
     return op.groups * _border_cost(op, lengths).bytes
 
 
-def factor_flops(op: ConvOperator) -> float:
-    """What a `CapacitanceFactorization` costs, about: its border matrices."""
-    return op.groups * _border_cost(op, None).flops
-
-
 def _border_cost(op: ConvOperator, lengths: Tensor | None) -> BorderCost:
     lengths = all_lengths(op) if lengths is None else lengths
     return border_cost(smallest_periods(op.geometry), lengths)

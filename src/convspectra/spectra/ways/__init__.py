@@ -1,1 +1,68 @@
-"""The ways to singular triplets, one a file, and the registry that chooses among them."""
+"""The ways to what is asked of one block: one object a method, one file each.
+
+`WAYS` is the registry. Each entry says what it needs, whether it fits a block, what it costs, and
+runs; `convspectra.spectra._auto` chooses.
+"""
+
+from convspectra.spectra.ways._augmented import Augmented
+from convspectra.spectra.ways._capacitance import Capacitance
+from convspectra.spectra.ways._circulant import Circulant
+from convspectra.spectra.ways._davidson import Davidson
+from convspectra.spectra.ways._dense import Dense
+from convspectra.spectra.ways._gram import Gram
+from convspectra.spectra.ways._lanczos import (
+    WELL_CONDITIONED,
+    Lanczos,
+    glimpsed_ends,
+    glimpsed_least,
+)
+from convspectra.spectra.ways._lobpcg import Lobpcg
+from convspectra.spectra.ways._preconditioned import circulant_fits, circulant_helps
+from convspectra.spectra.ways._way import (
+    QUESTIONS,
+    Cost,
+    Question,
+    Way,
+    dense_work,
+    group_shape,
+    product_flops,
+)
+
+DENSE = Dense()
+GRAM = Gram()
+CIRCULANT = Circulant()
+CAPACITANCE = Capacitance()
+AUGMENTED = Augmented()
+LANCZOS = Lanczos()
+DAVIDSON = Davidson()
+LOBPCG = Lobpcg()
+
+WAYS: dict[str, Way] = {
+    way.name: way
+    for way in (DENSE, GRAM, CIRCULANT, CAPACITANCE, AUGMENTED, LANCZOS, DAVIDSON, LOBPCG)
+}
+"""Every way by its name, direct ones first."""
+
+__all__ = [
+    "AUGMENTED",
+    "CAPACITANCE",
+    "CIRCULANT",
+    "DAVIDSON",
+    "DENSE",
+    "GRAM",
+    "LANCZOS",
+    "LOBPCG",
+    "QUESTIONS",
+    "WAYS",
+    "WELL_CONDITIONED",
+    "Cost",
+    "Question",
+    "Way",
+    "circulant_fits",
+    "circulant_helps",
+    "dense_work",
+    "glimpsed_ends",
+    "glimpsed_least",
+    "group_shape",
+    "product_flops",
+]

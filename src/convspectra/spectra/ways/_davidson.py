@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convspectra.operator import Product, rounding_of
+from convspectra.operator import ConvOperator, Product, has_embedding, rounding_of
 from convspectra.solvers import (
     NO_BOUND_BELOW,
     Eigenpairs,
@@ -20,10 +20,12 @@ from convspectra.spectra._request import Request, refined
 from convspectra.spectra.ways._preconditioned import (
     NOISE,
     STEPS_FOR_SMALLEST,
+    TYPICAL_PRODUCTS,
     bounded_below,
     layer_and_circulant,
 )
-from convspectra.torus import CirculantGram
+from convspectra.spectra.ways._way import Cost, Question, Way, product_flops
+from convspectra.torus import CirculantGram, gram_cost
 
 STEPS = 300
 TRIAL_STEPS = 400
@@ -34,6 +36,36 @@ SINGLE_RESIDUAL = 5e-6
 """Residual down to which single precision goes when double is to follow."""
 MUCH_SMALLER = 10.0
 """Where the circulant's smallest eigenvalue is so many times smaller than G's, it says nothing."""
+
+
+class Davidson(Way):
+    """Block Davidson on the smaller Gram matrix, with the circulant's for a preconditioner."""
+
+    name = "davidson"
+    needs = "a layer with zero padding, or circular all around, and no separation"
+    answers = ("LM", "SM")
+
+    def admits(self, op: ConvOperator, question: Question) -> bool:
+        """Largest values need M inside the circulant; for smallest ones a rough one will do."""
+        return question == "SM" or has_embedding(op)
+
+    def separates(self, question: Question) -> bool:
+        """Not the largest values, whose bounds come from the circulant."""
+        return question == "SM"
+
+    def cost(self, op: ConvOperator, question: Question) -> Cost:
+        """The circulant's Gram matrices, and a typical number of products."""
+        products = TYPICAL_PRODUCTS[question]
+        flops, size = gram_cost(op)
+        return Cost(flops + products * product_flops(op), size, f"{products} products")
+
+    def run(self, request: Request) -> SingularTriplets:
+        """Largest values with a bound by the circulant, smallest ones with one by Lanczos."""
+        return davidson_largest(request) if request.largest else davidson_smallest(request)
+
+    def trial(self, request: Request) -> SingularTriplets:
+        """The same where there is another way: not many steps."""
+        return self.run(replace(request, maxiter=request.most_steps(TRIAL_STEPS)))
 
 
 def davidson_largest(request: Request) -> SingularTriplets:
@@ -129,8 +161,3 @@ def davidson_smallest(request: Request) -> SingularTriplets:
         certificate=NO_BOUND_BELOW,
     )
     return bounded_below(request, triplets, gram)
-
-
-def davidson_trial(request: Request) -> SingularTriplets:
-    """The same where there is another way: not many steps."""
-    return davidson_smallest(replace(request, maxiter=request.most_steps(TRIAL_STEPS)))

@@ -22,6 +22,7 @@ from convspectra.solvers import (
     ritz_ends,
 )
 from convspectra.spectra._request import Request, refined
+from convspectra.spectra.ways._way import Cost, Question, Way, product_flops
 
 ENCLOSURE = 2e-2
 """Relative width of an enclosure that is gone on for, within reason."""
@@ -44,6 +45,11 @@ PROBE_STEPS = 24
 WELL_CONDITIONED = 0.1
 """Least singular value that a few steps see, relative to the norm, from which on Lanczos takes a
 few hundred steps at most."""
+
+
+TYPICAL_PRODUCTS = {"LM": 200, "SM": 1000}
+"""Products with M and M' that a value takes, about: the largest and the smallest of Gaussian 64 ->
+64 layers at 32 x 32 and of the well-conditioned ones that it suits."""
 
 
 def glimpsed_ends(
@@ -75,10 +81,31 @@ def _ends(op: ConvOperator, steps: int, generator: torch.Generator | None) -> tu
     return max(least, 0.0) ** 0.5, max(largest, 0.0) ** 0.5
 
 
-def lanczos_trial(request: Request) -> SingularTriplets:
-    """The smallest triplets where steps are cheap: not many of them, and a narrower enclosure."""
-    steps = min(TRIAL_STEPS, request.most_steps(TRIAL_STEPS))
-    return lanczos_triplets(replace(request, maxiter=steps), lower_enclosure=ENCLOSURE)
+class Lanczos(Way):
+    """Products with M and M', and nothing else."""
+
+    name = "lanczos"
+    needs = "any layer"
+    answers = ("LM", "SM")
+
+    def admits(self, op: ConvOperator, question: Question) -> bool:
+        """Every block has products."""
+        return True
+
+    def cost(self, op: ConvOperator, question: Question) -> Cost:
+        """A typical number of products; hundreds more where values lie close together."""
+        products = TYPICAL_PRODUCTS[question]
+        basis = 8.0 * products / 2 * min(op.shape)
+        return Cost(products * product_flops(op), basis, f"{products} products")
+
+    def run(self, request: Request) -> SingularTriplets:
+        """All copies of repeated values too, by deflation."""
+        return lanczos_triplets(request)
+
+    def trial(self, request: Request) -> SingularTriplets:
+        """Smallest triplets where steps are cheap: few of them, and a narrower enclosure."""
+        steps = min(TRIAL_STEPS, request.most_steps(TRIAL_STEPS))
+        return lanczos_triplets(replace(request, maxiter=steps), lower_enclosure=ENCLOSURE)
 
 
 def lanczos_triplets(

@@ -6,15 +6,40 @@ from dataclasses import replace
 
 import torch
 
-from convspectra.operator import Product
+from convspectra.operator import ConvOperator, Product
 from convspectra.solvers import SingularTriplets, Stop, lobpcg
 from convspectra.spectra._request import Request, refined
 from convspectra.spectra.ways._preconditioned import (
     NOISE,
     STEPS_FOR_SMALLEST,
+    TYPICAL_PRODUCTS,
     bounded_below,
     layer_and_circulant,
 )
+from convspectra.spectra.ways._way import Cost, Question, Way, product_flops
+from convspectra.torus import gram_cost
+
+
+class Lobpcg(Way):
+    """LOBPCG by products with M and M' in turns, for values down to rounding."""
+
+    name = "lobpcg"
+    needs = "any layer, for its smallest values"
+    answers = ("SM",)
+
+    def admits(self, op: ConvOperator, question: Question) -> bool:
+        """Every block has products."""
+        return True
+
+    def cost(self, op: ConvOperator, question: Question) -> Cost:
+        """The circulant's Gram matrices, and a typical number of products."""
+        products = TYPICAL_PRODUCTS[question]
+        flops, size = gram_cost(op)
+        return Cost(flops + products * product_flops(op), size, f"{products} products")
+
+    def run(self, request: Request) -> SingularTriplets:
+        """The smallest triplets."""
+        return lobpcg_smallest(request)
 
 
 def lobpcg_smallest(request: Request) -> SingularTriplets:

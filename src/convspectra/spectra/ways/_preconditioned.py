@@ -13,6 +13,11 @@ from convspectra.spectra._request import Request
 from convspectra.torus import CirculantGram, gram_cost
 
 STEPS_FOR_SMALLEST = 600
+"""Most block steps for smallest values: the smooth 64 -> 128 layer of stride 2 at 28 x 28 points
+takes 1,091 products, some 540 steps (docs/benchmarks/spectra.md). Half of it is not enough."""
+TYPICAL_PRODUCTS = {"LM": 50, "SM": 400}
+"""Products with M and M' that a value takes, about: 51 to 53 for the largest of 64 -> 64, 3 x 3 at
+32 x 32 and 56 x 56 points (docs/benchmarks/spectra.md). Only `explain` shows them."""
 PRODUCTS_SAVED = 400
 """Products with M that the circulant's Gram matrices may cost as much as, over the number of
 vectors, four or more: Lanczos needs a few more products for each vector more, Davidson as many.
@@ -20,6 +25,8 @@ vectors, four or more: Lanczos needs a few more products for each vector more, D
 LOWER_FRACTIONS = (0.95, 0.7)
 """Lower bounds tried on the smallest singular value, relative to it."""
 BOUND_STEPS = 800
+"""Most Lanczos steps for that proof: 548 prove 0.95 of the smallest value of the first layer of a
+thin ResNet-50 at 224 x 224 points, 455 prove half of it. With 400 it has no bound below."""
 NOISE = 1e-7
 """The left vector ``M v / s`` of a singular value this small beside the norm is noise."""
 

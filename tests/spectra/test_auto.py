@@ -9,7 +9,7 @@ from helpers.strategies import one_thread as one_thread
 import convspectra as cs
 from benchmarks.layers import smoothed
 from convspectra import ConvOperator
-from convspectra.spectra import _strategy as strategy
+from convspectra.spectra import _auto as auto
 from convspectra.spectra._request import Request
 from convspectra.spectra.ways import _davidson as preconditioned
 
@@ -40,22 +40,22 @@ def near_the_identity(channels: int, n: int, noise: float) -> ConvOperator:
 )
 def test_the_circulant_must_pay_for_itself(channels, n, k, way):
     op = ConvOperator(torch.zeros(channels, channels, 3, 3, dtype=torch.float64), (n, n), padding=1)
-    assert strategy._candidates(request(op, k, largest=True))[0][0] == way
+    assert auto.candidates(request(op, k, largest=True))[0].way.name == way
 
 
 @pytest.mark.parametrize(
     ("channels", "n", "noise", "way"),
     [
-        (64, 24, 0.3, "lanczos_trial"),
+        (64, 24, 0.3, "lanczos"),
         (64, 24, 3.0, "capacitance"),  # badly conditioned
         (16, 24, 0.3, "capacitance"),  # cheap to factor
     ],
 )
 def test_well_conditioned_layers_are_not_factored_where_that_is_dear(channels, n, noise, way):
     op = near_the_identity(channels, n, noise)
-    asked = strategy._candidates(request(op, 1, largest=False))
-    assert asked[0][1].__name__ == way
-    assert "capacitance" in dict(asked)
+    asked = auto.candidates(request(op, 1, largest=False))
+    assert (asked[0].way.name, asked[0].trial) == (way, way == "lanczos")
+    assert "capacitance" in [choice.way.name for choice in asked]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_factors_do_not_tell_is_dense_where_that_is_cheap(shape, size, next
     groups = shape[0] // 3 if shape[1] == 2 else shape[0]
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     op = cs.ConvOperator(weight, size, padding=shape[2] // 2, groups=groups)
-    names = [name for name, _ in strategy._candidates(request(op, 1, largest=False))]
+    names = [choice.way.name for choice in auto.candidates(request(op, 1, largest=False))]
     tried = {"capacitance", "gram", "augmented"}
     assert next(name for name in names if name not in tried) == next_way
     assert names.count("dense") == 1
@@ -94,8 +94,8 @@ def smooth_layer(name: str) -> ConvOperator:
 def test_smooth_layers_that_are_dear_to_factor_are_not(name):
     """The factors give the same value, with a bound that does not rest on the iteration."""
     op = smooth_layer(name)
-    asked = strategy._candidates(request(op, 1, largest=False))
-    assert [asked[0][1].__name__, asked[1][0]] == ["davidson_trial", "augmented"]
+    first, second, *_ = auto.candidates(request(op, 1, largest=False))
+    assert (first.way.name, first.trial, second.way.name) == ("davidson", True, "augmented")
     found, factored = (cs.svds(op, 2, "SM", method=way) for way in ("auto", "augmented"))
     assert (found.method, found.converged) == ("davidson", True)
     torch.testing.assert_close(found.s, factored.s, rtol=1e-8, atol=0)
@@ -126,7 +126,7 @@ def test_lanczos_is_first_where_few_steps_see_no_small_value():
     shape = (48, 24, 3, 3)
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     op = ConvOperator(weight, (32, 32), stride=2, padding=1)
-    names = [name for name, _ in strategy._candidates(request(op, 1, largest=False))]
+    names = [choice.way.name for choice in auto.candidates(request(op, 1, largest=False))]
     assert names[:3] == ["lanczos", "davidson", "augmented"]
 
 
@@ -144,7 +144,7 @@ def test_a_trial_in_vain_is_followed_by_the_factor(monkeypatch):
     op = near_the_identity(64, 24, 3.0)
     expected = cs.svds(op, 1, "SM")
     assert expected.method == "capacitance"
-    monkeypatch.setattr(strategy, "glimpsed_least", lambda request: 1.0)
+    monkeypatch.setattr(auto, "glimpsed_least", lambda request: 1.0)
     found = cs.svds(op, 1, "SM")
     assert (found.method, found.converged) == ("capacitance", True)
     torch.testing.assert_close(found.s, expected.s)
