@@ -23,6 +23,7 @@ from convspectra.auditing import _layer_audit as layer_audit
 from convspectra.auditing._audit import audit_operators
 from convspectra.auditing._layer_audit import AuditOptions, audit_layer
 from convspectra.models._named_operators import NamedOperator
+from convspectra.spectra import _rank as ranks
 
 
 def network() -> nn.Sequential:
@@ -148,8 +149,8 @@ def test_the_rank_of_a_large_layer_that_lacks_a_few_directions(
     monkeypatch: pytest.MonkeyPatch, at_most: int, rank: int | None
 ) -> None:
     """``y_i = x_i + a x_{i-1}`` has a singular value of a^-80 for an a above 1, and no other."""
-    monkeypatch.setattr(layer_audit, "EXACT_WORK", 0)
-    monkeypatch.setattr(layer_audit, "LOST_AT_MOST", at_most)
+    monkeypatch.setattr(ranks, "EXACT_WORK", 0)
+    monkeypatch.setattr(ranks, "LOST_AT_MOST", at_most)
     torch.manual_seed(0)
     mixing = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
     before = torch.tensor([3.0, 0.3, 2.0, 0.2], dtype=torch.float64)

@@ -7,7 +7,7 @@ from convspectra.solvers._batched_lu import (
     lu_factor,
 )
 from convspectra.solvers._davidson import davidson
-from convspectra.solvers._deflation import extreme_eigenpairs
+from convspectra.solvers._deflation import ExtremeEigenpairs, extreme_eigenpairs
 from convspectra.solvers._dense import dense_svd, gram_eigh
 from convspectra.solvers._gaussian import FAILURE_PROBABILITY, log_smallest_norm
 from convspectra.solvers._lanczos import Metric, lanczos, ritz_ends
@@ -33,6 +33,7 @@ __all__ = [
     "DeflationStop",
     "Eigenpairs",
     "Ends",
+    "ExtremeEigenpairs",
     "GaussRule",
     "LanczosStop",
     "LinearMap",

@@ -44,6 +44,8 @@ class SingularTriplets:
     logabsdet : float, optional
         Sum of the logarithms of all min(m, n) singular values, where the way taken gives it along;
         -inf where one of them is 0 to working precision.
+    residuals : Tensor, optional
+        ``sqrt(||A v - s u||^2 + ||A' u - s v||^2)``, (k,), where the algorithm has measured them.
     """
 
     u: Tensor
@@ -56,6 +58,7 @@ class SingularTriplets:
     matvecs: int
     certificate: str
     logabsdet: float | None = None
+    residuals: Tensor | None = None
 
     def transposed(self) -> SingularTriplets:
         """The triplets of A' from those of A."""

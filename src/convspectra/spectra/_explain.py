@@ -133,7 +133,7 @@ def explain(
     Examples
     --------
     >>> import torch, convspectra as cs
-    >>> op = cs.ConvOperator(torch.eye(8)[:, :, None], 50, padding_mode="circular")
+    >>> op = cs.ConvOperator(torch.ones(1, 1, 3), 50, padding_mode="circular")
     >>> print(cs.explain(op, "SM").blocks[0].order)
     (('circulant', 'the symbols tell everything'),)
     """

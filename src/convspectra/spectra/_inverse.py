@@ -13,6 +13,7 @@ from convspectra.operator import (
     Block,
     ConvOperator,
     check_array,
+    check_bytes,
     check_type,
     gather,
     independent_blocks,
@@ -90,6 +91,9 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
     for way in others:
         with contextlib.suppress(ArithmeticError):
             return way.logabsdet(op, max_bytes)
+    if others:
+        size = math.ceil(last.cost(op, "logabsdet").bytes)
+        check_bytes("the dense matrix of a layer close to singular", size, max_bytes)
     return last.logabsdet(op, max_bytes)
 
 

@@ -442,13 +442,16 @@ def _finish(
     u = triplets.u.reshape(-1, *op.output_shape)
     v = triplets.v.reshape(-1, *op.input_shape)
     s = triplets.s
-    forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
-    adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
+    residuals = triplets.residuals
+    if residuals is None:
+        forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
+        adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
+        residuals = (forward + adjoint).sqrt()
     return SVDResult(
         u=u if vectors else None,
         s=ldexp(s, exponent),
         v=v if vectors else None,
-        residuals=ldexp((forward + adjoint).sqrt(), exponent),
+        residuals=ldexp(residuals, exponent),
         lower=ldexp(triplets.lower, exponent),
         upper=ldexp(triplets.upper, exponent),
         others=float(ldexp(triplets.s.new_tensor(triplets.others), exponent)),

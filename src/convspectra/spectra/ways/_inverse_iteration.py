@@ -14,6 +14,7 @@ from convspectra.operator import ConvOperator, Product, rounding_of
 from convspectra.solvers import (
     FAILURE_PROBABILITY,
     DeflationStop,
+    ExtremeEigenpairs,
     SingularTriplets,
     extreme_eigenpairs,
     less,
@@ -65,36 +66,8 @@ def smallest_by_inverse(
     Values that are lost in the rounding of larger ones of the inverse are looked for again,
     with those found projected out.
     """
-    inverse, inverse_adjoint = factorization.apply_inverse, factorization.apply_inverse_adjoint
-
-    def deflated(v: Tensor) -> Callable[[Tensor], Tensor]:
-        # Taken out on both sides: the values left may be lost in the rounding of those found.
-        u = _solved(inverse_adjoint, v, op.input_shape) if len(v) else v.new_zeros(0, op.shape[0])
-
-        def inverse_gram(x: Tensor) -> Tensor:
-            y = inverse_adjoint(less(x, v).reshape(-1, *op.input_shape)).flatten(1)
-            return less(inverse(less(y, u).reshape(-1, *op.output_shape)).flatten(1), v)
-
-        return inverse_gram
-
-    found = extreme_eigenpairs(
-        deflated,
-        op.shape[1],
-        request.k,
-        largest=True,
-        stop=DeflationStop(
-            request.tol,
-            request.most_steps(STEPS),
-            request.values_only,
-            enclosure=ENCLOSURE,
-            separation=request.separation and 1 - (1 + request.separation) ** -2,
-            alone=request.alone,
-        ),
-        like=op.weight,
-        generator=request.generator,
-        full_orthogonalization=True,
-        resolution=INVERSE_RESOLUTION,
-    )
+    # The largest eigenvalues of the inverse Gram matrix, all copies, those found deflated.
+    found = _largest_of_inverse(request, op, factorization)
     # One step of inverse iteration for each side: what is left is small beside s, not the norm.
     rtol = max(REFINEMENT_THRESHOLD, SOLVED * request.tol)
     u = _solved(partial(factorization.solve_adjoint, rtol=rtol), found.vectors, op.input_shape)
@@ -108,11 +81,12 @@ def smallest_by_inverse(
     slack = rounding_of(op) * request.norm_estimate
     upper = torch.linalg.svdvals(images).flip(0) + slack
     s = torch.minimum(torch.linalg.vector_norm(images, dim=1), upper)
-    residual = torch.linalg.vector_norm(product.apply_adjoint(u) - s[:, None] * v, dim=1)
+    forward = torch.linalg.vector_norm(images - s[:, None] * u, dim=1)
+    adjoint = torch.linalg.vector_norm(product.apply_adjoint(u) - s[:, None] * v, dim=1)
     allowed = (
         request.tol**0.5 if request.values_only else RESIDUAL_UNITS * request.tol
     ) * s + slack
-    converged = found.converged and bool((residual <= allowed).all())
+    converged = found.converged and bool((adjoint <= allowed).all())
     # The inverse is known to some eps of its norm, whichever of its values is asked for.
     rounding = ROUNDING_UNITS * torch.finfo(s.dtype).eps * found.bounds[0]
     below = [(b + rounding) ** -0.5 * (1 - 2 * wrong) if b > 0 else math.inf for b in found.bounds]
@@ -133,6 +107,43 @@ def smallest_by_inverse(
             f"probability {FAILURE_PROBABILITY:.0e}"
         ),
         logabsdet=float(factorization.logabsdet()),
+        residuals=torch.hypot(forward, adjoint)[order],
+    )
+
+
+def _largest_of_inverse(
+    request: Request, op: ConvOperator, factorization: Factorization
+) -> ExtremeEigenpairs:
+    """The largest eigenpairs of ``(M'M)^{-1}`` by Lanczos with deflation."""
+    inverse, inverse_adjoint = factorization.apply_inverse, factorization.apply_inverse_adjoint
+
+    def deflated(v: Tensor) -> Callable[[Tensor], Tensor]:
+        # Taken out on both sides: the values left may be lost in the rounding of those found.
+        u = _solved(inverse_adjoint, v, op.input_shape) if len(v) else v.new_zeros(0, op.shape[0])
+
+        def inverse_gram(x: Tensor) -> Tensor:
+            y = inverse_adjoint(less(x, v).reshape(-1, *op.input_shape)).flatten(1)
+            return less(inverse(less(y, u).reshape(-1, *op.output_shape)).flatten(1), v)
+
+        return inverse_gram
+
+    return extreme_eigenpairs(
+        deflated,
+        op.shape[1],
+        request.k,
+        largest=True,
+        stop=DeflationStop(
+            request.tol,
+            request.most_steps(STEPS),
+            request.values_only,
+            enclosure=ENCLOSURE,
+            separation=request.separation and 1 - (1 + request.separation) ** -2,
+            alone=request.alone,
+        ),
+        like=op.weight,
+        generator=request.generator,
+        full_orthogonalization=True,
+        resolution=INVERSE_RESOLUTION,
     )
 
 
