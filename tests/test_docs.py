@@ -188,6 +188,7 @@ def test_formulas_are_written_without_a_script(extension: Callable[[str], Any]) 
             visit(SimpleNamespace(body=written), nodes.math("", r"\|M\|_F"))
     assert ["<math" in part and "<mi>M</mi>" in part for part in written] == [True, True]
     assert 'display="block"' in written[1]
+    assert 'stretchy="false">‖<' in written[0]
 
 
 def test_every_public_module_is_on_the_page_of_the_api(public_api: Any) -> None:
