@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import convspectra as cs
 from convspectra import ConvOperator, kernel_to_weight, weight_to_kernel
 from convspectra.operator import _convolution as convolution
 from convspectra.testing import assert_adjoint, assert_matches_dense, naive_dense
@@ -880,3 +881,31 @@ def test_naive_dense_has_a_limit():
         naive_dense(nn.Identity(), (4,), max_bytes=127)
     with pytest.raises(ValueError, match="input_shape of positive integers"):
         naive_dense(nn.Identity(), (0,))
+
+
+# --- the weight is looked at once -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["LM", "SM"])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": 1, "stride": 2}, {"padding": 1, "groups": 2}]
+)
+def test_derived_layers_do_not_look_at_the_entries_again(monkeypatch, options, which):
+    """One pass over the weight when the layer is made; its parts and adjoint are made of it."""
+    looks: list[torch.Size] = []
+    isfinite = torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: looks.append(x.shape) or isfinite(x))
+    weight = torch.randn(4, 4 // options.get("groups", 1), 3, 3, dtype=torch.float64)
+    op = cs.ConvOperator(weight, (6, 6), **options)
+    assert looks == [weight.shape]
+    cs.svds(op, 1, which=which)
+    assert [shape for shape in looks if len(shape) == weight.ndim] == [weight.shape]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_spoiled_later_is_refused(bad):
+    weight = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    op = cs.ConvOperator(weight, (6, 6), padding=1)
+    weight[1, 0, 1, 2] = bad
+    with pytest.raises(ValueError, match="expected a finite weight, got NaN or Inf"):
+        cs.svds(op, 1)

@@ -15,7 +15,7 @@ from convspectra.operator._checks import (
     check_positive_integer,
     check_type,
 )
-from convspectra.operator._conv_operator import ConvOperator, block_diagonal
+from convspectra.operator._conv_operator import ConvOperator, block_diagonal, derived_operator
 from convspectra.operator._convolution import (
     add_weight_gradient,
     kernel_to_weight,
@@ -30,15 +30,17 @@ from convspectra.operator._frobenius import (
     squared_frobenius_norm_now,
     subtract_frobenius_form,
 )
-from convspectra.operator._geometry import ConvGeometry, IntArray
+from convspectra.operator._geometry import ConvGeometry, IntArray, conv_geometry
 from convspectra.operator._modules import CONVOLUTION_TYPES, LAYER_TYPES, convolution_options
 from convspectra.operator._polyphase import (
     from_grid,
     from_phases,
     grid,
     grid_padding,
+    join_phases,
     phase_lengths,
     polyphase,
+    split_phases,
     to_grid,
     to_phases,
 )
@@ -51,6 +53,7 @@ from convspectra.operator._structure import (
     is_circulant,
     is_square_grid,
     is_square_toeplitz,
+    is_wide,
 )
 
 __all__ = [
@@ -72,7 +75,9 @@ __all__ = [
     "check_choice",
     "check_positive_integer",
     "check_type",
+    "conv_geometry",
     "convolution_options",
+    "derived_operator",
     "frobenius_form",
     "from_grid",
     "from_phases",
@@ -87,6 +92,8 @@ __all__ = [
     "is_circulant",
     "is_square_grid",
     "is_square_toeplitz",
+    "is_wide",
+    "join_phases",
     "kernel_to_weight",
     "ldexp",
     "normalized",
@@ -96,6 +103,7 @@ __all__ = [
     "rounding_of",
     "scaled_outputs",
     "scatter",
+    "split_phases",
     "squared_frobenius_norm",
     "squared_frobenius_norm_now",
     "subtract_frobenius_form",

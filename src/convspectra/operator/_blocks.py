@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from convspectra.operator._conv_operator import ConvOperator
-from convspectra.operator._geometry import ConvGeometry
+from convspectra.operator._conv_operator import ConvOperator, derived_operator
+from convspectra.operator._geometry import ConvGeometry, conv_geometry
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,11 @@ def independent_blocks(op: ConvOperator) -> list[Block]:
     blocks = []
     for combination in itertools.product(*axes):
         first = [parts[0] for parts in combination]
-        block = ConvOperator(
-            op.weight,
+        block = conv_geometry(
             [len(part.inputs) for part in first],
+            geometry.kernel_size,
             stride=[part.stride for part in first],
             padding=[part.padding for part in first] if first else 0,
-            groups=op.groups,
             padding_mode=geometry.padding_mode if any(map(sum, geometry.padding)) else "zeros",
             dilation=[
                 geometry.dilation[axis] if _whole(geometry, axis) else 1
@@ -88,7 +87,7 @@ def independent_blocks(op: ConvOperator) -> list[Block]:
             Place(tuple(p.inputs for p in parts), tuple(p.outputs for p in parts))
             for parts in itertools.product(*combination)
         )
-        blocks.append(Block(block, places))
+        blocks.append(Block(derived_operator(op.weight, block, op.groups), places))
     return blocks
 
 
@@ -160,15 +159,7 @@ def group_matrices(op: ConvOperator, max_bytes: int) -> Tensor:
     ValueError
         If they take more than `max_bytes`.
     """
-    geometry = op.geometry
     # Without groups the rows of one group's outputs are a block of their own.
-    alone = ConvOperator(
-        op.weight,
-        geometry.input_size,
-        stride=geometry.stride,
-        padding=geometry.padding if geometry.ndim else 0,
-        dilation=geometry.dilation,
-        padding_mode=geometry.padding_mode,
-    )
+    alone = derived_operator(op.weight, op.geometry)
     rows, columns = (n // op.groups for n in op.shape)
     return alone.to_dense(max_bytes).reshape(op.groups, rows, columns)

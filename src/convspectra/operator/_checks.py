@@ -31,7 +31,12 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(f"expected a weight with entries, got the shape {tuple(weight.shape)}")
     if weight.device.type == "meta":
         raise ValueError("expected a weight with data, got one on the meta device")
-    if not bool(torch.isfinite(weight).all()):
+    check_finite_weight(bool(torch.isfinite(weight).all()))
+
+
+def check_finite_weight(finite: bool) -> None:
+    """Raise a ValueError unless the weight is known to be finite."""
+    if not finite:
         raise ValueError("expected a finite weight, got NaN or Inf in it")
 
 

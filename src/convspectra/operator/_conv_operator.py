@@ -366,12 +366,7 @@ class ConvOperator:
         return (self._weight.shape[1] * self._groups, *self._geometry.input_size)
 
     def _replace(self, weight: Tensor, transposed: bool) -> ConvOperator:
-        other = object.__new__(ConvOperator)
-        other._weight = weight
-        other._geometry = self._geometry
-        other._groups = self._groups
-        other._transposed = transposed
-        return other
+        return derived_operator(weight, self._geometry, self._groups, transposed)
 
     def _without_autocast(
         self, function: Callable[[Tensor, Tensor, ConvGeometry, int], Tensor], x: Tensor
@@ -386,6 +381,19 @@ class ConvOperator:
         return self._replace(weight.float() if narrow else weight, self._transposed)
 
 
+def derived_operator(
+    weight: Tensor, geometry: ConvGeometry, groups: int = 1, transposed: bool = False
+) -> ConvOperator:
+    """The operator of a weight that is made of a checked one, without another look at its entries.
+
+    Nothing is checked: the weight, (h, g / groups, *kernel), the geometry and the groups must fit
+    each other.
+    """
+    op = object.__new__(ConvOperator)
+    op._weight, op._geometry, op._groups, op._transposed = weight, geometry, groups, transposed
+    return op
+
+
 def block_diagonal(ops: Sequence[ConvOperator]) -> ConvOperator:
     """One convolution whose matrix has those of `ops` as diagonal blocks, up to a permutation.
 
@@ -393,6 +401,5 @@ def block_diagonal(ops: Sequence[ConvOperator]) -> ConvOperator:
     one layer, so that what is batched over groups is batched over layers.
     """
     first = ops[0]
-    stacked = first._replace(torch.cat([op.weight for op in ops]), first.transposed)
-    stacked._groups = first.groups * len(ops)
-    return stacked
+    weight = torch.cat([op.weight for op in ops])
+    return derived_operator(weight, first.geometry, first.groups * len(ops), first.transposed)

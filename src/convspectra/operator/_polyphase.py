@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convspectra.operator._conv_operator import ConvOperator
+from convspectra.operator._conv_operator import ConvOperator, derived_operator
+from convspectra.operator._geometry import conv_geometry
 from convspectra.operator._structure import is_square_grid
 
 
@@ -35,7 +36,10 @@ def polyphase(op: ConvOperator) -> ConvOperator:
     phases = range(3, 3 + 2 * g.ndim, 2)
     taps = taps.permute(0, 1, 2, *phases, *(i + 1 for i in phases))
     weight = taps.flatten(2, 2 + g.ndim).flatten(0, 1)
-    return ConvOperator(weight, grid(op), padding=padding, groups=op.groups)
+    kernel_size = tuple(weight.shape[2:])
+    return derived_operator(
+        weight, conv_geometry(grid(op), kernel_size, padding=padding), op.groups
+    )
 
 
 def grid_padding(op: ConvOperator) -> list[tuple[int, int]]:
@@ -66,20 +70,32 @@ def to_phases(op: ConvOperator, x: Tensor) -> Tensor:
     g, points = op.geometry, grid(op)
     axes = zip(reversed(points), reversed(g.stride), reversed(g.input_size), strict=True)
     x = F.pad(x, [amount for m, s, n in axes for amount in (0, s * m - n)])
-    split = [n for pair in zip(points, g.stride, strict=True) for n in pair]
-    x = x.reshape(*x.shape[:2], *split)
-    order = [*range(3, 3 + 2 * g.ndim, 2), *range(2, 2 + 2 * g.ndim, 2)]
-    return x.permute(0, 1, *order).reshape(len(x), -1, *points)
+    return split_phases(x, g.stride)
 
 
 def from_phases(op: ConvOperator, x: Tensor) -> Tensor:
     """The adjoint of `to_phases`."""
-    g, points = op.geometry, grid(op)
-    x = x.reshape(len(x), -1, *g.stride, *points)
-    order = [i for axis in range(2, 2 + g.ndim) for i in (axis + g.ndim, axis)]
+    return _first(join_phases(x, op.geometry.stride), op.geometry.input_size)
+
+
+def split_phases(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Phases as channels: (b, c, P_1 s_1, P_2 s_2, ...) -> (b, c * prod(s), P_1, P_2, ...).
+
+    Point ``s q + f`` of an axis is point q of phase f; the phases of a channel stay side by side.
+    """
+    ndim, points = len(strides), [n // s for n, s in zip(x.shape[2:], strides, strict=True)]
+    x = x.reshape(*x.shape[:2], *(n for pair in zip(points, strides, strict=True) for n in pair))
+    order = [*range(3, 3 + 2 * ndim, 2), *range(2, 2 + 2 * ndim, 2)]
+    return x.permute(0, 1, *order).reshape(len(x), -1, *points)
+
+
+def join_phases(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The inverse of `split_phases`, and its adjoint."""
+    ndim, points = len(strides), x.shape[2:]
+    x = x.reshape(len(x), -1, *strides, *points)
+    order = [i for axis in range(2, 2 + ndim) for i in (axis + ndim, axis)]
     x = x.permute(0, 1, *order)
-    x = x.reshape(*x.shape[:2], *(m * s for m, s in zip(points, g.stride, strict=True)))
-    return _first(x, g.input_size)
+    return x.reshape(*x.shape[:2], *(m * s for m, s in zip(points, strides, strict=True)))
 
 
 def to_grid(op: ConvOperator, y: Tensor) -> Tensor:

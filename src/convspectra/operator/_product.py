@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convspectra.operator._conv_operator import ConvOperator
+from convspectra.operator._conv_operator import ConvOperator, derived_operator
+from convspectra.operator._geometry import conv_geometry
+from convspectra.operator._structure import is_wide
 from convspectra.operator._winograd import WinogradConvolution, faster_convolution
 
 
@@ -30,7 +32,7 @@ class Product:
     @classmethod
     def tall(cls, op: ConvOperator, *, fast: bool = False) -> tuple[Product, bool]:
         """M, or M' if M has more columns than rows, and whether it has."""
-        wide = op.shape[0] < op.shape[1]
+        wide = is_wide(op)
         return cls(op.T if wide else op, fast=fast), wide
 
     def apply(self, x: Tensor) -> Tensor:
@@ -63,14 +65,10 @@ def _adjoint_layer(op: ConvOperator) -> ConvOperator | None:
         return None
     blocks = op.weight.reshape(op.groups, -1, *op.weight.shape[1:])
     weight = blocks.transpose(1, 2).flatten(0, 1).flip(tuple(range(2, 2 + g.ndim)))
-    adjoint = ConvOperator(
-        weight.contiguous(),
-        g.output_size,
-        padding=padding,
-        dilation=g.dilation,
-        groups=op.groups,
-    )
-    return adjoint if adjoint.geometry.output_size == g.input_size else None
+    geometry = conv_geometry(g.output_size, g.kernel_size, padding=padding, dilation=g.dilation)
+    if geometry.output_size != g.input_size:
+        return None
+    return derived_operator(weight.contiguous(), geometry, op.groups)
 
 
 def _faster(layer: ConvOperator) -> WinogradConvolution | None:

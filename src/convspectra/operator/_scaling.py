@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from convspectra.operator._checks import check_finite_weight
 from convspectra.operator._conv_operator import ConvOperator
 
 
@@ -13,13 +16,23 @@ def normalized(op: ConvOperator) -> tuple[ConvOperator, int | None]:
     """The layer detached, in float64, divided by 2^exponent; the exponent is None for M = 0.
 
     Taps that no pixel reads are dropped: they are no part of M, and may be far larger than it.
+
+    Raises
+    ------
+    ValueError
+        For a weight that is not finite.
     """
-    op = without_unread_taps(op.with_weight(op.weight.detach().double()))
-    largest = op.weight.abs().amax()
+    weight = op.weight.detach().double()
+    largest = weight.abs().amax()
+    # The weight may have changed since it was checked; NaN and Inf come through the maximum.
+    check_finite_weight(math.isfinite(largest))
+    op = without_unread_taps(op.with_weight(weight, check=False))
+    if op.weight is not weight:
+        largest = op.weight.abs().amax()
     if float(largest) == 0.0:
         return op, None
     exponent = int(torch.frexp(largest).exponent)
-    return op.with_weight(ldexp(op.weight, -exponent)), exponent
+    return op.with_weight(ldexp(op.weight, -exponent), check=False), exponent
 
 
 def without_unread_taps(op: ConvOperator) -> ConvOperator:
@@ -36,7 +49,7 @@ def without_unread_taps(op: ConvOperator) -> ConvOperator:
     if (counts > 0).all():
         return op
     read = torch.from_numpy(counts > 0).to(op.device)
-    return op.with_weight(torch.where(read, op.weight, 0.0))
+    return op.with_weight(torch.where(read, op.weight, 0.0), check=False)
 
 
 def ldexp(x: Tensor, exponent: int | Tensor) -> Tensor:

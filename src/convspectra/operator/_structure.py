@@ -7,6 +7,11 @@ import math
 from convspectra.operator._conv_operator import ConvOperator
 
 
+def is_wide(op: ConvOperator) -> bool:
+    """Whether M has more columns than rows."""
+    return op.shape[0] < op.shape[1]
+
+
 def has_augmented(op: ConvOperator) -> bool:
     """Whether K is part of a convolution whose circulant may be regular.
 
@@ -17,7 +22,7 @@ def has_augmented(op: ConvOperator) -> bool:
     if g.ndim == 0 or g.padding_mode != "zeros":
         return False
     outputs, inputs = op.weight.shape[0] // op.groups, inputs_per_point(op)
-    agree = outputs <= inputs if op.shape[0] < op.shape[1] else outputs >= inputs
+    agree = outputs <= inputs if is_wide(op) else outputs >= inputs
     return agree and all(s <= n for s, n in zip(g.stride, g.input_size, strict=True))
 
 

@@ -3,13 +3,14 @@
 from convspectra.solvers._batched_lu import (
     differentiable_once,
     inverse_and_logabsdet,
+    log_diagonal,
     logabsdet,
     lu_factor,
 )
 from convspectra.solvers._davidson import davidson
 from convspectra.solvers._deflation import ExtremeEigenpairs, extreme_eigenpairs
 from convspectra.solvers._dense import dense_svd, gram_eigh
-from convspectra.solvers._gaussian import FAILURE_PROBABILITY, log_smallest_norm
+from convspectra.solvers._gaussian import BOUND_VECTORS, FAILURE_PROBABILITY, gaussian, norm_bound
 from convspectra.solvers._lanczos import Metric, lanczos, ritz_ends
 from convspectra.solvers._leading import leading_eigenpairs
 from convspectra.solvers._lobpcg import lobpcg
@@ -28,6 +29,7 @@ from convspectra.solvers._stop import DeflationStop, LanczosStop, Stop
 from convspectra.solvers._tracking import Ends, improved, towards_norm, working_dtype
 
 __all__ = [
+    "BOUND_VECTORS",
     "FAILURE_PROBABILITY",
     "NO_BOUND_BELOW",
     "DeflationStop",
@@ -47,6 +49,7 @@ __all__ = [
     "differentiable_once",
     "extreme_eigenpairs",
     "gauss_rules",
+    "gaussian",
     "gram_eigh",
     "improved",
     "inverse_and_logabsdet",
@@ -54,10 +57,11 @@ __all__ = [
     "leading_eigenpairs",
     "less",
     "lobpcg",
-    "log_smallest_norm",
+    "log_diagonal",
     "logabsdet",
     "lu_factor",
     "mean_log",
+    "norm_bound",
     "random_directions",
     "ritz_ends",
     "towards_norm",

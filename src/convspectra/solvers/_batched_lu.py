@@ -43,6 +43,13 @@ def inverse_and_logabsdet(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
+def log_diagonal(lu: Tensor) -> Tensor:
+    """Log |det| (...,) of the matrices with these LU factors, (..., n, n)."""
+    diagonal: Tensor = lu.diagonal(dim1=-2, dim2=-1)
+    logarithms: Tensor = diagonal.abs().log().sum(-1)
+    return logarithms
+
+
 def logabsdet(matrix: Tensor, lu: Tensor, pivots: Tensor) -> Tensor:
     """Log |det| (...,) of matrices whose LU factors are known, with gradient ``matrix^{-H}``.
 
@@ -90,7 +97,7 @@ class _InverseAndLogAbsDet(torch.autograd.Function):
         lu, pivots = lu_factor(matrix)
         inverse = _inverse(lu, pivots)
         ctx.save_for_backward(inverse)
-        return inverse, _log_diagonal(lu)
+        return inverse, log_diagonal(lu)
 
     @staticmethod
     def backward(ctx: Any, grad_inverse: Tensor, grad_log: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ class _LogAbsDet(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, lu: Tensor, pivots: Tensor, anchor: Tensor) -> Tensor:
         ctx.save_for_backward(lu, pivots, anchor)
-        return _log_diagonal(lu)
+        return log_diagonal(lu)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -119,9 +126,3 @@ def _inverse(lu: Tensor, pivots: Tensor) -> Tensor:
     identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device)
     inverse: Tensor = torch.linalg.lu_solve(lu, pivots, identity.expand_as(lu))
     return inverse.contiguous()  # LAPACK's order would make every product with few vectors slow
-
-
-def _log_diagonal(lu: Tensor) -> Tensor:
-    diagonal: Tensor = lu.diagonal(dim1=-2, dim2=-1)
-    logarithms: Tensor = diagonal.abs().log().sum(-1)
-    return logarithms

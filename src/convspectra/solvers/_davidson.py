@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convspectra.solvers._orthonormal import inner_products, orthonormal
-from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs
+from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs, check_products
 from convspectra.solvers._stop import Stop
 
 GUARD_VECTORS = 2
@@ -103,7 +103,7 @@ def davidson(
     sign = 1.0 if largest else -1.0
     order, products, converged, norm = 0, 0, False, 0.0
     for step in range(stop.maxiter):
-        _check_finite(new)
+        check_products(bool(torch.isfinite(new).all()))
         new = orthonormal(new[: most - order], basis[:order])
         if len(new) == 0:  # nothing that the basis does not have
             break
@@ -112,7 +112,7 @@ def davidson(
         images[old:order] = sign * product(new)
         products += len(new)
         projected = _bordered(projected, basis[:order], images[:order])
-        _check_finite(projected)
+        check_products(bool(torch.isfinite(projected).all()))
         every, vectors = torch.linalg.eigh(projected)
         every, vectors = every.flip(0), vectors.flip(1)
         chosen = vectors[:, :block].to(like.dtype).mT
@@ -146,11 +146,6 @@ def davidson(
         converged=converged,
         products=products,
     )
-
-
-def _check_finite(products: Tensor) -> None:
-    if not bool(torch.isfinite(products).all()):
-        raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
 
 
 def _reached(

@@ -13,7 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 FAILURE_PROBABILITY = 1e-10
+BOUND_VECTORS = 4
 
 
 def log_smallest_norm(count: int) -> float:
@@ -22,6 +26,29 @@ def log_smallest_norm(count: int) -> float:
     """
     log_density = math.log(2) * (1 - count / 2) - math.lgamma(count / 2)
     return (math.log(FAILURE_PROBABILITY) + math.log(count) - log_density) / count
+
+
+def gaussian(count: int, shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
+    """Standard normal arrays (count, *shape), always the same ones for a seed."""
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    return torch.randn(count, *shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def norm_bound(*images: Tensor) -> float:
+    """A bound on the spectral norm of each of some maps, from images of the same Gaussian vectors.
+
+    Parameters
+    ----------
+    *images : Tensor
+        (b, ...): what a map makes of the b arrays of `gaussian`, one after the other.
+
+    Notes
+    -----
+    The component of the arrays along a right singular vector of the norm is a vector of b standard
+    normal numbers, which is shorter than `log_smallest_norm` says with `FAILURE_PROBABILITY` only.
+    """
+    largest = max(float(torch.linalg.vector_norm(image)) for image in images)
+    return largest / math.exp(log_smallest_norm(len(images[0])))
 
 
 def bound_beyond(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from convspectra.solvers._gaussian import bound_beyond, log_smallest_norm
 from convspectra.solvers._orthonormal import less
-from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs, LinearMap
+from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs, LinearMap, check_products
 from convspectra.solvers._stop import LanczosStop
 
 FloatArray = npt.NDArray[np.float64]
@@ -291,8 +291,7 @@ class _Recurrence:
                     w = less(w, chunk[: steps + 1 - i * CHUNK])
         self._before = q
         self._next, self._dual, beta = self._normalized(w)
-        if not math.isfinite(beta) or not math.isfinite(alpha):
-            raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
+        check_products(math.isfinite(alpha) and math.isfinite(beta))
         self.norm = max(self.norm, abs(alpha) + beta + before)
         self._alphas.append(alpha)
         self._betas.append(beta)

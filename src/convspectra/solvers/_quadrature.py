@@ -21,6 +21,8 @@ import scipy.interpolate
 import torch
 from torch import Tensor
 
+from convspectra.solvers._result import check_products
+
 FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 64
@@ -163,8 +165,7 @@ def tridiagonals(product: Callable[[Tensor], Tensor], start: Tensor, steps: int)
             inside = torch.bmm(done.conj(), w[:, :, None])
             w = w - torch.bmm(done.mT, inside)[:, :, 0]
         beta = torch.linalg.vector_norm(w, dim=1)
-        if not bool(torch.isfinite(beta).all() & torch.isfinite(alpha).all()):
-            raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
+        check_products(bool(torch.isfinite(beta).all() & torch.isfinite(alpha).all()))
         real[0, :, j] = alpha.cpu() * alive
         norm = torch.maximum(norm, real[0, :, j].abs() + beta.cpu())
         ended = alive & (beta.cpu() <= ROUNDING_UNITS * eps * norm)

@@ -18,6 +18,12 @@ NO_BOUND_BELOW = "Rayleigh-Ritz values above; no bound below"
 """The certificate of smallest values that an iteration alone has found."""
 
 
+def check_products(finite: bool) -> None:
+    """Raise an ArithmeticError unless the products with the matrix were finite."""
+    if not finite:
+        raise ArithmeticError("expected finite products with the matrix, got NaN or Inf")
+
+
 @dataclass(frozen=True)
 class SingularTriplets:
     """Some singular triplets of an m x n matrix A, with what is known of their accuracy.

@@ -23,23 +23,22 @@ from torch import Tensor
 from convspectra.operator import (
     ConvOperator,
     check_bytes,
+    conv_geometry,
+    derived_operator,
     from_grid,
     from_phases,
     grid,
     grid_padding,
     inputs_per_point,
     is_square_grid,
+    is_wide,
     phase_lengths,
     polyphase,
     to_grid,
     to_phases,
 )
-from convspectra.solvers import log_smallest_norm
-from convspectra.torus._capacitance import (
-    BOUND_VECTORS,
-    REFINEMENT_THRESHOLD,
-    CapacitanceFactorization,
-)
+from convspectra.solvers import BOUND_VECTORS, gaussian, norm_bound
+from convspectra.torus._capacitance import REFINEMENT_THRESHOLD, CapacitanceFactorization
 from convspectra.torus._cut import border_cost
 
 SHIFT = 1e-4
@@ -86,7 +85,7 @@ class AugmentedFactorization:
 
     def __init__(self, op: ConvOperator, max_bytes: int) -> None:
         check_bytes("the augmented matrix", augmented_bytes(op), max_bytes)
-        self._op, self._wide = op, op.shape[0] < op.shape[1]
+        self._op, self._wide = op, is_wide(op)
         blocks = op.weight.detach().unflatten(0, (op.groups, -1)).flatten(1)
         taps = math.prod(op.weight.shape[2:])
         self._shift = SHIFT * taps**0.5 * float(torch.linalg.vector_norm(blocks, dim=1).amax())
@@ -122,15 +121,11 @@ class AugmentedFactorization:
         Cost: two applications to 4 vectors.
         """
         tall = self._op.T if self._wide else self._op
-        generator = torch.Generator(device=tall.device).manual_seed(1)
-        shape = BOUND_VECTORS, *tall.input_shape
-        x = torch.randn(shape, dtype=tall.dtype, device=tall.device, generator=generator)
-        errors = (
+        x = gaussian(BOUND_VECTORS, tall.input_shape, tall.weight, seed=1)
+        return norm_bound(
             self.apply_inverse(tall.apply(x)) - x,
             tall.apply_adjoint(self.apply_inverse_adjoint(x)) - x,
         )
-        largest = max(float(torch.linalg.vector_norm(error)) for error in errors)
-        return largest / math.exp(log_smallest_norm(BOUND_VECTORS))
 
     def is_singular(self) -> bool:
         """Whether K is, and so M, to working precision."""
@@ -155,7 +150,10 @@ class AugmentedFactorization:
         middle = taps_last.shape[3] // 2
         longer = slice(taps.shape[1], None) if self._wide else slice(taps.shape[1])
         taps_last[..., middle].diagonal(dim1=1, dim2=2)[:, longer] = self._shift
-        return ConvOperator(weight.flatten(0, 1), grid(self._op), padding=reaches, groups=groups)
+        kernel_size = tuple(weight.shape[3:])
+        padding = [(reach, reach) for reach in reaches]
+        geometry = conv_geometry(grid(self._op), kernel_size, padding=padding)
+        return derived_operator(weight.flatten(0, 1), geometry, groups)
 
     def _stacked(self, side: Tensor, *, longer: bool) -> Tensor:
         """What K acts on, from one side of M and zeros on the other."""

@@ -30,15 +30,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, check_bytes
-from convspectra.solvers import log_smallest_norm
+from convspectra.operator import DEFAULT_MAX_BYTES, ConvOperator, check_bytes
+from convspectra.solvers import BOUND_VECTORS, gaussian, norm_bound
 from convspectra.torus._cut import BorderCost, CutTorus, all_lengths, border_cost
 from convspectra.torus._symbols import smallest_periods
 
-DEFAULT_MAX_BYTES = 4 * 2**30
 MAX_FACTORIZATIONS = 4
 CONDITION_ACCEPTED_AT_ONCE = 1e6
-BOUND_VECTORS = 4
 PROBE_ACCEPTED_AT_ONCE = 1e-11
 PROBE_LIMIT = 1e-6
 REFINEMENT_THRESHOLD = 1e-10
@@ -81,7 +79,7 @@ class CapacitanceFactorization:
     def __init__(
         self, op: ConvOperator, max_bytes: int = DEFAULT_MAX_BYTES, lengths: Tensor | None = None
     ) -> None:
-        self._op = op.with_weight(op.weight.detach())
+        self._op = op.with_weight(op.weight.detach(), check=False)
         self._inside = None if lengths is None else _inside(op, lengths)
         check_bytes("the border matrix", border_bytes(op, lengths), max_bytes)
         direct = op.T if op.transposed else op
@@ -145,14 +143,12 @@ class CapacitanceFactorization:
         residuals for Gaussian vectors; it fails with the probability of `log_smallest_norm`.
         Cost: two applications to 4 vectors each.
         """
-        y = self._gaussian(self._op.output_shape, BOUND_VECTORS, seed=1)
+        y = self._gaussian(BOUND_VECTORS, seed=1)
         plain, adjoint = self._op.transposed, not self._op.transposed
-        errors = (
+        return norm_bound(
             self._forward(self.apply_inverse(y), plain) - y,
             self.apply_inverse_adjoint(self._forward(y, adjoint)) - y,
         )
-        largest = max(float(torch.linalg.vector_norm(error)) for error in errors)
-        return largest / math.exp(log_smallest_norm(BOUND_VECTORS))
 
     def logabsdet(self) -> Tensor:
         """Log |det M|, a 0-dim tensor with gradient; of no meaning for a singular M.
@@ -161,16 +157,9 @@ class CapacitanceFactorization:
         """
         return self._torus.logabsdet()
 
-    def _gaussian(self, shape: tuple[int, ...], count: int, seed: int) -> Tensor:
-        generator = torch.Generator(device=self._op.device).manual_seed(seed)
-        gaussian = torch.randn(
-            count,
-            *shape,
-            dtype=self._op.dtype,
-            device=self._op.device,
-            generator=generator,
-        )
-        return self._restricted(gaussian)
+    def _gaussian(self, count: int, seed: int) -> Tensor:
+        """Gaussian data for solves with M, (count, *output_shape), 0 at points that are cut out."""
+        return self._restricted(gaussian(count, self._op.output_shape, self._op.weight, seed))
 
     def _probe(self, torus: CutTorus) -> tuple[float, Tensor, float]:
         """Backward error ``||M x - y|| / (||M|| ||x||)`` of a solve for a random y, x, and what is
@@ -178,7 +167,7 @@ class CapacitanceFactorization:
 
         The first tells a poor embedding from an ill-conditioned M, which no embedding can mend.
         """
-        y = self._gaussian(self._op.output_shape, 1, seed=0)
+        y = self._gaussian(1, seed=0)
         x = self._restricted(torus.apply_inverse(y, self._op.transposed))
         residual = float(torch.linalg.vector_norm(y - self._forward(x, self._op.transposed)))
         error = residual / (torus.norm * float(torch.linalg.vector_norm(x)))

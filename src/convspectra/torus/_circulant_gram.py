@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, Product
+from convspectra.operator import ConvOperator, Product, conv_geometry, derived_operator, is_wide
 from convspectra.solvers import (
     LanczosStop,
     Metric,
@@ -28,7 +28,7 @@ from convspectra.solvers import (
     leading_eigenpairs,
 )
 from convspectra.torus._embedding import CirculantEmbedding
-from convspectra.torus._symbols import half_multiplicity
+from convspectra.torus._symbols import half_multiplicity, symbol_shape
 
 REGULARIZATION = 1e-8
 """Added to the circulant's Gram matrices, relative to their norm: they may be singular."""
@@ -65,7 +65,7 @@ class CirculantGram:
     def __init__(self, op: ConvOperator, *, fast: bool = False) -> None:
         self.tall, self._wide = Product.tall(op, fast=fast)
         if op.geometry.ndim == 0:
-            op = ConvOperator(op.weight[:, :, None], 1)
+            op = derived_operator(op.weight[:, :, None], conv_geometry((1,), (1,)))
         self._embedding = embedding = CirculantEmbedding(op, fast=fast)
         self._embed = embedding.embed_output if self._wide else embedding.embed_input
         self._restrict = embedding.restrict_output if self._wide else embedding.restrict_input
@@ -182,10 +182,9 @@ class CirculantGram:
 def gram_cost(op: ConvOperator) -> tuple[float, float]:
     """Flops and bytes that a `CirculantGram` and the factors of its blocks take, about."""
     embedding = CirculantEmbedding(op)
-    rows, columns = op.weight.shape[0] // op.groups, op.weight.shape[1]
-    columns *= math.prod(op.geometry.stride)
+    rows, columns = symbol_shape(op)
     symbols = op.groups * (math.prod(embedding.periods) // 2 + 1)
-    order = rows if op.shape[0] < op.shape[1] else columns
+    order = rows if is_wide(op) else columns
     return 32.0 * symbols * order * rows * columns, 16.0 * symbols * (rows * columns + 3 * order**2)
 
 

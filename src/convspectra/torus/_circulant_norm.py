@@ -21,7 +21,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator
+from convspectra.operator import ConvOperator, is_wide
 from convspectra.solvers import inverse_and_logabsdet, leading_eigenpairs
 from convspectra.torus._circulant_gram import CirculantGram, rounded_up
 from convspectra.torus._cut import block_toeplitz
@@ -76,7 +76,7 @@ class _Cut:
         self, op: ConvOperator, axis: int, blocks: Tensor, large: dict[int, Tensor]
     ) -> None:
         geometry, periods = op.geometry, smallest_periods(op.geometry)
-        outputs = op.shape[0] < op.shape[1]
+        outputs = is_wide(op)
         points = geometry.output_size[axis] if outputs else geometry.input_size[axis]
         self._blocks, self._large = blocks, large
         self._border = periods[axis] - points

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from convspectra.operator import ConvOperator
-from convspectra.solvers import inverse_and_logabsdet, logabsdet, lu_factor
+from convspectra.solvers import inverse_and_logabsdet, log_diagonal, logabsdet, lu_factor
 from convspectra.torus._symbols import (
     angles,
     half_count,
@@ -198,7 +198,7 @@ class CutTorus:
             border = self._border_matrix(block)
         self._factors = lu_factor(border.detach())
         self._border = border if border.requires_grad else None
-        self._log_det_border = _log_diagonal(self._factors[0])
+        self._log_det_border = log_diagonal(self._factors[0]).sum()
         self._inverse = self._inverse.detach()
 
     def logabsdet(self) -> Tensor:
@@ -366,8 +366,3 @@ def _frobenius_norms(blocks: Tensor) -> Tensor:
     """Of the last two axes, (groups, frequencies)."""
     norms: Tensor = torch.linalg.vector_norm(torch.view_as_real(blocks).flatten(-3), dim=-1)
     return norms.flatten(1)
-
-
-def _log_diagonal(lu: Tensor) -> Tensor:
-    total: Tensor = lu.diagonal(dim1=-2, dim2=-1).abs().log().sum()
-    return total

@@ -13,7 +13,7 @@ import torch
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, is_circulant, pad
+from convspectra.operator import ConvOperator, is_circulant, join_phases, pad, split_phases
 from convspectra.torus._symbols import angles, half_count, smallest_periods, symbols
 
 
@@ -66,22 +66,12 @@ class CirculantEmbedding:
         else:
             ends = zip(self._before, x.shape[2:], self.periods, self._strides, strict=True)
             x = pad([(before, period * s - before - n) for before, n, period, s in ends], x)
-        split = [n for pair in zip(self.periods, self._strides, strict=True) for n in pair]
-        x = x.reshape(*x.shape[:2], *split)
-        points, phases = range(2, 2 + 2 * ndim, 2), range(3, 3 + 2 * ndim, 2)
-        x = x.permute(0, 1, *phases, *points)
-        return x.reshape(x.shape[0], self._op.groups, -1, *self.periods)
+        return split_phases(x, self._strides).unflatten(1, (self._op.groups, -1))
 
     def restrict_input(self, x: Tensor) -> Tensor:
         """The adjoint of `embed_input`."""
         ndim, g = len(self.periods), self._op.geometry
-        channels = self._op.weight.shape[1] * self._op.groups
-        x = x.reshape(x.shape[0], channels, *self._strides, *self.periods)
-        order = [i for axis in range(2, 2 + ndim) for i in (axis + ndim, axis)]
-        x = x.permute(0, 1, *order)
-        x = x.reshape(
-            *x.shape[:2], *(p * s for p, s in zip(self.periods, self._strides, strict=True))
-        )
+        x = join_phases(x.flatten(1, 2), self._strides)
         if self.is_exact:
             return x.roll(tuple(-b for b in self._before), dims=tuple(range(2, 2 + ndim)))
         for axis, (before, n) in enumerate(zip(self._before, g.input_size, strict=True)):
