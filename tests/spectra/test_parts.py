@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from helpers.closed_forms import dense_values
 from helpers.strategies import Layer, layers, random
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 
 from convspectra.operator._conv_operator import ConvOperator
 from convspectra.spectra._parts import parts
+
 
 @given(layers())
 @settings(max_examples=100)
@@ -36,5 +36,3 @@ def test_work_is_counted_for_every_group_and_symbol():
     layer = Layer(random(4, 2, 3, 3), (4, 6), {"groups": 2, "padding_mode": "circular"})
     circulant = parts(layer.operator())[0][0]
     assert circulant.flops == 16 * 2 * 13 * 2 * 2 * 2
-
-
