@@ -99,7 +99,7 @@ def scatter(array: Tensor, points: tuple[range, ...], sizes: tuple[int, ...]) ->
 
 
 def gather(array: Tensor, points: tuple[range, ...]) -> Tensor:
-    """These points of arrays (b, channels, *sizes): the adjoint of `scatter`."""
+    """Some points of arrays (b, channels, *sizes): the adjoint of `scatter`."""
     return array[_index(points)]
 
 

@@ -1,4 +1,4 @@
-"""What the public functions accept: one place for the checks that several of them make.
+"""Arguments that the public functions accept: one place for the checks that several of them make.
 
 Every message says what was expected, what was given and, where it is not plain, what to do.
 """

@@ -56,7 +56,7 @@ class ConvOperator:
     transposed : bool
         Whether the layer is a transposed convolution.
     output_padding : int or sequence of int
-        Of a transposed convolution.
+        Points added at the end of each axis, by a transposed convolution only.
 
     Raises
     ------

@@ -209,9 +209,9 @@ def transposed_geometry(
     Raises
     ------
     ValueError
-        As :func:`conv_geometry`; also for a padding mode other than "zeros" (PyTorch has no
-        other for transposed layers), an ``output_padding`` not below max(stride, dilation), and
-        an empty output.
+        In the cases of :func:`conv_geometry`; also for a padding mode other than "zeros" (PyTorch
+        has no other for transposed layers), an ``output_padding`` not below max(stride, dilation),
+        and an empty output.
     """
     sizes = _per_axis("input_size", input_size, len(kernel_size), minimum=1)
     kernel = _per_axis("kernel_size", kernel_size, len(sizes), minimum=1)

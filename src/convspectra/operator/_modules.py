@@ -1,4 +1,4 @@
-"""What an ``nn.Module`` says of its convolution."""
+"""The weight and options of the convolution that an ``nn.Module`` is."""
 
 from __future__ import annotations
 

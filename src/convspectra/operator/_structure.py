@@ -1,4 +1,4 @@
-"""What the options of a layer alone tell of the structure of M."""
+"""The structure of M, as far as the options of a layer alone tell it."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def _candidates(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _transforms(products: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of inputs (n, n), of the weight (n, r) and of outputs (m, n), along an axis."""
+    """Transforms of inputs (n, n), of the weight (n, r) and of outputs (m, n), along an axis."""
     outputs = products - taps + 1
     at_points = _vandermonde(products, products)
     of_inputs = torch.linalg.inv(at_points).mT

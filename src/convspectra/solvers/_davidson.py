@@ -62,7 +62,7 @@ def davidson(
     like : Tensor
         Gives the dtype and the device. In single precision no tolerance below 1e-6 is reached.
     generator : torch.Generator, optional
-        Of the Gaussian start vectors, on that device.
+        Source of the Gaussian start vectors, on that device.
     start : Tensor, optional
         Independent rows to start from instead, k or more.
     precondition : callable, optional

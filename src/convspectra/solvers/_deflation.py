@@ -38,7 +38,7 @@ class ExtremeEigenpairs:
     vectors : Tensor
         Orthonormal rows, (k, n).
     bounds : list of float
-        What each eigenvalue, and then every other one, is not beyond.
+        An outer bound on each eigenvalue, and then one on every other.
     norm : float
         An estimate of the norm of the operator.
     converged : bool
@@ -79,9 +79,9 @@ def extreme_eigenpairs(
     k : int
         At most n.
     largest, like, generator, full_orthogonalization, most_kept
-        As for `lanczos`.
+        The same as for `lanczos`.
     stop : DeflationStop
-        What is to be known of the pairs and of the rest of the spectrum.
+        When pairs are accurate enough, and what is to be known of the rest of the spectrum.
     resolution : float
         Values that are less than this fraction of the first are lost in its rounding: they are
         looked for again in the complement.

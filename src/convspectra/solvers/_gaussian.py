@@ -1,4 +1,4 @@
-"""What a Gaussian vector promises: the probability behind every bound that is not for certain.
+"""Bounds by Gaussian vectors: the probability behind all that is not for certain.
 
 Note [Bound beyond an end]. Let p_j be the polynomial of the recurrence, q_{j+1} = p_j(A) q_1. For a
 unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{j+1})^2 <= 1``.
@@ -64,7 +64,7 @@ def bound_beyond(
         The tridiagonal matrix of as many steps; the last beta is that of the next vector.
     log_delta : float
     floor : float
-        What is rounding error in them.
+        Size of their rounding error.
     """
     enough = -2 * log_delta
     floor = max(floor, 1e-300)

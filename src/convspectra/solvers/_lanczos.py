@@ -90,7 +90,7 @@ def lanczos(
     like : Tensor
         Gives the dtype and the device. In single precision the bound means nothing.
     generator : torch.Generator, optional
-        Of the Gaussian start vector, on that device.
+        Source of the Gaussian start vector, on that device.
     excluded : Tensor, optional
         Orthonormal rows; the eigenpairs are those in their orthogonal complement, which the
         operator must map into itself.
@@ -125,6 +125,7 @@ def lanczos(
         if not last and steps < check_at:
             continue
         check_at = steps + 1 + steps // 16
+        # Has every pair the accuracy asked for?
         ritz = run.ritz(k)
         errors = ritz.errors(tol) if stop.values_only else ritz.residuals
         allowed = tol * np.abs(ritz.values[:k])
@@ -136,6 +137,7 @@ def lanczos(
         reached = near & (errors[:k] <= np.maximum(allowed, run.least_residual))
         if not reached_at and len(ritz.values) >= k and bool(reached.all()):
             reached_at = steps
+        # They have: is the bound as near as asked, or will it not come nearer?
         converged = bool(reached_at) or run.exhausted
         first = float(ritz.values[0])
         target = first if beyond is None else sign * beyond
@@ -256,7 +258,7 @@ class _Recurrence:
 
     @property
     def floor(self) -> float:
-        """What is rounding error in values and residuals."""
+        """The size of rounding error in values and residuals."""
         return ROUNDING_UNITS * self._eps * self.norm
 
     @property
@@ -271,7 +273,9 @@ class _Recurrence:
         return self.steps > 0 and self._betas[-1] <= self.floor
 
     def step(self) -> None:
+        """One step: ``beta_j q_{j+1} = A q_j - alpha_j q_j - beta_{j-1} q_{j-1}``."""
         q, dual, steps = self._next, self._dual, self.steps
+        # Beyond `keep` vectors only what is needed to go through the rest once more is remembered.
         if steps == self._keep:
             self._first_lost = self._before, q, dual
         elif steps < self._keep:
@@ -279,10 +283,13 @@ class _Recurrence:
                 rows = min(CHUNK, self._keep - steps)
                 self._chunks.append(q.new_empty(rows, q.shape[1]))
             self._chunks[-1][steps % CHUNK] = q[0]
+        # With a metric B the dual of q is B q: A B is symmetric in the inner product of B.
         w = self._times(dual)
         alpha = float(torch.dot(w[0], dual[0]))
         before = self._betas[-1] if self._betas else 0.0
         w.add_(q, alpha=-alpha).add_(self._before, alpha=-before)
+        # Orthogonality that rounding has cost: Note [Selective orthogonalization]. Against the
+        # whole basis twice, for what is taken out the first time leaves rounding of its own size.
         whole = self._whole and steps < self._keep
         for _ in range(2 if whole else 1):
             w = less(less(w, self._excluded), self._found)
@@ -343,7 +350,7 @@ class _Recurrence:
         return orthonormal
 
     def bound(self, value: float) -> float:
-        """What no eigenvalue is above, but with the failure probability: above the Ritz value."""
+        """A bound above the Ritz value on every eigenvalue, except with the failure probability."""
         return bound_beyond(value, self._alphas, self._betas, self._log_delta, self.floor)
 
     def _lost(self) -> Iterator[Tensor]:

@@ -54,7 +54,7 @@ def lobpcg(
     like : Tensor
         Gives the dtype and the device.
     generator : torch.Generator, optional
-        Of the random start vectors, on that device.
+        Source of the random start vectors, on that device.
     precondition : callable, optional
         On rows, symmetric positive definite: an approximation of (A'A)^{-1}.
 

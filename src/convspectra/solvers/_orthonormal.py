@@ -58,7 +58,7 @@ def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
 
 
 def principal(rows: Tensor, smallest: float) -> Tensor:
-    """What makes rows orthonormal, without their principal components of `smallest` or less."""
+    """The matrix that makes rows orthonormal; principal components up to `smallest` are dropped."""
     squares, vectors = torch.linalg.eigh(inner_products(rows, rows))
     kept = squares > smallest**2
     return (vectors[:, kept] / squares[kept].sqrt()).T

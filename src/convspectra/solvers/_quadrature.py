@@ -92,7 +92,7 @@ class GaussRule:
         return float(self.weights @ function(self.nodes))
 
     def fraction_below(self, points: FloatArray) -> FloatArray:
-        """What part of a distribution on the positive numbers lies below each of the points.
+        """The part of a distribution on the positive numbers below each of the points.
 
         By the Chebyshev-Markov-Stieltjes inequalities the part below a node is between the sum of
         the weights before it and that with its own: half of it is counted there, and in between the
@@ -239,7 +239,7 @@ def bin_fractions(
     Parameters
     ----------
     runs : Tridiagonals
-        Of a positive semidefinite operator, from vectors uniform on the sphere.
+        Recurrences of a positive semidefinite operator, from vectors uniform on the sphere.
     size : int
         n, how many eigenvalues there are.
     edges : array

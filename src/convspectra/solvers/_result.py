@@ -1,4 +1,4 @@
-"""What every singular-value algorithm is given and gives back."""
+"""The arguments and results that all algorithms for singular values share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SingularTriplets:
     matvecs : int
         Applications of A and of A' taken together.
     certificate : str
-        What the enclosure rests on.
+        The reason for which the enclosure holds.
     logabsdet : float, optional
         Sum of the logarithms of all min(m, n) singular values, where the way taken gives it along;
         -inf where one of them is 0 to working precision.

@@ -30,7 +30,7 @@ class Ends:
         (count, smallest + largest, n), unit rows, or zero where nothing is known yet: ascending
         from the smallest singular value, then descending from the largest.
     directions : Tensor
-        Of the last step, of the same shape; zero rows where there was none.
+        The last step, of the same shape; zero rows where there was none.
     change : Tensor
         (count, 1, n), unit rows: what `towards_norm` found of the change of the matrices.
     values, residuals : Tensor

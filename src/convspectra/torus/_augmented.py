@@ -47,7 +47,7 @@ known."""
 
 
 def augmented_flops(op: ConvOperator) -> float:
-    """What the factors of K cost, about: its border matrices, and the inverses of its symbols."""
+    """The cost of the factors of K, about: its border matrices, and the inverses of its symbols."""
     periods, lengths = _periods(op), _lengths(op)
     symbols = 4.0 * lengths.shape[1] ** 3 * math.prod(periods)
     return op.groups * (border_cost(periods, lengths).flops + symbols)
@@ -156,7 +156,7 @@ class AugmentedFactorization:
         return derived_operator(weight.flatten(0, 1), geometry, groups)
 
     def _stacked(self, side: Tensor, *, longer: bool) -> Tensor:
-        """What K acts on, from one side of M and zeros on the other."""
+        """An argument of K: one side of M, and zeros on the other."""
         op, groups = self._op, self._op.groups
         of_inputs = longer == self._wide
         blocks = (to_phases(op, side) if of_inputs else to_grid(op, side)).unflatten(

@@ -58,7 +58,7 @@ class CapacitanceFactorization:
         Limit on the border matrix W, of ``groups * (g / groups * border)^2`` numbers; border is the
         number of points of the last cut, N for 3 x 3 taps on N x N points.
     lengths : Tensor, optional
-        Of the points of `op` along each axis, how many, from the first, each channel of a group has
+        How many of the points of `op` along each axis, from the first, each channel of a group has
         in M, (axes, channels): M is the layer with the other rows and columns left out. Arrays have
         all points; those left out are ignored, and come out as 0.
 
@@ -114,8 +114,8 @@ class CapacitanceFactorization:
     def solve(self, y: Tensor, rtol: float = REFINEMENT_THRESHOLD) -> Tensor:
         """M^{-1} y for a batch (b, *output_shape), with one step of refinement where it helps.
 
-        It is left out where the residual is at most `rtol` times the size of y without it. Cost:
-        2^d passes over the inverted symbols in d dimensions, and one solve with W's factors.
+        The step is left out where without it the residual is at most `rtol` times the size of y.
+        Cost: 2^d passes over the inverted symbols in d dimensions, and one solve with W's factors.
         """
         return self._refined(y, self._op.transposed, rtol)
 

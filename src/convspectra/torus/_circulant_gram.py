@@ -55,7 +55,7 @@ class CirculantGram:
     op : ConvOperator
         Not transposed, float64 or float32: in float32 everything is.
     fast : bool
-        As for `CirculantEmbedding` and `Product`: for many transforms and products to come.
+        For many transforms and products to come: see `CirculantEmbedding` and `Product`.
 
     Notes
     -----
@@ -111,7 +111,7 @@ class CirculantGram:
         return lambda x: self._filtered(multiply, x.float()).to(x.dtype), float(bound)
 
     def upper_bounds(self, count: int) -> Tensor:
-        """What the `count` largest singular values of M are at most, descending, float64.
+        """Upper bounds on the `count` largest singular values of M, descending, float64.
 
         Rigorous up to the rounding of the symbols, which is allowed for. Cost: a Cholesky
         factorization of every block, and the eigenvalues of a few.

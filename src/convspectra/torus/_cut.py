@@ -54,7 +54,7 @@ class _Axis:
         return torch.polar(torch.ones_like(angle), angle)
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
-        """These rows and columns of the circulant of a kernel on this axis."""
+        """Some rows and columns of the circulant of a kernel on this axis."""
         return block_toeplitz(kernel, rows, columns, changes_sign=self.phase != 0)
 
     @property
@@ -116,7 +116,8 @@ class CutTorus:
     Attributes
     ----------
     condition : float
-        Of the circulant, in the Frobenius norm of its symbols; inf if it is singular.
+        Condition number of the circulant, in the Frobenius norm of its symbols; inf if it is
+        singular.
     norm : float
         Largest Frobenius norm of a symbol.
     """
@@ -165,24 +166,32 @@ class CutTorus:
         blocks = self._inverse
         self._borders = []
         for cut in reversed(range(1, len(self._axes))):
+            # One axis from its frequencies to its points: with the others still in Fourier space
+            # the inverse so far is a block circulant along it, and `kernel` is its first column.
             axis, kept, dim = self._axes[cut], self._kept[cut], blocks.ndim - 3
             kernel = torch.fft.ifft(blocks, dim=dim)
             if axis.phase:
                 kernel = kernel * axis.twist(axis.period, blocks)[:, None, None]
+            # That inverse is [[A, B], [D, W]], interior first. Of W and of what meets it only the
+            # points that this cut takes away are kept; channels may differ in them.
             border = _taken(axis.toeplitz(kernel, axis.border, axis.border), kept, kept)
             small, log_dets = inverse_and_logabsdet(border)
             to_interior = axis.toeplitz(kernel, axis.interior, axis.border)
             to_interior = _taken(to_interior, None, kept) @ small
             to_border = _taken(axis.toeplitz(kernel, axis.border, axis.interior), kept, None)
+            # Every frequency of the first axis stands for one or two: det M gains det W each time.
             weights = self._half.reshape(-1, *(1,) * (log_dets.ndim - 2))
             self._log_det = self._log_det + (log_dets * weights).sum()
             self._borders.insert(0, small.detach())
+            # A - B W^{-1} D is the inverse of what is left. Before the last cut only combinations
+            # of it over the frequencies are wanted, and it is never formed: see below.
             if dim > 2:
                 inside = axis.toeplitz(kernel, axis.interior, axis.interior)
                 blocks = inside - to_interior @ to_border
         if len(self._axes) == 1:
             border = self._border_matrix(lambda waves: _real_sum(waves, blocks))
         else:
+            # The last W needs sum_k waves[k] (A - B W^{-1} D)[k], real, for a few vectors of waves.
             # One product for all frequencies; what is its own mirror image has no imaginary part.
             twice = torch.nonzero(self._half == 2).flatten().tolist()
             pairs = slice(twice[0], twice[-1] + 1) if twice else slice(0, 0)
@@ -284,7 +293,7 @@ class CutTorus:
         return _taken(torch.cat(rows, -2), kept, kept)
 
     def _places(self, cut: int) -> Tensor:
-        """Of the border's points, those of the axes cut before and the channels, what is cut out.
+        """The places that this cut takes out, among (border points, axes cut before, channels).
 
         The others are the interior's, or were cut out before.
         """
@@ -314,7 +323,7 @@ def order_of_cuts(periods: Sequence[int], lengths: Tensor) -> list[int]:
 
 
 class BorderCost(NamedTuple):
-    """What the border matrices of one group take: flops for all, bytes for those of one cut."""
+    """The cost of the border matrices of one group: flops for all, bytes for those of one cut."""
 
     flops: float
     bytes: int
@@ -339,7 +348,7 @@ def border_cost(periods: Sequence[int], lengths: Tensor) -> BorderCost:
 
 
 def _taken(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """These rows and columns; all if None."""
+    """Rows and columns by their numbers; all if None."""
     if rows is not None:
         matrix = matrix.index_select(-2, rows)
     return matrix if columns is None else matrix.index_select(-1, columns)
@@ -363,6 +372,6 @@ def _real_sum(waves: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _frobenius_norms(blocks: Tensor) -> Tensor:
-    """Of the last two axes, (groups, frequencies)."""
+    """Frobenius norms of the blocks in the last two axes, (groups, frequencies)."""
     norms: Tensor = torch.linalg.vector_norm(torch.view_as_real(blocks).flatten(-3), dim=-1)
     return norms.flatten(1)
