@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib.util
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import convspectra
 from convspectra import penalties, testing
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PACKAGE = Path(inspect.getfile(convspectra)).parent
 PROSE = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 PAGES = [
     ROOT / "README.md",
@@ -148,6 +152,80 @@ def test_certificates_are_on_the_page(which: str, method: str, options: dict[str
     assert [start for start in known if result.certificate.startswith(start)] != []
 
 
+STEP = re.compile(r"^\| `([\w/]+\.py)` \| `([\w.]+)` \|", re.M)
+
+
+def walks() -> dict[str, list[tuple[str, str]]]:
+    """The steps of each walk of the tour, (file, function), by the heading of the walk."""
+    sections = (DOCS / "tour.md").read_text().split("\n## ")[1:]
+    return {text.splitlines()[0]: STEP.findall(text) for text in sections}
+
+
+def code_name(file: str, function: str) -> tuple[str, str]:
+    """The file and the name under which a profile sees a function, a method, or a class made."""
+    tree: ast.AST = ast.parse((PACKAGE / file).read_text())
+    for part in function.split("."):
+        (tree,) = (
+            node
+            for node in ast.iter_child_nodes(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == part
+        )
+    name = "__init__" if isinstance(tree, ast.ClassDef) else function.split(".")[-1]
+    return str(PACKAGE / file), name
+
+
+def calls(job: Callable[[], object]) -> list[tuple[str, str]]:
+    """The functions of the package that a job calls, in order of their first calls."""
+    found: dict[tuple[str, str], None] = {}
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            found.setdefault((frame.f_code.co_filename, frame.f_code.co_name))
+
+    sys.setprofile(profile)
+    try:
+        job()
+    finally:
+        sys.setprofile(None)
+    return [call for call in found if call[0].startswith(str(PACKAGE))]
+
+
+def smallest_value() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    convspectra.svds(convspectra.ConvOperator.from_module(conv, (16, 16)), 1, "SM")
+
+
+def audit_page(path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    convspectra.audit(model, torch.zeros(1, 1, 8, 8)).to_html(path)
+
+
+def two_steps() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+    reg = convspectra.SpectralRegularizer(model, torch.zeros(1, 1, 8, 8), penalty="conditioning")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        (model(torch.ones(1, 1, 8, 8)).mean() + reg()).backward()
+        optimizer.step()
+
+
+def test_the_tour_walks_where_the_calls_go(tmp_path: Path) -> None:
+    jobs = [smallest_value, partial(audit_page, tmp_path / "page.html"), two_steps]
+    assert len(walks()) == len(jobs)
+    for steps, job in zip(walks().values(), jobs, strict=True):
+        expected = [code_name(*step) for step in steps]
+        assert len(expected) >= 8
+        called = calls(job)
+        assert [step for step in expected if step not in called] == []
+        assert sorted(expected, key=called.index) == expected
+
+
+def test_a_weight_comes_to_its_singular_values_in_eight_files() -> None:
+    files = {file for file, _ in walks()["From a weight to its smallest singular value"]}
+    assert len(files) <= 8
+
+
 @pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
     """What imports a module of ``docs/_ext``."""
@@ -196,7 +274,7 @@ def test_every_public_module_is_on_the_page_of_the_api(public_api: Any) -> None:
     described = set(re.findall(r"^\.\. public-api:: (\S+)$", page, re.M))
     inner = [name for name in convspectra.__all__ if inspect.ismodule(getattr(convspectra, name))]
     assert "penalties" in inner
-    here = Path(inspect.getfile(convspectra)).parent / "integrations"
+    here = PACKAGE / "integrations"
     optional = {p.stem for p in here.glob("*.py")} - {"__init__", "_shared"}
     expected = {"convspectra", "convspectra.testing"}
     expected |= {f"convspectra.{name}" for name in inner}
