@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.strategies import layers
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 from torch import nn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_findings import conditioning, layer
+from helpers.short_audit import conditioning, layer
 
 from convspectra.auditing._record import Certified
 from convspectra.auditing._rules import parse_rule, violations

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.strategies import one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 

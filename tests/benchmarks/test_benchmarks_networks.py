@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.onnx_graphs import array, model
-from helpers.strategies import one_thread  # noqa: F401
 from onnx import helper
 from safetensors.torch import save_file
 from torch import Tensor, nn

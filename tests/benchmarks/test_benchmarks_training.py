@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 from benchmarks import training

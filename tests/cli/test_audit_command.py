@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 import convspectra as cs

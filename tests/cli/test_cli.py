@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from helpers.strategies import one_thread as one_thread
 
 import convspectra
 from convspectra.cli._main import main

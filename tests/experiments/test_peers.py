@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 from convspectra.testing import naive_dense

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 
 from convspectra.testing import naive_dense
 from experiments.sold_as_orthogonal import __main__ as command

@@ -10,8 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from helpers.strategies import one_thread as one_thread
-from test_stable_gradients_data import write_idx
+from helpers.idx_files import write_random_set
 
 from experiments.stable_gradients import command, figures, page, plain, residual, table
 from experiments.stable_gradients.command import FULL, QUICK, runs
@@ -24,7 +23,7 @@ ARMS = ["plain", "SRIP", "circular projection", "stein"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images")
-    write_idx(path)
+    write_random_set(path)
     return path
 
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.idx_files import write_random_set
 from PIL import Image
 
 from experiments.stable_gradients import data
 
 RNG = np.random.default_rng(0)
-
-
-def write_idx(folder: Path, counts: tuple[int, int] = (40, 20), side: int = 8) -> None:
-    rng = np.random.default_rng(0)
-    for prefix, count in zip(("train", "t10k"), counts, strict=True):
-        for kind, array in (
-            ("images-idx3-ubyte", rng.integers(0, 256, (count, side, side))),
-            ("labels-idx1-ubyte", np.arange(count) % 4),
-        ):
-            header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-            (folder / f"{prefix}-{kind}").write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def write_cifar(folder: Path, files: int = 2, count: int = 20) -> dict[str, np.ndarray]:
@@ -47,7 +36,7 @@ def write_folders(folder: Path, count: int = 3, side: int = 8) -> None:
 
 
 def test_idx_is_read_and_subsets_are_even(tmp_path: Path) -> None:
-    write_idx(tmp_path)
+    write_random_set(tmp_path)
     whole, part = data.load(tmp_path), data.load(tmp_path, 10, 4)
     assert whole.train_images.shape == (40, 1, 8, 8)
     assert part.train_labels.bincount().tolist() == [3, 3, 2, 2]

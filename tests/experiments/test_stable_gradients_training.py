@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 import convspectra as cs

@@ -10,7 +10,7 @@ import functools
 import mpmath
 import pytest
 import torch
-from helpers.strategies import random as random
+from helpers.strategies import random
 from torch import Tensor
 
 from convspectra.solvers._result import SingularTriplets

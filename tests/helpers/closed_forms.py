@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers.strategies import Layer
-from helpers.strategies import random as random
+from helpers.strategies import Layer, random
 from torch import Tensor
 
 import convspectra as cs
@@ -19,10 +18,6 @@ from convspectra import ConvOperator
 
 EPS = 2.0**-52
 PAD = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}
-
-
-def kernel(*taps: float | Sequence[float]) -> Tensor:
-    return torch.tensor(taps, dtype=torch.float64)[None, None]
 
 
 def orthogonal(order: int, seed: int = 0) -> np.ndarray:

@@ -30,7 +30,7 @@ settings.load_profile("repeatable")
 def one_thread() -> Iterator[None]:
     """One thread for thousands of tiny products: two cost 50 times as much on a busy machine.
 
-    Acts in every test module that imports it.
+    In every test file: `conftest.py` imports it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -152,10 +152,9 @@ _MOST_PIXELS = 240
 _MOST_ROWS = 240
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Gaussian numbers, the same ones for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Gaussian numbers, the same ones for the same seed and dtype."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def direct(layer: Layer) -> tuple[ConvOperator, Tensor]:

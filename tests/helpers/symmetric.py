@@ -7,7 +7,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from helpers.checker import EPS, random
+from helpers.checker import EPS
+from helpers.strategies import random
 from torch import Tensor
 
 from convspectra.solvers._lanczos import Eigenpairs, lanczos

@@ -10,7 +10,6 @@ import zipfile
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 from convspectra.models.files import LoadError, load_operators

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.strategies import one_thread as one_thread
+from helpers.strategies import random
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -28,8 +29,7 @@ class Given(nn.Module):
         return self.function(self, *inputs)
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+floats = functools.partial(random, dtype=torch.float32)
 
 
 def only(model: nn.Module, example) -> NamedOperator:
@@ -40,14 +40,14 @@ def only(model: nn.Module, example) -> NamedOperator:
 def settled(norm):
     """Batch normalization with statistics of its own."""
     n = norm.num_features
-    norm.running_mean = random(n, seed=1)
-    norm.running_var = random(n, seed=2).exp()
+    norm.running_mean = floats(n, seed=1)
+    norm.running_var = floats(n, seed=2).exp()
     if norm.affine:
-        norm.weight = nn.Parameter(random(n, seed=3))
+        norm.weight = nn.Parameter(floats(n, seed=3))
     return norm.eval()
 
 
-X = random(1, 3, 6, 5)
+X = floats(1, 3, 6, 5)
 
 
 # --- one layer is the map that the model applies --------------------------------------------------
@@ -72,7 +72,7 @@ def functional(layer: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: type(v).__name__)
 def test_operator_is_the_layer_without_its_bias(layer, shape):
-    x = random(1, *shape)
+    x = floats(1, *shape)
     named = only(nn.Sequential(layer), x)
     expected = layer(x) - layer(torch.zeros_like(x))
     torch.testing.assert_close(named.operator.matvec(x), expected)
@@ -86,7 +86,7 @@ def test_operator_is_the_layer_without_its_bias(layer, shape):
 )
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_layer_called_as_a_function_is_named_by_its_weight(layer, shape, inference):
-    x = random(1, *shape)
+    x = floats(1, *shape)
     model = functional(layer)
     model.forward = torch.inference_mode()(model.forward) if inference else model.forward
     named = only(model, x)
@@ -157,7 +157,7 @@ def test_weights_without_a_module():
         z = y.flatten(1) @ self.head.T
         return F.linear(z, torch.eye(2)), z @ z.T
 
-    model = Given(forward, taps=nn.Parameter(random(4, 3, 2, 2)), head=nn.Parameter(random(2, 168)))
+    model = Given(forward, taps=nn.Parameter(floats(4, 3, 2, 2)), head=nn.Parameter(floats(2, 168)))
     taps, head, third = named_operators(model, X)
     assert [t.name for t in (taps, head, third)] == ["taps", "head", "linear_1"]
     assert taps.notes == ("its input is padded by a separate operation",)
@@ -166,12 +166,12 @@ def test_weights_without_a_module():
 
 
 def test_a_product_from_the_left_maps_columns():
-    model = Given(lambda self, x: self.mix @ x[0, 0], mix=nn.Parameter(random(4, 6)))
+    model = Given(lambda self, x: self.mix @ x[0, 0], mix=nn.Parameter(floats(4, 6)))
     assert torch.equal(only(model, X).operator.weight, model.mix.detach())
 
 
 def test_a_weight_computed_from_a_parameter_says_so():
-    model = Given(lambda self, x: F.conv2d(x, self.w * 2), w=nn.Parameter(random(2, 3, 3, 3)))
+    model = Given(lambda self, x: F.conv2d(x, self.w * 2), w=nn.Parameter(floats(2, 3, 3, 3)))
     named = only(model, X)
     assert torch.equal(named.operator.weight, 2 * model.w.detach())
     assert named.notes == ("its weight is a part of w or computed from it",)
@@ -213,7 +213,7 @@ class Scaling(nn.Module):
         return x * self.table
 
 
-SEQUENCE = random(1, 3, 3)
+SEQUENCE = floats(1, 3, 3)
 SKIPPED = [
     (nn.LSTM(3, 2), SEQUENCE, "a recurrence"),
     (nn.GRUCell(3, 2), SEQUENCE[0], "a recurrence"),
@@ -256,7 +256,7 @@ def test_a_weight_that_is_not_finite():
 
 def test_attention_layers_show_their_linear_parts():
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    operators = named_operators(model, random(1, 5, 4))
+    operators = named_operators(model, floats(1, 5, 4))
     assert [t.name for t in operators] == ["self_attn", "linear1", "linear2"]
     assert torch.backends.mha.get_fastpath_enabled()
 

@@ -7,7 +7,6 @@ import onnx
 import pytest
 import torch
 from helpers.onnx_graphs import array, evaluated, model, one, saved
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from helpers.onnx_graphs import array, one, saved
-from helpers.strategies import one_thread as one_thread
 from onnx import helper
 
 from convspectra.models.files import LoadError, load_operators

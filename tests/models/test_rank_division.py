@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.strategies import one_thread as one_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

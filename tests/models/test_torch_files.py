@@ -10,7 +10,6 @@ import zipfile
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from safetensors.torch import save_file
 from torch import nn
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.strategies import MODES, Layer, layers
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

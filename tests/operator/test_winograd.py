@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,19 +1,11 @@
 """Image sets: the digits, and folders in the format of MNIST, whole and broken."""
 
-import gzip
-import struct
-
 import numpy as np
 import pytest
 import torch
+from helpers.idx_files import write_idx
 
 from convspectra.paper.images import load_digits, load_mnist_format
-
-
-def write_idx(path, array, compress=False):
-    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    data = header + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(data) if compress else data)
 
 
 def write_set(folder, size, compress=False):

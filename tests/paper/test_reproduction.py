@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import paper_reference as paper
-from helpers.strategies import one_thread as one_thread
 
 from convspectra import matlab
 from convspectra.paper import reproduction_figures as report

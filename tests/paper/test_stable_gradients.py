@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 from convspectra.paper.images import ImageSet

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
+from helpers.strategies import random
 from torch import Tensor
 
 from convspectra.solvers._batched_lu import (
@@ -19,10 +19,6 @@ from convspectra.solvers._batched_lu import (
 
 DTYPES = (torch.float64, torch.complex128)
 SHAPES = [(1, 1), (3, 3), (4, 2, 2), (2, 3, 5, 5), (2, 32, 32), (2, 33, 33), (0, 4, 4), (3, 0, 0)]
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.checker import random, toeplitz
+from helpers.checker import toeplitz
+from helpers.strategies import random
 from helpers.symmetric import (
     LINE,
     SPECTRA,

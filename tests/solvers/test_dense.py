@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers.checker import EPS, MATRICES, check, counts, each_matrix, random, truth
+from helpers.checker import EPS, MATRICES, check, counts, each_matrix, truth
+from helpers.strategies import random
 
 from convspectra.solvers._dense import GRAM_RESOLUTION, dense_svd, gram_eigh
 

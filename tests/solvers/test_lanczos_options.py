@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.checker import random
+from helpers.strategies import random
 from helpers.symmetric import (
     LINE,
     SPECTRA,

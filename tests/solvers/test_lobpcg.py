@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.checker import EPS, MATRICES, check, counts, each_matrix, random, truth, with_values
+from helpers.checker import EPS, MATRICES, check, counts, each_matrix, truth, with_values
+from helpers.strategies import random
 from torch import Tensor
 
 from convspectra.solvers._lobpcg import lobpcg

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from helpers.strategies import random
 
 from convspectra.solvers._orthonormal import LONG, PARTS, inner_products, less, orthonormal

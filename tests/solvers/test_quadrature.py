@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.checker import random
+from helpers.strategies import random
 from helpers.symmetric import SPECTRA, with_spectrum
 
 from convspectra.solvers._quadrature import (

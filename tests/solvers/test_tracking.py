@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.checker import random
+from helpers.strategies import random
 from torch import Tensor
 
 from convspectra.solvers._tracking import DEPENDENT, Ends, improved, towards_norm

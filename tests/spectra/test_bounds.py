@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.closed_forms import Separable, dense_values, kernel, orthogonal
+from helpers.closed_forms import Separable, dense_values, orthogonal
+from helpers.kernels import kernel
 from helpers.strategies import MODES, Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

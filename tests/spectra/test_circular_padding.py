@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.closed_forms import kernel
+from helpers.kernels import kernel
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 
 from convspectra import ConvOperator

@@ -8,9 +8,9 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
-from helpers.closed_forms import Separable, dense_values, kernel, orthogonal, tridiagonal
+from helpers.closed_forms import Separable, dense_values, orthogonal, tridiagonal
+from helpers.kernels import kernel
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.strategies import layers
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.closed_forms import Separable, check, dense_values, orthogonal, random
-from helpers.strategies import Layer, layers
-from helpers.strategies import one_thread as one_thread
+from helpers.closed_forms import Separable, check, dense_values, orthogonal
+from helpers.strategies import Layer, layers, random
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

@@ -6,42 +6,15 @@ import math
 
 import pytest
 import torch
+from helpers.index_sets import one_hot_matrices, some_indices
+from helpers.kernels import dead_channel, kernel
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
-from torch import Tensor
 
 import convspectra as cs
 from convspectra import ConvOperator
 from convspectra.operator._structure import is_square_toeplitz
 from convspectra.spectra._auto import SMALL_WORK
-
-
-def kernel(*taps: float) -> Tensor:
-    return torch.tensor(taps, dtype=torch.float64)[None, None]
-
-
-def one_hot_matrices(layer: Layer, indices: list[int]) -> Tensor:
-    """dM / dw for some weights by naive application of one-hot weights."""
-    matrices = []
-    for i in indices:
-        one_hot = torch.zeros(layer.weight.numel(), dtype=torch.float64)
-        one_hot[i] = 1
-        matrices.append(layer.dense(one_hot.reshape(layer.weight.shape)))
-    return torch.stack(matrices).detach()
-
-
-def some_indices(layer: Layer, most: int = 12) -> list[int]:
-    count = layer.weight.numel()
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].tolist()
-
-
-def dead_channel(channels: int, axis: int) -> Tensor:
-    weight = random(channels, channels, 3, 3)
-    rows = weight.movedim(axis, 0)
-    rows[1] = rows[2]
-    return weight
-
 
 CENTRE = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
 CENTRE[range(4), range(4), 1, 1] = 1
@@ -63,9 +36,9 @@ SQUARE = {
 }
 each_square = pytest.mark.parametrize("layer", SQUARE.values(), ids=SQUARE.keys())
 SINGULAR = {
-    "copied output": Layer(dead_channel(4, 0), (9, 9)),
-    "copied input": Layer(dead_channel(4, 1), (9, 9)),
-    "copied output, small": Layer(dead_channel(3, 0), (3, 3)),
+    "copied output": Layer(dead_channel(4, 0, copy=True), (9, 9)),
+    "copied input": Layer(dead_channel(4, 1, copy=True), (9, 9)),
+    "copied output, small": Layer(dead_channel(3, 0, copy=True), (3, 3)),
     "1 0 1": Layer(kernel(1, 0, 1), (291,)),
     "1 0 1, small": Layer(kernel(1, 0, 1), (9,)),
     "shift": Layer(CENTRE.roll(1, 3), (9, 9)),
@@ -99,7 +72,7 @@ def check_logabsdet(layer: Layer) -> None:
         sign_and_log = torch.linalg.slogdet(dense)
         assert math.isclose(float(sign_and_log.logabsdet), expected, abs_tol=10 * tolerance)
     result.backward()
-    indices = some_indices(layer)
+    indices = some_indices(layer, 12)
     by_matrix = (u / values) @ vh
     gradient = (one_hot_matrices(layer, indices) * by_matrix).sum((1, 2))
     assert weight.grad.shape == weight.shape
@@ -152,7 +125,7 @@ def test_gradient_is_finite_where_singular_values_are_repeated():
     ):
         weight = layer.weight.clone().requires_grad_()
         cs.logabsdet(layer.operator(weight)).backward()
-        indices = some_indices(layer)
+        indices = some_indices(layer, 12)
         by_matrix = torch.linalg.pinv(layer.dense().detach()).T
         expected = (one_hot_matrices(layer, indices) * by_matrix).sum((1, 2))
         assert torch.allclose(weight.grad.flatten()[indices], expected, atol=1e-11)
@@ -169,7 +142,7 @@ def test_logabsdet_of_a_singular_layer_is_minus_infinity(layer):
 def test_logabsdet_near_singularity():
     """A capacitance method that gives up leaves it to the dense matrix."""
     for smallest in (1e-6, 1e-9, 1e-10):
-        weight = dead_channel(4, 0)
+        weight = dead_channel(4, 0, copy=True)
         weight[1] += smallest * random(4, 3, 3, seed=3)
         layer = Layer(weight, (9, 9))
         values = torch.linalg.svdvals(layer.dense().detach())

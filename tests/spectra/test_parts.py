@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from helpers.closed_forms import dense_values
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given, settings
 
 from convspectra.operator._conv_operator import ConvOperator

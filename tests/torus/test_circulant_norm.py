@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.strategies import Layer, random
-from helpers.strategies import one_thread as one_thread
+from helpers.tori import CIRCULAR, embedded, restricted, torus_matrix
 from hypothesis import given, settings
-from test_circulant_gram import restricted, torus_matrix
-from test_embedding import CIRCULAR, embedded
 from torch import Tensor
 
 from convspectra import ConvOperator

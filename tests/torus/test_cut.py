@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.strategies import Layer, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

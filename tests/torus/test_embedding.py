@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
+from helpers.strategies import Layer, random
+from helpers.tori import each_circular, embedded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,44 +16,6 @@ from convspectra import ConvOperator
 from convspectra.operator._structure import has_embedding, is_circulant
 from convspectra.spectra.ways._circulant import circulant_triplets
 from convspectra.torus._embedding import CirculantEmbedding
-
-
-@st.composite
-def embedded(draw: st.DrawFn) -> tuple[ConvOperator, Tensor]:
-    """An operator with an embedding, not transposed, and its naive matrix."""
-    layer = draw(layers(kinds=("conv", "transposed")))
-    op, dense = layer.operator(), layer.dense().detach()
-    op, dense = (op.T, dense.T) if op.transposed else (op, dense)
-    assume(has_embedding(op))
-    return op, dense
-
-
-CIRCULAR = {
-    "1 axis, even": Layer(random(2, 2, 3), (8,)),
-    "1 axis, odd": Layer(random(2, 3, 3), (7,)),
-    "one tap": Layer(random(3, 2, 1), (4,)),
-    "even kernel": Layer(random(2, 2, 4), (6,)),
-    "kernel as long as the input": Layer(random(1, 2, 5), (5,)),
-    "dilated": Layer(random(2, 2, 3), (9,), {"dilation": 2}),
-    "asymmetric": Layer(random(2, 1, 3), (5,), {"padding": [(0, 2)]}),
-    "stride 2": Layer(random(3, 2, 3), (8,), {"stride": 2, "padding": 1}),
-    "stride 3, dilated": Layer(random(2, 1, 3), (9,), {"stride": 3, "dilation": 2, "padding": 2}),
-    "stride, square": Layer(random(4, 2, 2), (6,), {"stride": 2, "padding": [(1, 0)]}),
-    "2 axes": Layer(random(2, 2, 3, 3), (4, 5)),
-    "2 axes, even": Layer(random(2, 3, 3, 2), (4, 4)),
-    "groups": Layer(random(4, 2, 3, 3), (4, 3), {"groups": 2}),
-    "depthwise": Layer(random(3, 1, 3, 3), (4, 4), {"groups": 3}),
-    "2 axes, strides": Layer(random(2, 2, 3, 3), (4, 6), {"stride": (2, 3), "padding": 1}),
-    "strided groups": Layer(random(4, 1, 3), (6,), {"stride": 2, "groups": 2, "padding": 1}),
-    "3 axes": Layer(random(2, 1, 3, 2, 3), (3, 4, 3)),
-    "3 axes, stride": Layer(
-        random(2, 2, 2, 2, 2), (4, 2, 2), {"stride": 2, "padding": [(1, 0), (0, 1), (1, 0)]}
-    ),
-}
-for layer in CIRCULAR.values():
-    layer.options["padding_mode"] = "circular"
-each_circular = pytest.mark.parametrize("layer", CIRCULAR.values(), ids=CIRCULAR.keys())
-
 
 # --- which layers ---------------------------------------------------------------------------------
 

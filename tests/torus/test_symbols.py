@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import paper_reference as paper
-from helpers.strategies import one_thread as one_thread
 from torch import Tensor
 
 import convspectra as cs

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.strategies import Layer, layers
-from helpers.strategies import one_thread as one_thread
+from helpers.strategies import Layer, layers, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,11 +13,6 @@ from convspectra import ConvOperator
 from convspectra.operator._convolution import add_weight_gradient
 from convspectra.operator._frobenius import squared_frobenius_norm_now
 from convspectra.training._gradients import KnownGradient, SpectralGradient, give_gradient
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 @given(layers(), st.integers(0, 3), st.booleans())

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

@@ -7,49 +7,16 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
+from helpers.regularized import Net, X, assert_close, recorded, stack
+from helpers.training import gradients, seeded
 from torch import Tensor, nn
 
-import convspectra as cs
 from convspectra import ConvOperator, SpectralRegularizer, penalties
-from convspectra.penalties import _extremes as extremes
-from convspectra.penalties import _spectrum as spectrum
-from convspectra.training import _exact_penalties as exact
 
 FOLLOWED = ("frobenius", "sigma_min", "sigma_max", "conditioning", "cond", "band")
 EXACT = ("stein", "circular_stein", "orthogonality")
 NAMES = (*FOLLOWED, *EXACT)
 each_penalty = pytest.mark.parametrize("name", NAMES)
-
-
-def seeded(build, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
-
-
-class Net(nn.Module):
-    """Layers of one kind and of others, a shared one at two sizes, BatchNorm, a linear head."""
-
-    def __init__(self, padding_mode: str = "zeros") -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 3, 3, stride=2, padding=1)
-        self.a = nn.Conv2d(3, 3, 3, padding=1)
-        self.b = nn.Conv2d(3, 3, 3, padding=1)
-        self.c = nn.Conv2d(3, 3, 3, padding=1, padding_mode=padding_mode)
-        self.d = nn.Conv2d(3, 3, 3, padding=1, padding_mode=padding_mode)
-        self.norm = nn.BatchNorm2d(3)
-        self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.b(self.a(self.stem(x)).relu()))
-        x = self.d(self.c(x))
-        x = self.a(self.up(x))
-        return self.head(x.mean((2, 3)))
-
-
-X = torch.ones(2, 1, 8, 6)
 # (name, input size) in the order of the forward pass.
 LAYERS = [
     ("stem", (8, 6)),
@@ -69,17 +36,6 @@ def by_hand(model: nn.Module, name: str) -> Tensor:
         count = 1 if name in ("sigma_min", "sigma_max", "cond", "band") else min(op.shape)
         total = total + getattr(penalties, name)(op) / count
     return total
-
-
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
-
-
-def assert_close(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-3) -> None:
-    for one, other in zip(got, expected, strict=True):
-        assert torch.allclose(one, other, rtol=rtol, atol=rtol * float(other.abs().max() + 1e-30))
 
 
 # --- value and gradient ---------------------------------------------------------------------------
@@ -206,86 +162,6 @@ def test_only_the_layers_have_gradients():
     }
 
 
-# --- layers of one kind together ------------------------------------------------------------------
-
-
-def stack(count: int, channels: int = 3, **options) -> nn.Module:
-    options = {"padding": 1} | options
-    return seeded(
-        lambda: nn.Sequential(*[nn.Conv2d(channels, channels, 3, **options) for _ in range(count)])
-    ).double()
-
-
-ADDITIVE = ("frobenius", "orthogonality", "circular_stein")
-
-
-def recorded(monkeypatch, name: str) -> list[int]:
-    """The groups of every operator that the penalty is asked for."""
-    groups = []
-    original = getattr(penalties, name)
-
-    def record(op: ConvOperator) -> Tensor:
-        groups.append(op.groups)
-        return original(op)
-
-    monkeypatch.setattr(penalties, name, record)
-    monkeypatch.setitem(exact.EXACT_PENALTIES, name, record)
-    monkeypatch.setattr(exact, "ADDITIVE", (record,) if name in ADDITIVE else ())
-    return groups
-
-
-@pytest.mark.parametrize("name", [*ADDITIVE, "stein"])
-@pytest.mark.parametrize("size", [(4, 4), (10, 10)], ids=["dense", "capacitance"])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_layers_of_one_kind_are_computed_together_with_the_same_result(
-    monkeypatch, name, size, groups
-):
-    model = stack(4, groups=groups)
-    x = torch.zeros(1, 3, *size, dtype=torch.float64)
-    asked = recorded(monkeypatch, name)
-    reg = SpectralRegularizer(model, x, penalty=getattr(penalties, name), weight=1)
-    value = reg()
-    assert asked == [4 * groups]
-    got = gradients(model, value)
-    ops = [ConvOperator.from_module(conv, size) for conv in model]
-    expected = sum(getattr(penalties, name)(op) / min(op.shape) for op in ops)
-    assert torch.isclose(value, expected, rtol=1e-12)
-    assert_close(got, gradients(model, expected))
-
-
-@pytest.mark.parametrize("name", ["sigma_min", "conditioning"])
-def test_penalties_that_do_not_add_up_are_computed_one_by_one(monkeypatch, name):
-    asked = recorded(monkeypatch, name)
-    x = torch.zeros(1, 3, 4, 4).double()
-    SpectralRegularizer(stack(3), x, penalty=getattr(penalties, name))()
-    assert asked == [1, 1, 1]
-
-
-def test_layers_that_need_a_dense_matrix_are_computed_one_by_one(monkeypatch):
-    """One block diagonal matrix of four would take sixteen times the memory of one."""
-    asked = recorded(monkeypatch, "stein")
-    x = torch.zeros(1, 3, 4, 4).double()
-    SpectralRegularizer(stack(4, padding_mode="circular"), x, penalty="stein")()
-    assert asked == [1] * 4
-
-
-def test_layers_too_large_together_are_computed_one_by_one(monkeypatch):
-    model = stack(4)
-    x = torch.zeros(1, 3, 10, 10).double()
-    expected = SpectralRegularizer(model, x, penalty="stein", weight=1)()
-    original = spectrum.logabsdet
-    monkeypatch.setattr(spectrum, "logabsdet", lambda op: original(op, max_bytes=10**5))
-    assert torch.isclose(SpectralRegularizer(model, x, penalty="stein", weight=1)(), expected)
-
-
-def test_a_singular_layer_among_others_is_the_one_named():
-    model = stack(3)
-    with torch.no_grad():
-        model[1].weight[0] = model[1].weight[2]
-    with pytest.raises(ArithmeticError, match=r"^layer '1': Stein's loss is infinite"):
-        SpectralRegularizer(model, torch.zeros(1, 3, 4, 4).double(), penalty="stein")()
-
-
 # --- dtypes and autocast --------------------------------------------------------------------------
 
 
@@ -399,87 +275,3 @@ def test_a_training_loop_lowers_it():
         reg().backward()
         optimizer.step()
     assert float(reg().detach()) < 0.5 * first
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-BAD_OPTIONS = [
-    (
-        {"penalty": "spectral"},
-        r"one of \('frobenius', 'sigma_min', .*'orthogonality'\) or a function",
-    ),
-    ({"penalty": None}, "penalty to be a name or a function, got NoneType"),
-    ({"penalty": 3}, "penalty to be a name or a function, got int"),
-    ({"weight": -1.0}, r"finite and at least 0, got -1\.0"),
-    ({"weight": math.inf}, "finite and at least 0, got inf"),
-    ({"weight": math.nan}, "finite and at least 0, got nan"),
-    ({"weight": "1"}, "weight to be a number, got '1'"),
-    ({"weight": True}, "weight to be a number, got True"),
-    ({"include": lambda *_: False}, "expected layers to include in Net, got none"),
-    ({"include": 3}, "expected a selection of layers to be a name pattern.*got 3"),
-    ({"include": [3]}, "expected a selection of layers to be a name pattern"),
-    ({"exclude": "*"}, "expected layers to include in Net, got none"),
-    ({"penalty_options": {"k": 2}}, "no penalty_options for 'stein', got {'k': 2}"),
-    ({"penalty": "band", "penalty_options": {"n": 2}}, "penalty_options of 'band': .*'n'"),
-    ({"penalty": "band", "penalty_options": {"lower": 9}}, "0 <= lower <= upper, got lower=9"),
-    ({"penalty": "sigma_min", "penalty_options": {"k": 0}}, "k to be a positive integer, got 0"),
-    ({"penalty": "sigma_min", "penalty_options": {"k": 37}}, "'stem': expected k in 1 to 36"),
-    ({"refresh_interval": 0}, "refresh_interval to be a positive integer, got 0"),
-    ({"improve_interval": 1.5}, r"improve_interval to be a positive integer, got 1\.5"),
-    ({"nonfinite": "ignore"}, "nonfinite to be 'raise' or 'skip', got 'ignore'"),
-    ({"schedule": 3}, "schedule to be a function of the step, got 3"),
-    ({"layer_weights": {"stem": 1.0, "nose": 2.0}}, r"got some for \['nose'\]"),
-    ({"layer_weights": {"b": -1.0}}, r"weight of layer 'b' to be finite and at least 0, got -1\.0"),
-    ({"process_group": "mine"}, "process_group to be 'default', None or a process group"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SpectralRegularizer(seeded(Net), X, **options)
-
-
-def test_a_weight_that_turned_nan_is_named():
-    model = seeded(Net)
-    reg = SpectralRegularizer(model, X)
-    with torch.no_grad():
-        model.b.weight[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"^layer 'b': expected a finite weight.*at step 0"):
-        reg()
-
-
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (ValueError("of mine"), "^layer 'stem': of mine$"),
-        (ArithmeticError("of mine"), "^layer 'stem': of mine$"),
-        (RuntimeError("of mine"), "^layer 'stem': of mine$"),
-        (ValueError(), "^layer 'stem'$"),
-        (ValueError(3), "^layer 'stem': 3$"),
-        (KeyError("of mine"), "^'of mine'$"),
-    ],
-)
-def test_errors_of_a_penalty_reach_the_user_as_themselves_with_the_layer(raised, message):
-    def fail(op: ConvOperator) -> Tensor:
-        raise raised
-
-    with pytest.raises(type(raised), match=message) as caught:
-        SpectralRegularizer(seeded(Net), X, penalty=fail)()
-    assert caught.value is raised
-
-
-def test_a_singular_value_that_did_not_converge_is_named(monkeypatch):
-    original = extremes.svds
-    monkeypatch.setattr(
-        extremes,
-        "svds",
-        lambda op, k, which, **options: original(
-            op, k, which, method="lobpcg", maxiter=1, **options
-        ),
-    )
-    with pytest.raises(cs.ConvergenceError, match=r"^layer '0': the 1 smallest") as caught:
-        SpectralRegularizer(
-            stack(2), torch.zeros(1, 3, 6, 6).double(), penalty=penalties.sigma_min
-        )()
-    assert not caught.value.result.converged

@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
+from helpers.training import OPTIONS, SIZE, each_penalty, near_delta, seeded
 from torch import Tensor, nn
 
 from convspectra import Schedule, SpectralRegularizer
 
-NAMES = ("conditioning", "band", "frobenius", "stein")
-each_penalty = pytest.mark.parametrize("name", NAMES)
-OPTIONS = {"band": {"lower": 0.95, "upper": 1.02, "k": 2}}
-SIZE = (5, 6)
 STEPS = 9
 STOP = 4
 """The step after which a run is killed."""
@@ -32,10 +28,8 @@ class Net(nn.Module):
         self.a = nn.Conv2d(2, 2, 3, padding=1)
         self.b = nn.Conv2d(2, 2, 3, padding=1)
         self.c = nn.Conv2d(2, 3, 3, padding=1)
-        with torch.no_grad():
-            for conv in (self.a, self.b, self.c):
-                conv.weight.mul_(0.2)
-                conv.weight[[0, 1], [0, 1], 1, 1] += 1
+        for conv in (self.a, self.b, self.c):
+            near_delta(conv, 0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.b(self.a(x).relu())
@@ -45,10 +39,8 @@ class Net(nn.Module):
 KEYS = ["a@5x6", "b@5x6", "b@2x3", "c@2x3"]
 
 
-def net(seed: int = 0) -> Net:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Net()
+def net(seed: int = 0) -> nn.Module:
+    return seeded(Net, seed)
 
 
 def regularizer(model: nn.Module, name: str, **options) -> SpectralRegularizer:

@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 
 import pytest
-from helpers.strategies import one_thread as one_thread
 from hypothesis import given
 from hypothesis import strategies as st
 

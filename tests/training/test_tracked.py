@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 from torch import nn
 
 import convspectra as cs

@@ -1,4 +1,4 @@
-"""Odd shapes, what other tools get wrong, and what is promised when it goes badly.
+"""Layers of odd shapes and kinds with known singular values, and what other tools get wrong.
 
 Each case at a size for a dense SVD, and at one of 1000 rows or more, with a closed form.
 """
@@ -17,13 +17,11 @@ from helpers.closed_forms import (
     check_singular,
     dense_values,
     descending,
-    kernel,
     orthogonal,
-    random,
     tridiagonal,
 )
-from helpers.strategies import Layer
-from helpers.strategies import one_thread as one_thread
+from helpers.kernels import kernel
+from helpers.strategies import Layer, random
 
 import convspectra as cs
 from convspectra import ConvOperator

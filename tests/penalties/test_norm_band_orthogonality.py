@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from helpers.strategies import Layer, layers, random
-from helpers.strategies import one_thread as one_thread
 from hypothesis import assume, given, settings
 from torch import Tensor
 

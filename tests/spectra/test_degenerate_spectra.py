@@ -1,4 +1,4 @@
-"""Hard layers with known singular values: singular, repeated, clustered, tiny, huge, thin.
+"""Spectra that are singular, repeated, clustered, tiny or huge, with known singular values.
 
 Each case at a size for a dense SVD, and at one of 1000 rows or more, with a closed form.
 """
@@ -21,13 +21,11 @@ from helpers.closed_forms import (
     check_triplets,
     dense_values,
     descending,
-    kernel,
     orthogonal,
-    random,
     tridiagonal,
 )
-from helpers.strategies import Layer
-from helpers.strategies import one_thread as one_thread
+from helpers.kernels import kernel
+from helpers.strategies import Layer, random
 from torch import Tensor
 
 import convspectra as cs

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers.strategies import one_thread as one_thread
 
 import convspectra as cs
 from convspectra.spectra._singular_values import METHODS

@@ -1,4 +1,4 @@
-"""What is promised when it goes badly, and the enclosures of random layers.
+"""Limits on memory and steps that are said, and the enclosures of random layers.
 
 The truth is NumPy's SVD of the naive matrix, or ARPACK on torch.nn.functional.
 """
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.closed_forms import check_enclosure, dense_values, kernel, random
-from helpers.strategies import Layer, layers
-from helpers.strategies import one_thread as one_thread
+from helpers.closed_forms import check_enclosure, dense_values
+from helpers.kernels import kernel
+from helpers.strategies import Layer, layers, random
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator
