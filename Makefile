@@ -7,23 +7,26 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 
-.PHONY: help demo test docs bench clean
+.PHONY: help demo test test-all docs bench clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## Train a deep plain CNN with and without the penalty: pictures and a table
 	$(BIN)/convspectra demo
 
 # The matrices of the tests are small: the cores serve tests side by side, not threads of one.
-test: export OMP_NUM_THREADS := 1
-test: export OPENBLAS_NUM_THREADS := 1
-test: $(STAMP) ## Lint, format, types, import arrows, tests, doctests, examples and documentation
+test test-all: export OMP_NUM_THREADS := 1
+test test-all: export OPENBLAS_NUM_THREADS := 1
+test: CHOSEN := -m 'not slow'
+test: ## Lint, format, types, import arrows, tests, doctests, examples and documentation
+test-all: ## The same, and the tests that take minutes
+test test-all: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 25 $(CHOSEN)
 	$(MAKE) docs
 
 # Read anew each time (-E): what was read before would not be warned of again.
