@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import convspectra as cs
-from convspectra.models._layers import find_layers
+from convspectra.models import find_layers
 from convspectra.paper.images import ImageSet
 from convspectra.testing import naive_dense
 from experiments.stable_gradients import peers, training

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from convspectra.models._layers import (
+from convspectra.models import (
     find_layers,
 )
 

@@ -7,7 +7,7 @@ import torch
 from helpers.models import Branches, X, sizes
 from torch import Tensor, nn
 
-from convspectra.models._layers import (
+from convspectra.models import (
     Layer,
     find_layers,
     is_convolution,

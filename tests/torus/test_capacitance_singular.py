@@ -103,7 +103,7 @@ def test_singular_by_its_border_alone(weight, size):
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-5, 1e-7])
 def test_nearly_singular_is_not_singular(smallest):
-    weight = dead_channel(0, copy=True)
+    weight = dead_channel(4, 0, copy=True)
     weight[1] += smallest * random(4, 3, 3, seed=5)
     layer = Layer(weight, (5, 5))
     dense = layer.dense().detach()
@@ -115,7 +115,7 @@ def test_nearly_singular_is_not_singular(smallest):
 
 
 def test_an_embedding_that_solves_nothing_is_refused():
-    weight = dead_channel(0, copy=True)
+    weight = dead_channel(4, 0, copy=True)
     weight[1] += 1e-13 * random(4, 3, 3, seed=5)
     with pytest.raises(ArithmeticError, match="nearly so on every torus tried"):
         CapacitanceFactorization(ConvOperator(weight, 5))
