@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The real types that PyTorch has convolutions for."""
 
 
 def check_weight(weight: Tensor) -> None:

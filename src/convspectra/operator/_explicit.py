@@ -20,8 +20,12 @@ from convspectra.operator._geometry import ConvGeometry, IntArray
 FloatArray: TypeAlias = npt.NDArray[Any]
 
 DEFAULT_MAX_BYTES = 2 * 2**30
+"""The limit on explicit matrices and factors unless said otherwise, 2 GiB, the same everywhere.
+
+A choice: at half of it a layer is refused, with a message, that a laptop could do.
+"""
 ENTRIES_AT_ONCE = 1 << 18
-"""A megabyte in single precision: it stays in a cache."""
+"""Squares summed at once: a megabyte in single precision, which stays in a cache. A choice."""
 
 
 def dense_matrix(

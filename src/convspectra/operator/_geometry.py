@@ -22,6 +22,7 @@ PaddingMode: TypeAlias = Literal["zeros", "circular", "reflect", "replicate"]
 Padding: TypeAlias = "int | str | Sequence[int] | Sequence[tuple[int, int]]"
 
 PADDING_MODES = get_args(PaddingMode)
+"""The names that PyTorch has for them."""
 
 
 @dataclass(frozen=True)

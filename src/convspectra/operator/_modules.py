@@ -14,7 +14,9 @@ CONVOLUTION_TYPES = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+"""Modules that are a convolution, with one to three axes, the transposed ones last."""
 LAYER_TYPES = (*CONVOLUTION_TYPES, nn.Linear)
+"""Modules that are a matrix M."""
 _TRANSPOSED_TYPES = CONVOLUTION_TYPES[3:]
 _FORWARD_METHODS = ("forward", "_conv_forward")
 

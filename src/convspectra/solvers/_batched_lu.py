@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 ORDER_SAFE_IN_BATCH = 32
+"""Order of matrices that are factored in one call on the CPU: Note [Batched LU on the CPU].
+
+Wrong factors were seen from about 100 on. At a half of it more matrices are factored one by one,
+which is slow and safe; at much more factors may be wrong in silence.
+"""
 
 
 def lu_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:

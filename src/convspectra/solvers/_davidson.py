@@ -18,14 +18,29 @@ from convspectra.solvers._result import PAIRS_COUNT_AS_ONE, Eigenpairs, check_pr
 from convspectra.solvers._stop import Stop
 
 GUARD_VECTORS = 2
-"""Vectors beside the k wanted: the last of those converges by its distance to the next beyond."""
+"""Vectors beside the k wanted: the last of those converges by its distance to the next beyond.
+
+Where the values beyond are near, too: 1 takes 12 % fewer products and 4 takes 17 % more where they
+are not (three of 8 channels, 16 x 16 points, Gaussian weights).
+"""
 BASIS_BLOCKS = 8
 BASIS_LEAST = 48
-"""Most vectors of the basis: so many blocks of the start, and so many at the least."""
+"""Most vectors of the basis: so many blocks of the start, and so many at the least.
+
+Memory against restarts. With 24 at the least three values take 5 % more products, with 96 they take
+8 % fewer; with 4 blocks eight values take 16 % more, with 16 they take 7 % fewer.
+"""
 ROUNDING_UNITS = 16
-"""The operator is known to so many eps of its norm."""
+"""The operator is known to so many eps of its norm.
+
+A residual below is rounding error. At too little of it the iteration goes on to `maxiter` for
+residuals that no step makes less; at more, values small beside the norm end early.
+"""
 KEPT_DIRECTION = 1e-9
-"""Directions of the last step that add less than this to those of this one are dropped."""
+"""Directions of the last step that add less than this to those of this one are dropped.
+
+A choice, between eps, of which they are made below, and what would be missed.
+"""
 
 
 def davidson(

@@ -13,9 +13,9 @@ from torch import Tensor
 from convspectra.solvers._result import SingularTriplets
 
 GRAM_RESOLUTION = 1e-8
-"""Relative width of the enclosure of a value up to which a Gram matrix counts as having it."""
+"""Relative width of an enclosure up to which a Gram matrix counts as having the value: a choice."""
 GRAM_LOGARITHM = 1e-7
-"""Error of the smallest squared value up to which the logarithms of all of them are taken."""
+"""Relative error of the smallest square up to which logarithms of all are taken: a choice."""
 
 
 def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:

@@ -30,16 +30,27 @@ from convspectra.solvers._stop import LanczosStop
 FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 16
-"""The operator is known to so many eps of its norm."""
+"""The operator is known to so many eps of its norm.
+
+Part of every bound. At less of it a bound may be missed by rounding, and an invariant Krylov space
+is not seen; at more, values small beside the norm are not resolved.
+"""
 SINGLE_RESIDUAL_UNITS = 4
 """The same for residuals that count as 0 in single precision: they come down to 2 to 4 eps."""
 LOOSEST_ESTIMATE = 1e-8
 """Estimates of relative errors above this are made too early to be trusted: of two values a part in
 a thousand apart the iteration sees one for a while.
+
+A looser one ends on the wrong one of two such values; a tighter one costs steps where a loose
+tolerance was asked for.
 """
 SMALL_BASIS = 1_000_000
-"""Numbers in a basis that new vectors are made orthogonal to, all of it: they stay in a cache."""
+"""Numbers in a basis that new vectors are made orthogonal to, all of it: they stay in a cache.
+
+A choice of time alone: with 0 and with four times as much the products are the same.
+"""
 CHUNK = 32
+"""Vectors that the basis grows by: memory is taken as steps are. A choice of memory alone."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 COUNT = 4
+"""Eigenpairs of each matrix.
+
+With 2 a norm (8 channels, 16 x 16 points) takes 9 % more products of the layer, with 8 1 % fewer.
+"""
 POWER_STEPS = 3
+"""Steps that find the norm. From 1 to 6 the products that a norm takes vary by 2 %: a choice."""
 DEGREE = 5
+"""Degree of the filter. From 2 to 10 they vary by 2 %: a choice."""
 DAMPED = 0.8
-"""What is below this much of the largest eigenvalue that the power steps see is damped."""
+"""Eigenvalues below this much of the largest that the power steps see are damped: a choice.
+
+Nearer to 1 the filter tells fewer of the leading ones apart.
+"""
 
 
 def leading_eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:

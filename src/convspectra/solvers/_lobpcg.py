@@ -17,11 +17,22 @@ from convspectra.solvers._result import NO_BOUND_BELOW, PAIRS_COUNT_AS_ONE, Sing
 from convspectra.solvers._stop import Stop
 
 GUARD_VECTORS = 2
+"""Vectors beside the k wanted: the last of those converges by its distance to the next beyond.
+
+A choice: every one of them costs two products a step.
+"""
 FLOOR_UNITS = 64
-"""A residual of so many eps, relative to the squared norm, is rounding error."""
+"""A residual of so many eps, relative to the squared norm, is rounding error.
+
+At less of it steps go on that make nothing less; at more, values near sqrt(eps) of the norm end
+early and do not count as converged.
+"""
 KEPT_DIRECTIONS = 1e-4
 """Directions of the last step that are this much of it or less, beside the others, are dropped:
-their images are known by linear combination only."""
+their images are known by linear combination only.
+
+A choice, about the fourth root of eps.
+"""
 
 
 def lobpcg(

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 NEW_DIRECTIONS = 1e-6
-"""New directions that are this little beside the others, relatively, are dropped."""
+"""New directions that are this little beside the others, relatively, are dropped.
+
+Squares of them stand in a Gram matrix, which has lost what is below 1e-8. A smaller one lets
+rounding into the basis; a larger one loses directions of ill-conditioned blocks.
+"""
 LITTLE_LOST = 0.5
 """An orthogonalization that leaves this much of unit vectors has amplified no rounding."""
-
-
 PARTS = 8
-"""Into which long rows are divided."""
+"""Parts of long rows, for as many threads. This and the next two are choices of time alone."""
 LONG = 1 << 12
+"""Length of rows from which on they are divided."""
 FEW = 3
+"""Rows on the left up to which BLAS divides the work itself."""
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:

@@ -26,11 +26,18 @@ from convspectra.solvers._result import check_products
 FloatArray = npt.NDArray[np.float64]
 
 ROUNDING_UNITS = 64
-"""An off-diagonal entry of so many eps of the norm says that the Krylov space is invariant."""
+"""An off-diagonal entry of so many eps of the norm says that the Krylov space is invariant.
+
+At too little of it the recurrence goes on in rounding error; at more it ends before small
+components have been seen.
+"""
 SETTLED = 1e-2
-"""A Ritz value with a residual of this fraction of it, or of rounding, is an eigenvalue."""
+"""A Ritz value with a residual of this fraction of it, or of rounding, is an eigenvalue.
+
+A choice, about the width of a bin: with a smaller one jumps of the distribution are smoothed.
+"""
 APART = 1e-13
-"""What keeps points of an interpolant apart, relative to the last of them."""
+"""Least distance of an interpolant's points, relative to the last: some hundred eps, a choice."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,13 @@ from torch import Tensor
 from convspectra.solvers._result import LinearMap
 
 DEPENDENT = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""Eigenvalues of the Gram matrix of the directions below this are rounding."""
+"""Eigenvalues of the Gram matrix of the directions below this are rounding.
+
+A hundred eps in single precision, some thousand in double. Below, a basis gets directions that are
+noise; far above, the last directions of steps that moved little are lost.
+"""
 COLUMNS_AT_ONCE = 4096
-"""A few hundred kilobytes: they stay in a cache."""
+"""Columns in float64 at once: a few hundred kilobytes, which stay in a cache. A choice."""
 
 
 @dataclass(frozen=True)

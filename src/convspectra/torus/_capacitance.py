@@ -36,15 +36,42 @@ from convspectra.torus._cut import BorderCost, CutTorus, all_lengths, border_cos
 from convspectra.torus._symbols import smallest_periods
 
 MAX_FACTORIZATIONS = 4
+"""Tori that are factored before the best of them is taken, of six that there are.
+
+A choice: of 40 Gaussian 4 x 4 x 3 x 3 weights on 8 x 8 points the first torus served all.
+"""
 CONDITION_ACCEPTED_AT_ONCE = 1e6
+"""Condition number of a circulant up to which its torus is tried as it comes.
+
+At most 650 for those 40 weights. It is an order of trials only: the probe decides.
+"""
 PROBE_ACCEPTED_AT_ONCE = 1e-11
+"""Backward error of a solve with which no other torus is looked at.
+
+At most 2e-15 for those 40 weights; one step of refinement takes 1e-11 to rounding. At a larger
+one a worse torus is taken where a better one may be at hand.
+"""
 PROBE_LIMIT = 1e-6
+"""Backward error above which the factors are refused: refinement leaves about its square, 1e-12."""
 REFINEMENT_THRESHOLD = 1e-10
+"""Residual, relative to the data, up to which a solve is not refined by default.
+
+A choice: refinement doubles the cost of a solve.
+"""
 REFINED_ALWAYS = 1e-7
-"""The approximate inverse takes in a step of refinement if a solve without it leaves this much."""
+"""Residual of a solve from which on the approximate inverse takes in a step of refinement.
+
+A choice: below it the error of the inverse widens an enclosure by less than that; at a smaller one
+more layers pay for two solves where one would do.
+"""
 BACKWARD_ERROR_REACHED = 1e-15
+"""Backward error at which a solve is as good as rounding lets it be: about 5 eps."""
 SINGULAR_RESIDUAL = 0.1
-"""A solve that leaves this much of its data says that M is singular to working precision."""
+"""A solve that leaves this much of its data says that M is singular to working precision.
+
+Between rounding error times the condition number, far below 1 for a regular M, and 1, all of the
+data: a choice.
+"""
 
 
 class CapacitanceFactorization:

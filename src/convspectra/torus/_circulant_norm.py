@@ -29,9 +29,21 @@ from convspectra.torus._symbols import half_count, smallest_periods
 
 LOWEST = 8.0
 """The cut norm is looked for down to so much over the square of the points below the circulant's,
-relatively."""
+relatively.
+
+At a quarter of it two of three bounds (8 channels, 16 x 16 points) are 0.4 % to 0.5 % above the
+norm, not 0.2 % to 0.3 %; at half or double of it no bound changes by 0.03 %.
+"""
 BISECTIONS = 6
+"""Halvings of that interval: the bounds are 0.1 % farther from the norm with 3, and 0.02 % nearer
+with 12.
+"""
 ROUNDING_UNITS = 64
+"""Allowance for the rounding of eigenvalues and inverses, in n eps of the norm.
+
+A choice: LAPACK's errors are a few n eps. With too little of it a bound may lie below the norm by
+rounding; with more the bounds are wider.
+"""
 
 
 def circulant_norm_bound(op: ConvOperator) -> float:
