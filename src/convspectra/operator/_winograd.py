@@ -38,7 +38,7 @@ matrices."""
 DIRECT_FLOPS = 1.5
 """Time for one flop of PyTorch's convolution, likewise."""
 WORTH = 0.9
-"""Estimated time over PyTorch's from which on there is nothing to win: room for a wrong estimate."""
+"""Estimated time over PyTorch's from which on there is nothing to win: room for its errors."""
 WEIGHT_BYTES = 1 << 28
 """Most memory for the transformed weight, several times that of the weight itself: a choice."""
 TILE_BYTES = 1 << 24

@@ -25,8 +25,8 @@ its fourth root.
 BOUND_VECTORS = 4
 """Vectors for `norm_bound`, which is so many times the norm of a map of rank one, about:
 
-8e9 with 1 vector, 1e5 with 2, 376 with 4, 24 with 8 (from the formula). Errors of solves near 1e-12
-are bounded by 4e-10 with 4 vectors; with 2 that would be 1e-7, and cost half.
+8e9 with 1 vector, 1e5 with 2, 376 with 4, 24 with 8 (from the formula). Bounds on the error of an
+inverse are near 4e-10 with 4 vectors (Gaussian weights); with 2 they would be near 1e-7.
 """
 
 
