@@ -19,7 +19,7 @@ html_theme = "furo"
 html_title = f"convspectra {version}"
 html_copy_source = False
 html_static_path = ["_static"]
-html_css_files = ["formulas.css"]
+html_css_files = ["pages.css"]
 
 # A name in single backticks is a link where there is such a name.
 default_role = "py:obj"

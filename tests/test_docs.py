@@ -37,6 +37,10 @@ BLOCK = re.compile(
 )
 FOLDERS = "src|tests|docs|examples|benchmarks|experiments"
 FILE = re.compile(rf"`((?:[\w.]+/)*\w+\.(?:py|toml|txt)|(?:{FOLDERS})/[\w./]+)`")
+BRITISH = re.compile(
+    r"\b\w*(?:al|ar|tor|im|metr)is(?:e[ds]?|ing|ation)\b|\b\w*(?:colour|avour|eighbour|aviour|centre)\w*",
+    re.IGNORECASE,
+)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 DEPRECATED = [
     "ignore:.torch.jit:DeprecationWarning",
@@ -110,6 +114,18 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
 def test_files_are_found_on_a_page() -> None:
     text = "`solvers/_lanczos.py` and `matlab.py`, `tests/helpers`, not `a/b` of a formula or `x`"
     assert named_files(text) == ["solvers/_lanczos.py", "matlab.py", "tests/helpers"]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_one_spelling_is_used(page: Path) -> None:
+    assert BRITISH.findall(page.read_text()) == []
+
+
+def test_british_spelling_is_found() -> None:
+    text = (
+        "Normalised, factorises, the colour of a neighbour; raise it likewise, by a rising promise"
+    )
+    assert BRITISH.findall(text) == ["Normalised", "factorises", "colour", "neighbour"]
 
 
 def test_the_readme_is_short() -> None:
