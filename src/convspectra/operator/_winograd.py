@@ -2,10 +2,15 @@
 
 F(m, r) has m outputs of r taps along an axis by m + r - 1 products instead of m r: values of two
 polynomials at as many points, one of them infinity, and the transpose of interpolation between
-them (Winograd, Arithmetic Complexity of Computations, SIAM 1980). Along all axes at once, for every
-tile of outputs, the products are matrices over the channels (Lavin and Gray, CVPR 2016).
+them (Winograd 1980). Along all axes at once, for every
+tile of outputs, the products are matrices over the channels (Lavin and Gray 2015).
 
 The points are small and near 1 in size: rounding is 1 to 3 times that of PyTorch's convolution.
+
+References
+----------
+S. Winograd (1980), "Arithmetic complexity of computations", SIAM.
+A. Lavin and S. Gray (2015), "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
 """
 
 from __future__ import annotations

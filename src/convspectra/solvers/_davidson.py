@@ -1,8 +1,16 @@
 """Extreme eigenpairs of a symmetric operator by block Davidson, with a preconditioner or not.
 
-Source: Davidson (J. Comput. Phys. 17, 1975); Stathopoulos and Saad (Numer. Algorithms 18, 1998) for
-the restart, which keeps the Ritz vectors of the last step beside those of this one. Without a
-preconditioner and a restart it is block Lanczos.
+Source: Davidson (1975); Stathopoulos and Saad (1998) for the restart, which keeps the Ritz vectors
+of the last step beside those of this one. Without a preconditioner and a restart it is block
+Lanczos.
+
+References
+----------
+E. R. Davidson (1975), "The iterative calculation of a few of the lowest eigenvalues and
+    corresponding eigenvectors of large real-symmetric matrices", J. Comput. Phys. 17,
+    doi:10.1016/0021-9991(75)90065-0.
+A. Stathopoulos and Y. Saad (1998), "Restarting techniques for the (Jacobi-)Davidson symmetric
+    eigenvalue methods", Electron. Trans. Numer. Anal. 7.
 """
 
 from __future__ import annotations

@@ -8,9 +8,14 @@ Note [Bounds by deflation]. In an orthonormal basis of the vectors found and of 
 A is ``[[T, E'], [E, D]]`` with T diagonal, ``||E||`` at most the norm of all residuals together,
 and the eigenvalues of D below b, by Lanczos in the complement. By Weyl's theorem an eigenvalue of A
 is at most max(T_ii, b) + ||E||, each by its rank; where T_ii is above b, the second term may be
-``||E||^2 / (T_ii - b)`` instead (Mathias, SIAM J. Matrix Anal. Appl. 19, 1998). Vectors of
+``||E||^2 / (T_ii - b)`` instead (Mathias 1998). Vectors of
 different runs are coupled, too: T is then diagonal up to the residuals only, and the first bound
 holds with twice their norm.
+
+References
+----------
+R. Mathias (1998), "Quadratic residual bounds for the Hermitian eigenvalue problem", SIAM J. Matrix
+    Anal. Appl. 19.
 """
 
 from __future__ import annotations

@@ -4,8 +4,13 @@ Note [Bound beyond an end]. Let p_j be the polynomial of the recurrence, q_{j+1}
 unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{j+1})^2 <= 1``.
 Outside the Ritz values p_j grows, and a Gaussian q_1 has a component |z'q_1| of at least delta,
 except with the probability `FAILURE_PROBABILITY`: no eigenvalue lies where the sum is larger than
-``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl.
-22, 2000). Rounding enters as a change of q_1 by a few eps: far below delta in double precision.
+``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst 2000). Rounding enters as a change of q_1 by a few eps: far below delta in double precision.
+
+References
+----------
+J. L. M. van Dorsselaer, M. E. Hochstenbach and H. A. van der Vorst (2000), "Computing probabilistic
+    bounds for extreme eigenvalues of symmetric matrices with the Lanczos method", SIAM J. Matrix
+    Anal. Appl. 22, doi:10.1137/S0895479800366859.
 """
 
 from __future__ import annotations

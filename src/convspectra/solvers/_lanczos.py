@@ -3,11 +3,19 @@
 Two short vectors of products a step, and nothing else that grows but the basis itself.
 
 Note [Selective orthogonalization]. In finite precision Lanczos vectors lose orthogonality only
-along Ritz vectors that have converged (Paige, J. Inst. Maths Applics 18, 1976). New vectors are
-made orthogonal to those, and copies of them never appear (Parlett and Scott, Math. Comp. 33, 1979).
+along Ritz vectors that have converged (Paige 1976). New vectors are
+made orthogonal to those, and copies of them never appear (Parlett and Scott 1979).
 As long as the basis is small they are made orthogonal to all of it.
 
-Note [Repeated values]. A Krylov sequence sees one copy of a repeated eigenvalue: see `deflation`.
+Note [Repeated values]. A Krylov sequence sees one copy of a repeated eigenvalue; the others are
+found by Note [Deflation].
+
+References
+----------
+C. C. Paige (1976), "Error analysis of the Lanczos algorithm for tridiagonalizing a symmetric
+    matrix", J. Inst. Maths Applics 18.
+B. N. Parlett and D. S. Scott (1979), "The Lanczos algorithm with selective orthogonalization",
+    Math. Comp. 33.
 """
 
 from __future__ import annotations
@@ -191,7 +199,7 @@ def ritz_ends(
     """The least and the largest Ritz value after some steps: within the spectrum, up to rounding.
 
     No basis is kept: that costs copies of values that have converged, and none outside the spectrum
-    (Paige, J. Inst. Maths Applics 18, 1976). Options as for `lanczos`.
+    (Paige 1976). Options as for `lanczos`.
     """
     run = _Recurrence(product, 1.0, size, like, generator, None, None, keep=1)
     while run.steps < min(steps, size) and not run.exhausted:

@@ -1,7 +1,12 @@
 """The leading eigenpairs of many Hermitian matrices at once, roughly, by a Chebyshev filter.
 
 The filter damps all eigenvalues in [0, a] alike and lets those above grow as the Chebyshev
-polynomial of its degree does (Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006).
+polynomial of its degree does (Zhou, Saad, Tiago and Chelikowsky 2006).
+
+References
+----------
+Y. Zhou, Y. Saad, M. L. Tiago and J. R. Chelikowsky (2006), "Self-consistent-field calculations
+    using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219.
 """
 
 from __future__ import annotations

@@ -1,7 +1,14 @@
 """The smallest singular triplets by LOBPCG on the Gram matrix.
 
-Source: Knyazev (SIAM J. Sci. Comput. 23, 2001), with the basis [X, R, P] orthonormalized before
-each Rayleigh-Ritz step, after Hetmaniuk and Lehoucq (J. Comput. Phys. 218, 2006).
+Source: Knyazev (2001), with the basis [X, R, P] orthonormalized before
+each Rayleigh-Ritz step, after Hetmaniuk and Lehoucq (2006).
+
+References
+----------
+A. V. Knyazev (2001), "Toward the optimal preconditioned eigensolver: locally optimal block
+    preconditioned conjugate gradient method", SIAM J. Sci. Comput. 23,
+    doi:10.1137/S1064827500366124.
+U. Hetmaniuk and R. Lehoucq (2006), "Basis selection in LOBPCG", J. Comput. Phys. 218.
 """
 
 from __future__ import annotations

@@ -46,8 +46,9 @@ def less(rows: Tensor, found: Tensor) -> Tensor:
 def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
     """Orthonormal rows spanning `rows`, orthogonal to the orthonormal rows `against`.
 
-    By the eigenvectors of their Gram matrix (Stathopoulos and Wu, SIAM J. Sci. Comput. 23, 2002);
-    again unless hardly anything was taken out, for what is left amplifies rounding.
+    By the eigenvectors of their Gram matrix (A. Stathopoulos and K. Wu (2002), "A block
+    orthogonalization procedure with constant synchronization requirements", SIAM J. Sci. Comput.
+    23); again unless hardly anything was taken out, for what is left amplifies rounding.
     """
     for smallest in (NEW_DIRECTIONS, LITTLE_LOST, LITTLE_LOST):
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -2,12 +2,18 @@
 
 For a unit vector q the eigenvalues, each weighted by the square of q's component along its
 eigenvector, are a distribution; Lanczos from q gives the Gauss rule of that distribution (Golub and
-Meurant, Matrices, Moments and Quadrature, 2010). For a random q its expectation is the distribution
-of the eigenvalues themselves (Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017).
+Meurant 2010). For a random q its expectation is the distribution
+of the eigenvalues themselves (Ubaru, Chen and Saad 2017).
 
 Note [Variance]. For q uniform on the sphere in n dimensions and any function f,
 ``Var(q'f(A)q) = 2 / (n + 2) Var(f)``, with Var(f) that of f over the n eigenvalues. It is not
 estimated from the few vectors drawn.
+
+References
+----------
+G. H. Golub and G. Meurant (2010), "Matrices, moments and quadrature with applications", Princeton.
+S. Ubaru, J. Chen and Y. Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos
+    quadrature", SIAM J. Matrix Anal. Appl. 38, doi:10.1137/16M1104974.
 """
 
 from __future__ import annotations

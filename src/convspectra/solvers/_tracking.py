@@ -1,8 +1,8 @@
 """One step of LOBPCG towards both ends of a spectrum, for matrices that change between steps.
 
 For the eigenvectors of A'A, without a preconditioner: where A has moved a little since the last
-step, the vectors at hand are good starts and one step makes up for it. Knyazev, "Toward the optimal
-preconditioned eigensolver" (SIAM J. Sci. Comput. 23, 2001).
+step, the vectors at hand are good starts and one step makes up for it. Source: Knyazev (2001), as
+for `lobpcg`.
 """
 
 from __future__ import annotations

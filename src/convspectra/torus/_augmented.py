@@ -5,10 +5,14 @@ For a tall M of full rank, m x n, the augmented matrix
     K = [[a I, M], [M', 0]],    K^{-1} = [[(I - M M^+) / a, M^+'], [M^+, -a (M'M)^{-1}]],
 
 is square, ``log |det K| = (m - n) log a + 2 sum log s`` over the singular values s of M, and the
-condition number of K grows with that of M for a good a, not with its square as that of M'M (Bjorck,
-BIT 7, 1967). K is part of a square zero-padded convolution: on the grid of `polyphase`, with the
+condition number of K grows with that of M for a good a, not with its square as that of M'M (Björck
+1967). K is part of a square zero-padded convolution: on the grid of `polyphase`, with the
 channels of both sides, the taps of M, and those of M' reversed. So the capacitance method, which
 cuts out any points, inverts it.
+
+References
+----------
+Å. Björck (1967), "Iterative refinement of linear least squares solutions I", BIT 7.
 """
 
 from __future__ import annotations

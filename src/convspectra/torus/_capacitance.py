@@ -5,7 +5,7 @@ border. With ``C^{-1} = [[A, B], [D, W]]``,
 
     M^{-1} = A - B W^{-1} D        and        |det M| = |det C| |det W|.
 
-W is the capacitance matrix of Buzbee, Dorr, George and Golub (SIAM J. Numer. Anal. 8, 1971); the
+W is the capacitance matrix of Buzbee, Dorr, George and Golub (1971); the
 formula for the determinant is Jacobi's identity for complementary minors.
 
 Note [Border modes]. A zero-padded layer has singular vectors that live at its border and that the
@@ -18,6 +18,11 @@ small capacitance matrix per frequency, and only the last cut, across the longes
 large one, half the order of a W for all strips together. What the earlier cuts add to it is one
 matrix product. In two dimensions that is half the flops and a quarter of the memory. A solve reads
 the symbols twice for every cut, before and after the border, and keeps no other blocks.
+
+References
+----------
+B. L. Buzbee, F. W. Dorr, J. A. George and G. H. Golub (1971), "The direct solution of the discrete
+    Poisson equation on irregular regions", SIAM J. Numer. Anal. 8, doi:10.1137/0708066.
 """
 
 from __future__ import annotations

@@ -6,8 +6,12 @@ either end of the spectrum: two FFTs and one product per frequency.
 
 Note [Rounding of bounds]. A Cholesky factorization of ``t I - S'S``, n x n, that runs through says
 that this matrix is positive up to the rounding of the symbol, 8 eps of the sum of its absolute
-taps, of the product, n eps ||S||_F^2, and of the factors, n eps of the trace of t I (Higham,
-Accuracy and Stability of Numerical Algorithms, theorem 10.3).
+taps, of the product, n eps ||S||_F^2, and of the factors, n eps of the trace of t I (Higham
+2002, theorem 10.3).
+
+References
+----------
+N. J. Higham (2002), "Accuracy and stability of numerical algorithms", second edition, SIAM.
 """
 
 from __future__ import annotations

@@ -6,11 +6,16 @@ square of the frequency step along each axis. Cut one axis open: keep the functi
 its last points. With the other axes in Fourier space that is, for each of their frequencies, a
 block Toeplitz matrix T, and G = T'T is the first points' part of a circulant with symbols G_j.
 Whether all eigenvalues of G are below t is read off matrices of a few channels: by Haynsworth
-(Linear Algebra Appl. 1, 1968), with A = t - circulant and R the border part of A^{-1},
+(1968), with A = t - circulant and R the border part of A^{-1},
 
     (negative eigenvalues of t - G) = (those of A) - (those of R),
 
 and A^{-1} is diagonal in Fourier space. Half of what is lost on a square layer is won back.
+
+References
+----------
+E. V. Haynsworth (1968), "Determination of the inertia of a partitioned Hermitian matrix", Linear
+    Algebra Appl. 1, doi:10.1016/0024-3795(68)90050-5.
 """
 
 from __future__ import annotations
