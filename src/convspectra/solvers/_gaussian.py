@@ -4,7 +4,8 @@ Note [Bound beyond an end]. Let p_j be the polynomial of the recurrence, q_{j+1}
 unit eigenvector z of an eigenvalue x, ``(z'q_1)^2 sum_j p_j(x)^2 = sum_j (z'q_{j+1})^2 <= 1``.
 Outside the Ritz values p_j grows, and a Gaussian q_1 has a component |z'q_1| of at least delta,
 except with the probability `FAILURE_PROBABILITY`: no eigenvalue lies where the sum is larger than
-``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst 2000). Rounding enters as a change of q_1 by a few eps: far below delta in double precision.
+``1 / delta^2`` (after van Dorsselaer, Hochstenbach and van der Vorst 2000). Rounding enters as a
+change of q_1 by a few eps: far below delta in double precision.
 
 References
 ----------
