@@ -28,9 +28,9 @@ import convspectra as cs
 from benchmarks.layers import resnet50
 from benchmarks.measure import machine, peak_bytes, timed
 from convspectra.auditing._layer_audit import TOLERANCE, AuditOptions, audit_layer
+from convspectra.figures import write_texts
 from convspectra.models._named_operators import NamedOperator
 from convspectra.operator._convolution import scaled_outputs
-from convspectra.paper.figures import write_texts
 from convspectra.text import markdown_table
 
 HELP = "import sys; from convspectra.cli import main; sys.exit(main(['--help']))"

@@ -29,7 +29,7 @@ from convspectra.auditing._audit import audit_operators
 from convspectra.auditing._layer_audit import AuditOptions
 from convspectra.auditing._numbers import seconds
 from convspectra.auditing._record import Conditioning, LayerAudit
-from convspectra.paper.figures import write_texts
+from convspectra.figures import write_texts
 from convspectra.text import markdown_table, sizes
 
 COLUMNS = (

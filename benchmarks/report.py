@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convspectra.paper.figures import new_figure, plain_axes
+from convspectra.figures import new_figure, plain_axes
 from convspectra.text import markdown_table
 
 OURS = "convspectra"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import convspectra as cs
 from benchmarks.measure import machine, timed
-from convspectra.paper.figures import save_figure, write_texts
+from convspectra.figures import save_figure, write_texts
 from experiments.sold_as_orthogonal import table
 from experiments.sold_as_orthogonal.layers import (
     CANDIDATES,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from convspectra.paper.figures import new_figure, plain_axes
+from convspectra.figures import new_figure, plain_axes
 from convspectra.text import comma_separated, markdown_table
 
 SMALLEST = 1e-18

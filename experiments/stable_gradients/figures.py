@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from convspectra.paper.figures import new_figure, plain_axes, save_figure, write_texts
+from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from experiments.stable_gradients import table
 from experiments.stable_gradients.arms import ARMS
 from experiments.stable_gradients.command import FULL, OUT

@@ -5,8 +5,6 @@ used, so that the command's help does not wait for torch. A module may not have 
 function that it holds: importing it would put it in the function's place.
 """
 
-from importlib.metadata import version as _version
-
 import lazy_loader as _lazy
 
 _names, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
@@ -14,5 +12,7 @@ _names, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return _version("convspectra")
+        from importlib.metadata import version  # a third of the time that the help takes
+
+        return version("convspectra")
     return _names(name)

@@ -1,10 +1,13 @@
-"""What every report writes with: figures in two formats, and tables as CSV and Markdown."""
+"""Tables as text, CSV and Markdown, texts that a terminal can show, and files written whole."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 
 def sizes(entries: Sequence[int]) -> str:
@@ -47,3 +50,46 @@ def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: a reader never finds half of it.
+
+    The content is written beside the file, under a hidden name, and then renamed. What is no
+    regular file, such as ``/dev/stdout``, and a file in a folder that cannot be written to are
+    written in place.
+
+    Parameters
+    ----------
+    path : path
+        A link is followed: what it points to is replaced.
+    content : str or bytes
+        Text is written as UTF-8.
+
+    Raises
+    ------
+    OSError
+        With the path in it, such as where the disk is full; what stood there before stays.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_whole(Path(folder, "a.txt"), "whole")
+    ...     [(file.name, file.read_text()) for file in Path(folder).iterdir()]
+    [('a.txt', 'whole')]
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    in_place = target.exists() and not (target.is_file() and os.access(target.parent, os.W_OK))
+    written = target if in_place else target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        written.write_bytes(data)
+        if not in_place:
+            if target.exists():
+                shutil.copymode(target, written)
+            written.replace(target)
+    except OSError as error:
+        if not in_place:
+            written.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -114,3 +114,24 @@ def test_what_is_no_record_is_refused():
 )
 def test_enclosed(lower, upper, converged, enclosed):
     assert Certified(1.5, lower, upper, "", "", converged).enclosed is enclosed
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["edges", 0], "-inf", "finite numbers of at least 0"),
+        (["edges", 1], 0.0, "ascending order"),
+        (["edges"], [0.0, 1.0], "a fraction and an error for each of 1 bins"),
+        (["fractions", 0], "nan", "finite numbers of at least 0"),
+        (["errors", 0], "inf", "finite numbers of at least 0"),
+        (["circular"], [1.0], "circular fractions or none, got 1"),
+    ],
+)
+def test_a_spectrum_that_cannot_be_is_refused_with_its_place(path, value, message):
+    with pytest.raises(ValueError, match=rf"LayerAudit\.spectrum: .*{message}"):
+        decode(LayerAudit, broken(["spectrum", *path], value))
+
+
+def test_an_integer_beyond_a_float_is_refused():
+    with pytest.raises(ValueError, match=r"LayerAudit\.seconds: .* beyond its range"):
+        decode(LayerAudit, {**encode(layer("a")), "seconds": 10**400})

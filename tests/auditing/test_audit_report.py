@@ -1,9 +1,15 @@
 """Reports of other versions, and what is derived of them anew."""
 
-import pytest
-from helpers.made_up_audit import CIRCUMSTANCES, layer, small_audit
+import io
+import json
 
+import pytest
+from helpers.made_up_audit import CIRCUMSTANCES, certified, conditioning, layer, small_audit
+from rich.console import Console
+
+from convspectra.auditing import compare
 from convspectra.auditing._report import AuditReport, report_of
+from convspectra.cli._printing import print_report
 
 
 def test_an_older_minor_version_is_read():
@@ -29,3 +35,36 @@ def test_calls_survive_json():
     assert AuditReport.from_dict(report.to_dict()) == report
     once = report_of(CIRCUMSTANCES, [layer("a")])
     assert report.network.log10_product == pytest.approx(5 * once.network.log10_product)
+
+
+def numbers_in(value, path=()):
+    """The places of all numbers in what JSON holds, spectra apart: these are checked as a whole."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in pairs:
+            if key != "spectrum":
+                yield from numbers_in(entry, (*path, key))
+    elif isinstance(value, float) or value in ("inf", "-inf", "nan"):
+        yield path
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "-1.0", "0", "1e308", "5e-324"])
+def test_any_number_in_a_file_can_be_shown(number):
+    whole = conditioning(certified(2.0), certified(0.5))
+    entries = [layer("a", batch_norm="b", folded=whole, spectrum=None), layer("c", spectrum=None)]
+    good = report_of(CIRCUMSTANCES, entries)
+    places = list(numbers_in(good.to_dict()))
+    assert ("layers", 0, "seconds") in places
+    for path in places:
+        data = good.to_dict()
+        *parents, last = path
+        inner = data
+        for name in parents:
+            inner = inner[name]
+        inner[last] = json.loads(number)
+        report = AuditReport.from_dict(data)
+        assert "sigma_max" in str(report)
+        assert report._page().endswith("</html>\n")
+        print_report(report, Console(file=io.StringIO(), width=200))
+        compare(good.layers, report.layers)
+        report_of(report.circumstances, report.layers)

@@ -46,6 +46,24 @@ def test_a_line_that_was_cut_short_is_passed_over_and_then_removed(tmp_path) -> 
     assert path.read_bytes().startswith(whole)
 
 
+@pytest.mark.parametrize(("old", "new"), [("5]", "6]"), ('"Conv2d"', '"Linear"'), ('"b"', '"c"')])
+def test_a_line_that_was_altered_is_refused_with_file_and_line(tmp_path, old, new) -> None:
+    path = tmp_path / "audit.journal"
+    append_to_journal(path, "a", LAYER)
+    append_to_journal(path, "b", LAYER)
+    first, second = path.read_text().splitlines()
+    assert old in second
+    path.write_text(f"{first}\n{second.replace(old, new)}\n")
+    with pytest.raises(ValueError, match=r"audit\.journal, line 2: the line was altered"):
+        read_journal(path)
+
+
+def test_a_full_disk_is_named_with_the_journal(tmp_path) -> None:
+    (tmp_path / "journal").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device.*journal"):
+        append_to_journal(tmp_path / "journal", "a", LAYER)
+
+
 @pytest.mark.parametrize("line", ["{}", "[1]", "no JSON", '{"key": "a", "layer": {"name": "x"}}'])
 def test_another_file_is_refused_with_the_line(tmp_path, line) -> None:
     path = tmp_path / "audit.journal"

@@ -132,6 +132,52 @@ def test_outputs_that_cannot_be_written(tmp_path, capsys, monkeypatch, option, p
     assert Path("m.pt").read_bytes() == model
 
 
+@pytest.mark.parametrize("option", OUTPUTS)
+@pytest.mark.parametrize("path", ["loop", "loop/a"])
+def test_a_link_that_leads_to_itself(tmp_path, capsys, monkeypatch, option, path):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert main(["audit", saved(Path("m.pt")), *INPUT, option, path]) == 2
+    assert f"for {option}, got {path}, a link that leads to itself" in capsys.readouterr().err
+    assert main(["audit", path, *INPUT]) == 2
+    assert main(["show", path]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def run_command(*arguments, before="", reader="cat"):
+    """What a shell gets of the command: its exit status, the output behind a pipe, its errors."""
+    code = f"import sys\n{before}\nfrom convspectra.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
+    script = f'"$@" | {reader}; exit ${{PIPESTATUS[0]}}'
+    return subprocess.run(
+        ["bash", "-c", script, "audit", *command], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(("rule", "status"), [("sigma_max > 1e9", 0), ("sigma_max > 0", 1)])
+def test_a_reader_that_leaves_changes_nothing(tmp_path, rule, status):
+    model, report = saved(tmp_path / "m.pt"), tmp_path / "a.json"
+    options = ["--json", str(report), "--fail-if", rule]
+    # It reads nothing at all: the first line finds nobody there.
+    done = run_command("audit", model, *INPUT, *options, reader="true")
+    assert (done.returncode, done.stderr) == (status, "")
+    assert len(cs.AuditReport.from_json(report).layers) == 2
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path):
+    model, page = saved(tmp_path / "m.pt"), tmp_path / "out" / "a.html"
+    page.parent.mkdir()
+    page.write_text("before")
+    # No file may grow beyond 16 KiB: that is what a full disk looks like to the writer.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))"
+    done = run_command("audit", model, *INPUT, "--html", str(page), before=limit)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert str(page) in done.stderr
+    assert page.read_text() == "before"
+    assert sorted(path.name for path in page.parent.iterdir()) == ["a.html", "a.html.journal"]
+
+
 @pytest.mark.parametrize("options", [[], ["--resume"]])
 def test_a_journal_that_is_another_file(tmp_path, capsys, options):
     other = tmp_path / "other"
@@ -147,6 +193,7 @@ def test_a_journal_that_is_another_file(tmp_path, capsys, options):
     [
         (["--max-gib", "inf"], "expected --max-gib to be positive and finite, got inf"),
         (["--max-gib", "-1"], "expected --max-gib to be positive and finite, got -1.0"),
+        (["--max-gib", "1e300"], "expected --max-gib to be below 2**33"),
         (["--max-gib", "nan"], "expected --max-gib to be positive and finite, got nan"),
         (["--devices", "foo"], "expected devices that can compute here"),
         (["--devices", "cpu", "meta"], "expected devices that can compute here"),
@@ -212,12 +259,19 @@ def test_ranks_share_the_layers_and_the_first_reports(tmp_path):
     assert done.stdout.count("product of all sigma_max") == 1
 
 
-def test_help_needs_no_torch():
+@pytest.mark.parametrize(
+    ("arguments", "absent", "text"),
+    [
+        (["audit", "--help"], {"torch", "jinja2", "numpy"}, "--fail-if"),
+        (["--help"], {"torch", "jinja2", "numpy", "rich", "importlib.metadata"}, "commands:"),
+    ],
+)
+def test_help_loads_nothing_heavy(arguments, absent, text):
     code = (
-        "import sys\nfrom convspectra.cli import main\n"
-        "try:\n    main(['audit', '--help'])\nexcept SystemExit:\n    pass\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "import sys\nbefore = set(sys.modules)\nfrom convspectra.cli import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        f"loaded = {absent} & (set(sys.modules) - before)\nassert not loaded, loaded\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--fail-if" in done.stdout
+    assert text in done.stdout

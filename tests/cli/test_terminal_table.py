@@ -119,3 +119,11 @@ def test_a_comparison_is_written_in_full(tmp_path, capsys):
     lines = written.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(LONG)
     assert "folded sigma_min change" in lines[0]
+
+
+def test_a_name_without_end_takes_no_time_without_end():
+    """Quadratic work would take hours here."""
+    rows = [{"name": f"{'a.' * 250_000}{i}", "value": "1.000"} for i in range(4)]
+    lines = table(80, rows)
+    assert [line.split()[0][-5:] for line in lines[2:]] == [f"a.a.{i}" for i in range(4)]
+    assert max(map(len, lines)) <= 80

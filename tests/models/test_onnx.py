@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx
 import pytest
@@ -387,3 +389,56 @@ def test_input_shapes_that_do_not_fit(tmp_path):
         loaded(tmp_path, CONV, (3, 5))
     with pytest.raises(LoadError, match="at most 1 input shapes"):
         loaded(tmp_path, CONV, (3, 5, 5), (3, 5, 5))
+
+
+def calling(count: int, last: str) -> onnx.ModelProto:
+    """A model whose functions f0, f1, ... call the next one twice, and the last one another."""
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("here", 1)]
+
+    def function(name: str, callee: str) -> onnx.FunctionProto:
+        calls = [helper.make_node(callee, [a], [b], domain="here") for a, b in ("xt", "ty")]
+        return helper.make_function("here", name, ["x"], ["y"], calls, imports)
+
+    content = model([helper.make_node("f0", ["x"], ["y"], domain="here")], {}, (3,))
+    content.opset_import.extend(imports[1:])
+    names = [f"f{i}" for i in range(count)]
+    for name, callee in zip(names, [*names[1:], last], strict=True):
+        content.functions.append(function(name, callee))
+    identity = helper.make_node("Identity", ["x"], ["y"])
+    content.functions.append(helper.make_function("here", "end", ["x"], ["y"], [identity], imports))
+    return content
+
+
+def test_functions_that_double_are_refused_before_they_are_written_out(tmp_path):
+    path = saved(tmp_path, calling(28, "end"))
+    assert path.stat().st_size < 4000
+    with pytest.raises(LoadError, match=r"stand for more than 200,000 nodes"):
+        load_targets(path, [(3,)])
+
+
+def test_a_function_that_calls_itself_is_refused(tmp_path):
+    with pytest.raises(LoadError, match=r"the function 'f\d' calls itself"):
+        load_targets(saved(tmp_path, calling(5, "f2")), [(3,)])
+
+
+def test_functions_within_reason_are_written_out(tmp_path):
+    weight = array(4, 3)
+    content = calling(8, "end")
+    content.graph.node.append(helper.make_node("MatMul", ["y", "w"], ["z"]))
+    content.graph.initializer.append(numpy_helper.from_array(weight.T.copy(), "w"))
+    content.graph.output[0].name = "z"
+    (target,) = load_targets(saved(tmp_path, content), [(3,)])[1]
+    assert target.operator is not None
+    torch.testing.assert_close(target.operator.to_dense(), torch.from_numpy(weight))
+
+
+def test_external_data_that_is_a_pipe_is_refused(tmp_path):
+    content = one("Gemm", array(3, 2), (3,))
+    path = tmp_path / "model.onnx"
+    onnx.save_model(
+        content, str(path), save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    (tmp_path / "w.bin").unlink()
+    os.mkfifo(tmp_path / "w.bin")  # nobody ever writes into it
+    with pytest.raises(LoadError, match=r"w\.bin is not a file"):
+        load_targets(path, [(3,)])

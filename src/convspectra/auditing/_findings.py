@@ -133,7 +133,7 @@ def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
         yield finding(1.0, "singular", f"sigma_min is 0 to working precision{folded}: {lost}")
     elif numbers.condition > LARGEST_CONDITION:
         circular = ""
-        if not layer.folded and layer.circular and layer.circular.sigma_min:
+        if not layer.folded and layer.circular and layer.circular.sigma_min and smallest.value > 0:
             ratio = layer.circular.sigma_min / smallest.value
             if ratio > 10:
                 circular = f"; circular padding would show a sigma_min {ratio:,.0f} times as large"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,8 +10,11 @@ from pathlib import Path
 
 from convspectra.auditing._record import LayerAudit, decode, encode
 
+_FIELDS = {"key", "layer", "checksum"}
 _START = b'{"key": "'
 _LONGEST_LINE = 2**26
+"""Bytes of the first line that are read to tell a journal from another file: a choice, about a
+thousand times the longest line that an audit writes."""
 
 
 def journal_files(journal: Path) -> list[Path]:
@@ -52,7 +56,7 @@ def _is_journal(path: Path) -> bool:
         entry = json.loads(line)
     except ValueError:
         return False
-    return isinstance(entry, dict) and set(entry) == {"key", "layer"}
+    return isinstance(entry, dict) and set(entry) == _FIELDS
 
 
 def read_journal(path: Path) -> dict[str, LayerAudit]:
@@ -61,7 +65,7 @@ def read_journal(path: Path) -> dict[str, LayerAudit]:
     Raises
     ------
     ValueError
-        If a whole line is no such layer.
+        If a whole line is no such layer, or was altered since it was written: its checksum says so.
     """
     if not path.exists():
         return {}
@@ -73,6 +77,8 @@ def read_journal(path: Path) -> dict[str, LayerAudit]:
 def _entry(line: str, where: str) -> tuple[str, LayerAudit]:
     try:
         entry = json.loads(line)
+        if entry["checksum"] != _checksum(entry["key"], entry["layer"]):
+            raise ValueError("the line was altered after it was written, its checksum is another")
         return entry["key"], decode(LayerAudit, entry["layer"], "layer")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: {error}; remove the file or start anew") from error
@@ -81,12 +87,23 @@ def _entry(line: str, where: str) -> tuple[str, LayerAudit]:
 def append_to_journal(path: Path, key: str, layer: LayerAudit) -> None:
     """Add a layer, on the disk when this returns; a line that was cut short is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"key": key, "layer": encode(layer)}, allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    values = encode(layer)
+    entry = {"key": key, "layer": values, "checksum": _checksum(key, values)}
+    line = json.dumps(entry, allow_nan=False) + "\n"
+    try:
+        with path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _checksum(key: object, layer: object) -> str:
+    """The hash of an entry by its values, however its line is written."""
+    values = json.dumps([key, layer], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(values.encode()).hexdigest()

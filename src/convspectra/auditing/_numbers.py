@@ -137,7 +137,12 @@ def growth_method(numbers: Conditioning) -> str:
 
 def geometric_mean(numbers: Conditioning) -> str:
     """The exponential of the mean of log s."""
-    return NOT_KNOWN if numbers.log_growth is None else number(math.exp(numbers.log_growth))
+    if numbers.log_growth is None:
+        return NOT_KNOWN
+    try:
+        return number(math.exp(numbers.log_growth))
+    except OverflowError:
+        return number(math.inf)
 
 
 def times(layer: LayerAudit) -> str:
@@ -202,4 +207,6 @@ def seconds(value: float) -> str:
     >>> seconds(0.0), seconds(0.0123), seconds(7.26), seconds(600.0)
     ('0', '0.012', '7.3', '600')
     """
+    if not math.isfinite(value):
+        return number(value)
     return "0" if value <= 0 else f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 import typing
@@ -123,6 +124,11 @@ class Spectrum:
         The same with circular padding; empty where there is none.
     method : str
         How it was computed, such as "exact".
+
+    Raises
+    ------
+    ValueError
+        If the numbers do not belong to each other, or one is negative or not finite.
     """
 
     edges: tuple[float, ...]
@@ -130,6 +136,23 @@ class Spectrum:
     errors: tuple[float, ...]
     circular: tuple[float, ...]
     method: str
+
+    def __post_init__(self) -> None:
+        bins = max(len(self.edges) - 1, 0)
+        if not (len(self.fractions) == len(self.errors) == bins):
+            raise ValueError(
+                f"expected a fraction and an error for each of {bins} bins, got "
+                f"{len(self.fractions)} and {len(self.errors)}"
+            )
+        if len(self.circular) not in (0, bins):
+            raise ValueError(
+                f"expected {bins} circular fractions or none, got {len(self.circular)}"
+            )
+        if not all(a <= b for a, b in itertools.pairwise(self.edges)):
+            raise ValueError("expected edges in ascending order")
+        numbers = (*self.edges, *self.fractions, *self.errors, *self.circular)
+        if not all(0 <= number < math.inf for number in numbers):
+            raise ValueError("expected finite numbers of at least 0 in a spectrum")
 
 
 @dataclass(frozen=True)
@@ -324,7 +347,10 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, str) and value in ("inf", "-inf", "nan"):
         return float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{where}: expected float, got an integer beyond its range") from error
     if isinstance(kind, type) and type(value) is kind:
         return value
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
@@ -336,4 +362,8 @@ def _decode_record(kind: Any, value: dict[str, Any], where: str) -> Any:
     odd = sorted((set(value) ^ set(hints)) - (later - set(value)))
     if odd:
         raise ValueError(f"{where}: expected the fields {sorted(hints)}, these differ: {odd}")
-    return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})
+    fields = {name: _decode(hints[name], value[name], f"{where}.{name}") for name in value}
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

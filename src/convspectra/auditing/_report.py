@@ -11,8 +11,7 @@ from typing import Any
 from convspectra.auditing import _findings as findings
 from convspectra.auditing import _table as audit_table
 from convspectra.auditing._record import Circumstances, Finding, LayerAudit, Network, decode, encode
-from convspectra.auditing.html import _page as audit_html
-from convspectra.text import comma_separated, plain, text_table
+from convspectra.text import comma_separated, plain, text_table, write_whole
 
 SCHEMA = "convspectra.audit"
 SCHEMA_VERSION, SCHEMA_MINOR = 1, 1
@@ -90,7 +89,7 @@ class AuditReport:
     def to_json(self, path: str | Path) -> None:
         """Write the report; `from_json` reads it again without loss."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_whole(path, text + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> AuditReport:
@@ -112,11 +111,11 @@ class AuditReport:
         """Write one line a layer, every number in full."""
         records = self.records()
         columns = list(records[0]) if records else []
-        Path(path).write_text(comma_separated(columns, records), encoding="utf-8")
+        write_whole(path, comma_separated(columns, records))
 
     def to_html(self, path: str | Path) -> None:
         """Write one page that needs nothing else."""
-        Path(path).write_text(self._page(), encoding="utf-8")
+        write_whole(path, self._page())
 
     def to_dataframe(self) -> Any:
         """A pandas data frame, one row a layer.
@@ -133,13 +132,17 @@ class AuditReport:
         return pandas.DataFrame(self.records())
 
     def _page(self) -> str:
+        # Here and not above: jinja2 takes longer to import than all the rest.
+        from convspectra.auditing.html._page import page
+
         facts = findings.network_facts(self.network)
-        return audit_html.page(self.layers, facts, self.findings, self.circumstances)
+        return page(self.layers, facts, self.findings, self.circumstances)
 
     def _repr_html_(self) -> str:
-        return audit_html.fragment(
-            self.layers, findings.network_facts(self.network), self.findings, self.circumstances
-        )
+        from convspectra.auditing.html._page import fragment
+
+        facts = findings.network_facts(self.network)
+        return fragment(self.layers, facts, self.findings, self.circumstances)
 
     def __str__(self) -> str:
         rows = [audit_table.table_row(layer) for layer in self.layers]

@@ -39,11 +39,6 @@ class Column:
     folded: bool = False
 
 
-def columns() -> tuple[str, ...]:
-    """Names of the columns of `row`."""
-    return tuple(column.name for column in COLUMNS)
-
-
 def columns_for(layers: Sequence[LayerAudit]) -> tuple[Column, ...]:
     """All columns, those of folded numbers only if there are any."""
     folded = any(layer.folded is not None for layer in layers)

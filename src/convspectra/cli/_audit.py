@@ -41,7 +41,13 @@ OUTPUTS = {"json": "the report", "csv": "one line a layer", "html": "a page"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """The options, in three groups."""
+    _add_model(parser.add_argument_group("the model"))
+    _add_work(parser.add_argument_group("what is computed, and where"))
+    _add_results(parser.add_argument_group("what comes of it"))
+
+
+def _add_model(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE")
     parser.add_argument(
         "--input",
@@ -62,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="load a pickle or torch.export archive that holds more than tensors and operators: "
         "it can run any code that its author chose",
     )
+
+
+def _add_work(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--spectrum", action="store_true", help="all singular values of every layer too"
     )
@@ -89,6 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-gib", type=float, default=4.0, metavar="GIB", help="limit on a matrix (default: 4)"
     )
+
+
+def _add_results(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--fail-if",
         type=_rule,
@@ -184,20 +196,25 @@ class _Bar:
 
 def _check_outputs(parsed: argparse.Namespace) -> None:
     """Raise before anything is computed if a file cannot be written, or would replace the model."""
-    taken = {} if parsed.file is None else {parsed.file.resolve(): "the model file"}
+    taken = {} if parsed.file is None else {os.path.realpath(parsed.file): "the model file"}
     for kind in (*OUTPUTS, "journal"):
         path = getattr(parsed, kind)
         if path is None:
             continue
-        if path.resolve() in taken:
+        real = Path(os.path.realpath(path))  # resolve() raises on a link that leads to itself
+        if str(real) in taken:
             raise ValueError(
-                f"expected a file of its own for --{kind}, got {path}, {taken[path.resolve()]}"
+                f"expected a file of its own for --{kind}, got {path}, {taken[str(real)]}"
             )
-        taken[path.resolve()] = f"that of --{kind}"
-        if path.is_dir():
+        taken[str(real)] = f"that of --{kind}"
+        if real.is_dir():
             raise ValueError(f"expected a file for --{kind}, got {path}, which is a folder")
-        present = next(place for place in (path, *path.absolute().parents) if place.exists())
-        if not (os.access(present, os.W_OK) and (present == path or present.is_dir())):
+        if any(place.is_symlink() for place in (real, *real.parents)):
+            raise ValueError(
+                f"expected a file for --{kind}, got {path}, a link that leads to itself"
+            )
+        present = next(place for place in (real, *real.parents) if place.exists())
+        if not (os.access(present, os.W_OK) and (present == real or present.is_dir())):
             raise ValueError(f"expected a file that can be written for --{kind}, got {path}")
 
 
@@ -251,6 +268,8 @@ def _judge_one(rule: Rule, report: AuditReport, console: Console) -> int:
 def _bytes(gib: float) -> int:
     if not 2**-30 <= gib < math.inf:
         raise ValueError(f"expected --max-gib to be positive and finite, got {gib}")
+    if gib >= 2**33:
+        raise ValueError(f"expected --max-gib to be below 2**33, what 64 bits address, got {gib}")
     return int(gib * 2**30)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from convspectra.auditing import CHANGE_IMPORTANCE, CHANGE_TEXTS, INCOMPLETE, AuditReport, compare
 from convspectra.cli._printing import print_paths, print_table, say
-from convspectra.text import comma_separated
+from convspectra.text import comma_separated, write_whole
 
 DESCRIPTION = """Two audits that were written as JSON, layer by layer.
 
@@ -41,6 +41,6 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     )
     if parsed.csv is not None:
         parsed.csv.parent.mkdir(parents=True, exist_ok=True)
-        parsed.csv.write_text(comma_separated(list(rows[0]) if rows else [], rows), "utf-8")
+        write_whole(parsed.csv, comma_separated(list(rows[0]) if rows else [], rows))
         print_paths(console, [parsed.csv])
     return 0

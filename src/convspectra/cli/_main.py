@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from typing import NoReturn
 
 import convspectra
 from convspectra.text import plain
@@ -32,18 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     parsed = parser.parse_args(chosen.rest)
-    from rich.console import Console  # not for the help, which is to be there at once
+    # Here and not above: rich comes with it, and the help is to be there at once.
+    from convspectra.cli._printing import PipedConsole
 
     try:
-        return int(command.run(parsed, Console(emoji=False)))
+        return int(command.run(parsed, PipedConsole(emoji=False)))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, ImportError, OSError, RecursionError) as error:
         message = plain(" ".join(str(error).split()))
-        Console(stderr=True, emoji=False).print(
+        PipedConsole(stderr=True, emoji=False).print(
             f"convspectra: {message}", style="red", markup=False, soft_wrap=True
         )
         return FAILED
+
+
+class _Version(argparse.Action):
+    """Print the version, which is looked up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *others: object) -> NoReturn:
+        print(convspectra.__version__)
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"commands:\n{listed}\n\nconvspectra COMMAND --help tells the options of each.",
     )
-    parser.add_argument("--version", action="version", version=convspectra.__version__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,20 @@ SEPARATION = 3
 LEAST_NAME, LEAST_TEXT = 24, 14
 """Widths down to which a name is shortened and a text wrapped."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+
+class PipedConsole(Console):
+    """A console whose reader may leave, as that of ``convspectra audit ... | head -1`` does.
+
+    The rest is not printed; the files are still written, and the exit status is that of the work.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Print into nothing from here on."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 class Bars:
@@ -179,11 +194,14 @@ def _end(text: str, width: int) -> str:
     """The end of a text that is too long, where names differ most."""
     if cell_len(text) <= width:
         return text
-    return next(
-        short
-        for start in range(1, len(text) + 1)
-        if cell_len(short := ELLIPSIS + text[start:]) <= width
-    )
+    kept: list[str] = []
+    left = width - cell_len(ELLIPSIS)
+    for character in reversed(text):
+        left -= cell_len(character)
+        if left < 0:
+            break
+        kept.append(character)
+    return ELLIPSIS + "".join(reversed(kept))
 
 
 def print_paths(console: Console, paths: Sequence[Path]) -> None:

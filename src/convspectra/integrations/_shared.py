@@ -1,4 +1,4 @@
-"""What the integrations have in common: building the regularizer, and its report as numbers."""
+"""Checks of the integrations' arguments, and a report of the regularizer as numbers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from convspectra.training import SpectralRegularizer
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise a TypeError, now and not when training starts, for keywords nobody knows."""
     inspect.signature(SpectralRegularizer).bind(None, None, **options)
-
-
-def build(model: nn.Module, example_input: Any, options: Mapping[str, Any]) -> SpectralRegularizer:
-    """The regularizer; on its own here so that both trainers make it the same way."""
-    return SpectralRegularizer(model, example_input, **options)
 
 
 def missing(package: str, extra: str) -> ImportError:

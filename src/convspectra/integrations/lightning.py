@@ -179,7 +179,7 @@ class SpectralCallback(Callback):
         precision = trainer.precision_plugin
         example = precision.convert_input(trainer.strategy.batch_to_device(example))
         with precision.forward_context():
-            return shared.build(pl_module, example, self.options)
+            return SpectralRegularizer(pl_module, example, **self.options)
 
 
 def _learning_rate(optimizer: Any) -> float:

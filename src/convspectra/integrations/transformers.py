@@ -141,7 +141,7 @@ class SpectralTrainerMixin:
                     "expected a setup that keeps every weight whole, got DeepSpeed or FSDP: "
                     "use a single device or distributed data parallel"
                 )
-            self.regularizer = shared.build(model, self._example(inputs), self.spectral)
+            self.regularizer = SpectralRegularizer(model, self._example(inputs), **self.spectral)
             self._regularized = model
         if self._restored is not None:
             self.regularizer.load_state_dict(self._restored)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from convspectra.paper.figures import new_figure, plain_axes, save_figure, write_texts
+from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from convspectra.text import comma_separated, markdown_table
 
 Results: TypeAlias = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 import math
@@ -103,6 +104,7 @@ def fragment(
     return _environment().get_template("audit_frame.html").render(page=text)
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("convspectra.auditing.html"),

@@ -15,6 +15,7 @@ from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 from convspectra.models.files._errors import LoadError, refusing
+from convspectra.models.files._onnx_functions import written_out
 
 _FLOATING: dict[int, int] = {  # bytes of one entry
     TensorProto.FLOAT: 4,
@@ -88,7 +89,7 @@ def read_model(path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int) ->
         model = onnx.load_model(str(path), load_external_data=False)
         if not (model.graph.node or model.graph.initializer) or not model.opset_import:
             raise LoadError(f"{path}: not an ONNX model, or one without a graph; export it again")
-        if model.functions:
+        if model.functions and written_out(model):
             model = onnx.inliner.inline_local_functions(model)
     with refusing(path, "not a valid ONNX graph", "export it again"):
         _check_order(path, model.graph, frozenset())
@@ -235,6 +236,8 @@ def _read(path: Path, tensor: TensorProto, max_bytes: int) -> Tensor:
 
 
 def _with_external_data(tensor: TensorProto, file: Path, size: int) -> TensorProto:
+    if not file.is_file():  # a pipe would keep the reader waiting for ever
+        raise ValueError(f"{file.name} is not a file")
     with file.open("rb") as stream:
         stream.seek(int(_external(tensor).get("offset", "0")))
         data = stream.read(size)

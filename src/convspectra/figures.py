@@ -1,10 +1,13 @@
-"""What every figure is drawn and written with."""
+"""Figures: one without pyplot's global state, plain axes, and files of them."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from convspectra.text import write_whole
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -27,8 +30,10 @@ def new_figure(width: float, height: float) -> Any:
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """Write ``stem.png`` and ``stem.svg``; the same numbers give the same files."""
     png, svg = stem.with_suffix(".png"), stem.with_suffix(".svg")
-    figure.savefig(png, dpi=110)
-    figure.savefig(svg, metadata={"Date": None})
+    for path, options in ((png, {"dpi": 110}), (svg, {"metadata": {"Date": None}})):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:], **options)
+        write_whole(path, drawn.getvalue())
     return [png, svg]
 
 
@@ -36,7 +41,7 @@ def write_texts(texts: Mapping[str, str], folder: Path) -> list[Path]:
     """Write each text into the folder, made if need be, under its name; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_whole(folder / name, text)
     return [folder / name for name in texts]
 
 
