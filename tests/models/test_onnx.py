@@ -413,12 +413,12 @@ def test_functions_that_double_are_refused_before_they_are_written_out(tmp_path)
     path = saved(tmp_path, calling(28, "end"))
     assert path.stat().st_size < 4000
     with pytest.raises(LoadError, match=r"stand for more than 200,000 nodes"):
-        load_targets(path, [(3,)])
+        load_operators(path, [(3,)])
 
 
 def test_a_function_that_calls_itself_is_refused(tmp_path):
     with pytest.raises(LoadError, match=r"the function 'f\d' calls itself"):
-        load_targets(saved(tmp_path, calling(5, "f2")), [(3,)])
+        load_operators(saved(tmp_path, calling(5, "f2")), [(3,)])
 
 
 def test_functions_within_reason_are_written_out(tmp_path):
@@ -427,7 +427,7 @@ def test_functions_within_reason_are_written_out(tmp_path):
     content.graph.node.append(helper.make_node("MatMul", ["y", "w"], ["z"]))
     content.graph.initializer.append(numpy_helper.from_array(weight.T.copy(), "w"))
     content.graph.output[0].name = "z"
-    (target,) = load_targets(saved(tmp_path, content), [(3,)])[1]
+    (target,) = load_operators(saved(tmp_path, content), [(3,)])[1]
     assert target.operator is not None
     torch.testing.assert_close(target.operator.to_dense(), torch.from_numpy(weight))
 
@@ -441,4 +441,4 @@ def test_external_data_that_is_a_pipe_is_refused(tmp_path):
     (tmp_path / "w.bin").unlink()
     os.mkfifo(tmp_path / "w.bin")  # nobody ever writes into it
     with pytest.raises(LoadError, match=r"w\.bin is not a file"):
-        load_targets(path, [(3,)])
+        load_operators(path, [(3,)])
