@@ -191,7 +191,7 @@ def _reached(
 
 
 def _bordered(projected: Tensor, basis: Tensor, images: Tensor) -> Tensor:
-    """The projected operator, of which all but the last rows and columns is known."""
+    """The projected operator, known except for its last rows and columns."""
     old, order = len(projected), len(basis)
     border = inner_products(basis, images[old:]).double()
     border[old:] = (border[old:] + border[old:].mT) / 2

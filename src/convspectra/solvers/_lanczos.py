@@ -1,6 +1,6 @@
 """Extreme eigenpairs of a symmetric operator by Lanczos with selective orthogonalization.
 
-Two short vectors of products a step, and nothing else that grows but the basis itself.
+Two short products of vectors a step; only the basis grows.
 
 Note [Selective orthogonalization]. In finite precision Lanczos vectors lose orthogonality only
 along Ritz vectors that have converged (Paige 1976). New vectors are

@@ -340,7 +340,7 @@ def border_cost(periods: Sequence[int], lengths: Tensor) -> BorderCost:
         order = int((lines * points).sum())
         on_lines = len(lines) * int(lines.max()) * int(points.max())
         closed = [periods[i] for i in axes[:cut]]
-        # All but the last of them are complex; half of the frequencies are enough.
+        # All except the last of them are complex; half of the frequencies are enough.
         count = (closed[0] // 2 + 1) * math.prod(closed[1:]) if cut else 1
         flops += count * (4 if cut else 1) * 8 / 3 * float(order) ** 3
         largest = max(largest, count * (2 if cut else 1) * on_lines**2)
