@@ -3,10 +3,12 @@ from .auditing import AuditReport, audit
 from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
+    CountResult,
     Explanation,
     SpectralDensity,
     SVDResult,
     cond,
+    count,
     explain,
     frobenius_norm,
     logabsdet,
@@ -35,6 +37,7 @@ __all__ = [
     "AuditReport",
     "ConvOperator",
     "ConvergenceError",
+    "CountResult",
     "DescentResult",
     "Explanation",
     "LayerReport",
@@ -46,6 +49,7 @@ __all__ = [
     "SpectralRegularizer",
     "audit",
     "cond",
+    "count",
     "descend",
     "explain",
     "frobenius_norm",

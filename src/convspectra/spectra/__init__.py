@@ -2,6 +2,7 @@
 
 from convspectra.spectra._bounds import norm_bound, tap_norm_bound
 from convspectra.spectra._circular_padding import circular_extremes, circular_operator, is_circular
+from convspectra.spectra._count import CountResult, count
 from convspectra.spectra._density import SpectralDensity, spectral_density
 from convspectra.spectra._explain import Explanation, explain
 from convspectra.spectra._inverse import logabsdet, solve
@@ -21,6 +22,7 @@ from convspectra.spectra.ways import glimpsed_ends
 
 __all__ = [
     "ConvergenceError",
+    "CountResult",
     "Explanation",
     "SVDResult",
     "SpectralDensity",
@@ -28,6 +30,7 @@ __all__ = [
     "circular_extremes",
     "circular_operator",
     "cond",
+    "count",
     "explain",
     "frobenius_norm",
     "glimpsed_ends",

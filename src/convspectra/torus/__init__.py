@@ -6,6 +6,7 @@ from convspectra.torus._circulant_gram import CirculantGram, gram_cost
 from convspectra.torus._circulant_norm import circulant_norm_bound
 from convspectra.torus._cut import border_cost
 from convspectra.torus._embedding import CirculantEmbedding
+from convspectra.torus._inertia import Inertia, InertiaTorus, inertia_cost
 from convspectra.torus._symbols import (
     angles,
     half_count,
@@ -23,6 +24,8 @@ __all__ = [
     "CapacitanceFactorization",
     "CirculantEmbedding",
     "CirculantGram",
+    "Inertia",
+    "InertiaTorus",
     "angles",
     "augmented_bytes",
     "augmented_flops",
@@ -32,6 +35,7 @@ __all__ = [
     "half_count",
     "half_frequencies",
     "half_multiplicity",
+    "inertia_cost",
     "row_grams_at",
     "symbol_shape",
     "symbols",
