@@ -7,12 +7,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import convspectra as cs
 from convspectra import ConvOperator
-from tests.helpers.strategies import Layer, layers, one_thread, random  # noqa: F401
+from convspectra.operator import normalized
+from convspectra.spectra._count import ByInertia
+from convspectra.spectra._parts import parts
+from tests.helpers.strategies import Layer, direct, layers, one_thread, random  # noqa: F401
 
 
 def singular_values(layer: Layer) -> torch.Tensor:
@@ -34,6 +37,32 @@ def test_the_count_is_that_of_the_dense_svd(layer: Layer, data: st.DataObject) -
     far = [float((values - end).abs().amin()) for end in ends if 0 < end < math.inf]
     if min(far, default=math.inf) > 1e-9 * float(values[-1]):
         assert int(result) == inside
+
+
+@given(layer=layers(kinds=("conv", "transposed")), data=st.data())
+def test_by_inertia(layer: Layer, data: st.DataObject) -> None:
+    """Small layers, which `count` would take a dense SVD of."""
+    op, _ = direct(layer)
+    found, _ = parts(normalized(op)[0])
+    assume(found)
+    part = data.draw(st.sampled_from(found))
+    g = part.op.geometry
+    assume(g.padding_mode == "zeros")
+    assume(all(s <= n for s, n in zip(g.stride, g.input_size, strict=True)))
+    values = torch.linalg.svdvals(part.op.to_dense())
+    place = data.draw(st.integers(0, len(values) - 1))
+    counter = ByInertia(part, 2**30)
+    s = float(values[place])
+    assume(s > 1e-10 * float(values[0]))
+    least, most = counter.at_least(s)
+    assert least <= part.places * place
+    assert most >= part.places * (place + 1)
+    below = float(values[place + 1]) if place + 1 < len(values) else 0.0
+    if s - below > 1e-6 * float(values[0]) and s > 1e-5 * float(values[0]):
+        exact = part.places * (place + 1)
+        assert counter.at_least((s + below) / 2) == (exact, exact)
+    assert counter.at_least(2 * counter.norm) == (0, 0)
+    assert counter.factorizations > 0
 
 
 def test_every_value_is_counted_once() -> None:

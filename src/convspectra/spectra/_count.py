@@ -168,7 +168,7 @@ class Counter:
         found, zeros = parts(op)
         self._total = min(op.shape)
         self._counters = [
-            (_ByInertia(part, max_bytes) if _is_counted(part) else _ByValues(part, max_bytes))
+            (ByInertia(part, max_bytes) if _is_counted(part) else ByValues(part, max_bytes))
             for part in found
         ]
         self._zeros = zeros
@@ -198,7 +198,7 @@ def _is_counted(part: Part) -> bool:
     return cost.symbol_flops + 2 * cost.count_flops < part.flops
 
 
-class _ByValues:
+class ByValues:
     """Counts of a block from all its singular values."""
 
     def __init__(self, part: Part, max_bytes: int) -> None:
@@ -209,6 +209,11 @@ class _ByValues:
         order = max(matrices.shape[1:])
         self._error = order * torch.finfo(matrices.dtype).eps * float(self._values.amax())
 
+    @property
+    def norm(self) -> float:
+        """An upper bound on the singular values."""
+        return float(self._values.amax()) + self._error
+
     def at_least(self, s: float) -> Bounds:
         least, most = (
             round(float(self._copies[self._values >= s + error].sum()))
@@ -217,7 +222,7 @@ class _ByValues:
         return Bounds(least, most)
 
 
-class _ByInertia:
+class ByInertia:
     """Counts of a zero-padded block by inertia."""
 
     def __init__(self, part: Part, max_bytes: int) -> None:
@@ -225,6 +230,11 @@ class _ByInertia:
         self.factorizations = 0
         self._op, self._places, self._count = part.op, part.places, min(part.op.shape)
         self._kind, self._torus = TORI[0], InertiaTorus(part.op, *TORI[0])
+
+    @property
+    def norm(self) -> float:
+        """An upper bound on the singular values."""
+        return self._torus.norm
 
     def at_least(self, s: float) -> Bounds:
         """From counts at a step to either side, longer than what rounding leaves open of them."""
