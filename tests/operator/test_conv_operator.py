@@ -149,6 +149,7 @@ def test_a_batch_in_parts_is_the_batch(layer, monkeypatch):
         batch = random(5, *shape)
         found = []
         for limit in (6 * unfolded, 2 * unfolded, unfolded - 1):
+            # Small batches in parts: the limit is no option.
             monkeypatch.setattr(convolution, "UNFOLDED_BYTES", limit)
             with Sizes() as sizes:
                 y = function(batch)

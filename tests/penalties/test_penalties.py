@@ -225,6 +225,7 @@ def test_a_value_that_did_not_converge_is_not_penalised(monkeypatch):
     def too_few_steps(op: ConvOperator, k: int, which: str, **options) -> cs.SVDResult:
         return original(op, k, which, method="capacitance", maxiter=1, **options)
 
+    # Penalties have no option for the steps: too few of them are asked for here.
     monkeypatch.setattr(extremes, "svds", too_few_steps)
     op = ConvOperator(random(4, 4, 3, 3), 9)
     for name in ("sigma_min", "conditioning"):

@@ -188,6 +188,7 @@ def test_a_preconditioner_saves_products_at_a_clustered_top(k, fraction):
 @each_way
 @pytest.mark.parametrize("k", [1, 3])
 def test_restarts(monkeypatch, k, near):
+    # Small matrices would fit into the basis without a restart.
     monkeypatch.setattr(davidson, "BASIS_LEAST", 1)
     monkeypatch.setattr(davidson, "BASIS_BLOCKS", 4)
     for values in (LINE, [*LINE, *np.linspace(-2, 0, 40)], [2.0] * 3 + LINE, CLUSTER[10:]):

@@ -262,6 +262,7 @@ def test_a_small_metric_widens_the_bound():
 def test_a_larger_failure_probability_is_content_with_less(monkeypatch):
     a, b, true = pencil(5, size=60)
     careful = run_pencil(a, b, beyond=1.2 * true[0], enclosure=0.0)
+    # The probability is a constant, no option.
     monkeypatch.setattr(gaussian, "FAILURE_PROBABILITY", 0.5)
     careless = run_pencil(a, b, beyond=1.2 * true[0], enclosure=0.0)
     assert max(careful.bound, careless.bound) <= 1.2 * true[0]

@@ -194,6 +194,7 @@ def test_null_vectors_that_did_not_converge_are_not_passed_off_as_converged(monk
     """1 -1 on 401 points, every other one: too large to be dense, and LOBPCG takes some steps."""
     layer = Layer(torch.tensor([[[1.0, -1.0]]]).double(), (801,), {"dilation": 2})
     op, dense = direct(layer)
+    # No option reaches these steps.
     monkeypatch.setattr(assembly, "NULL_VECTOR_STEPS", 3)
     result, _ = triplets(op, 1, largest=False)
     assert torch.equal(result.s, torch.zeros(1, dtype=torch.float64))

@@ -54,6 +54,7 @@ def test_auto_goes_on_until_a_way_is_certified(dense_is_cheap, monkeypatch):
     op = SINGULAR["1 0 1"].operator()
     tried = []
     if not dense_is_cheap:
+        # As for a layer whose dense matrix is dear: then the iterations come before it.
         monkeypatch.setitem(auto.DENSE_AT_ONCE, "square", 0.0)
     iterations = [] if dense_is_cheap else ["davidson", "lanczos", "lobpcg"]
     ways = ["capacitance", "gram", *iterations, "dense"]
@@ -94,6 +95,7 @@ def test_without_room_for_a_circulant_the_iterations_have_no_preconditioner(meth
     layer = LARGE["rectangular"]
     options = {"which": "SM", "method": method, "maxiter": 3000}
     helped = cs.svds(layer.operator(), **options)
+    # As if `max_bytes` had room for the vectors and none for the circulant.
     monkeypatch.setattr(shared_by_iterations, "circulant_fits", lambda op, max_bytes: False)
     alone = cs.svds(layer.operator(), **options)
     check(layer, alone, 1, "SM", cached_truth(layer))

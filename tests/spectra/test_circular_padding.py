@@ -83,19 +83,24 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
-def test_factors_and_lanczos_find_the_extremes(monkeypatch, layer):
+@pytest.fixture
+def never_direct(monkeypatch):
+    """Factors and Lanczos for small layers, too, of which NumPy knows all values."""
     monkeypatch.setattr(circular, "DIRECT_FLOPS", 0)
     monkeypatch.setattr(circular, "DIRECT_ORDER", 0)
+
+
+@pytest.mark.usefixtures("never_direct")
+@pytest.mark.parametrize("layer", LARGE.values(), ids=LARGE.keys())
+def test_factors_and_lanczos_find_the_extremes(layer):
     op = layer.operator()
     check_extremes(op, np.linalg.svd(wrapped(op), compute_uv=False))
 
 
+@pytest.mark.usefixtures("never_direct")
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize(("rows", "columns"), [(48, 48), (48, 30), (30, 48)])
-def test_no_frequency_is_missed(monkeypatch, rows, columns, seed):
-    monkeypatch.setattr(circular, "DIRECT_FLOPS", 0)
-    monkeypatch.setattr(circular, "DIRECT_ORDER", 0)
+def test_no_frequency_is_missed(rows, columns, seed):
     weight = random(rows, columns, 5, seed=seed)
     symbols = np.fft.fft(weight.numpy(), 79, axis=2).transpose(2, 0, 1)
     values = np.linalg.svd(symbols, compute_uv=False)
@@ -105,11 +110,10 @@ def test_no_frequency_is_missed(monkeypatch, rows, columns, seed):
     assert found.mean_log == pytest.approx(np.log(values).mean(), rel=1e-10)
 
 
+@pytest.mark.usefixtures("never_direct")
 @pytest.mark.parametrize("channels", [(6, 6), (6, 4)])
-def test_singular_symbols(monkeypatch, channels):
+def test_singular_symbols(channels):
     """A kernel that sums to 0 takes constants to 0."""
-    monkeypatch.setattr(circular, "DIRECT_FLOPS", 0)
-    monkeypatch.setattr(circular, "DIRECT_ORDER", 0)
     weight = random(*channels, 3)
     weight[:, 0] -= weight[:, 0].mean(1, keepdim=True)
     op = ConvOperator(weight, 12)
@@ -118,9 +122,8 @@ def test_singular_symbols(monkeypatch, channels):
     assert found.mean_log == -math.inf
 
 
-def test_small_values_that_a_gram_matrix_loses(monkeypatch):
-    monkeypatch.setattr(circular, "DIRECT_FLOPS", 0)
-    monkeypatch.setattr(circular, "DIRECT_ORDER", 0)
+@pytest.mark.usefixtures("never_direct")
+def test_small_values_that_a_gram_matrix_loses():
     scales = torch.logspace(0, -9, 10, dtype=torch.float64)
     weight = (random(16, 10, 3) @ torch.eye(3, dtype=torch.float64)) * scales[None, :, None]
     op = ConvOperator(weight, 8)

@@ -251,6 +251,7 @@ def test_the_generator_decides():
 def test_auto_takes_dense_matrices_where_they_are_affordable(monkeypatch):
     op = ConvOperator(random(3, 3, 3), 40)
     assert cs.spectral_density(op).method == "exact"
+    # The limit is no option, and a layer beyond it is no small one.
     monkeypatch.setattr(density, "AFFORDABLE_FLOPS", 1e3)
     assert cs.spectral_density(op).method == "quadrature"
     assert cs.spectral_density(op, method="exact").method == "exact"
@@ -284,6 +285,7 @@ def test_some_frequencies_are_drawn_from_many(monkeypatch, groups):
     op = ConvOperator(weight, (24, 24), groups=groups)
     torus = ConvOperator(weight, (24, 24), groups=groups, padding_mode="circular")
     true = cs.spectral_density(torus, 20, method="exact")
+    # A layer so small that the reference can take all frequencies.
     monkeypatch.setattr(density, "AFFORDABLE_FLOPS", 1e4)
     monkeypatch.setattr(density, "SAMPLE_FLOPS", 3e5)
     outside = logs = 0

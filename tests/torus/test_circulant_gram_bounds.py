@@ -119,6 +119,7 @@ def test_a_larger_failure_probability_is_content_with_less(monkeypatch):
     op = SHAPES["padded more"]
     smallest = float(torch.linalg.svdvals(op.to_dense())[-1])
     _, careful = ask(op, (0.9 * smallest) ** 2)
+    # The probability is a constant, no option.
     monkeypatch.setattr(gaussian, "FAILURE_PROBABILITY", 0.1)
     holds, careless = ask(op, (0.9 * smallest) ** 2)
     assert holds is True

@@ -44,6 +44,7 @@ def test_the_norm_part_by_part_is_that_of_the_dense_matrix(layer: Layer, divisor
 
 
 def test_the_norm_of_more_than_one_part(monkeypatch) -> None:
+    # A small weight in several parts: how it is divided is no option.
     monkeypatch.setattr("convspectra.operator._frobenius.ENTRIES_AT_ONCE", 50)
     op = ConvOperator(random(7, 3, 3, 3), (4, 5), padding=1)
     found = squared_frobenius_norm_now(op.weight, op.geometry, 1)
@@ -93,6 +94,7 @@ def test_a_known_gradient_is_scaled_once() -> None:
 
 
 def test_windows_row_by_row(monkeypatch) -> None:
+    # Small windows row by row: how they are divided is no option.
     monkeypatch.setattr("convspectra.operator._convolution.WINDOW_ENTRIES", 1)
     op = ConvOperator(random(4, 2, 3, 3), (7, 6), padding=1, stride=2, groups=2)
     weight = op.weight.clone().requires_grad_()

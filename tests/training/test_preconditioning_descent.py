@@ -37,6 +37,7 @@ def test_the_grid_grows_where_a_small_one_is_not_enough(monkeypatch):
         grids.append((op.geometry.input_size, max_iter))
         return op.weight, 3
 
+    # Which grids are asked for is seen without their descents.
     monkeypatch.setattr(module, "_by_stein", nothing)
     layer = seeded(lambda: nn.Conv1d(2, 2, 3, padding=1))
     (report,) = cs.precondition(layer, torch.zeros(1, 2, 40))

@@ -136,6 +136,7 @@ def test_an_exact_computation_that_fails_keeps_the_last_good_vectors(monkeypatch
             raise how("not today")
         return Unconverged(original(op.with_weight(op.weight + 1), *args, **options))
 
+    # A failure on demand, of one layer only, at a step of our choice.
     monkeypatch.setattr(tracked, "svds", failing)
     moved(model, 1.01)
     value = reg()

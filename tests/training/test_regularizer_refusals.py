@@ -82,6 +82,7 @@ def test_errors_of_a_penalty_reach_the_user_as_themselves_with_the_layer(raised,
 
 def test_a_singular_value_that_did_not_converge_is_named(monkeypatch):
     original = extremes.svds
+    # Penalties have no option for the steps: too few of them are asked for here.
     monkeypatch.setattr(
         extremes,
         "svds",
