@@ -1,5 +1,6 @@
 """From a module or a file to named operators: one tracer, one reader a file format."""
 
+from convspectra.models._forward_pass import signal_flow
 from convspectra.models._layers import Layer, find_layers, named
 from convspectra.models._named_operators import NamedOperator, named_operators
 from convspectra.models._rank_division import (
@@ -9,10 +10,13 @@ from convspectra.models._rank_division import (
     refuse_sharded,
 )
 from convspectra.models._selection import Selection, is_convolution, selected, unwrapped
+from convspectra.models._signal_flow import Activation, LayerFlow
 
 __all__ = [
     "DEFAULT_GROUP",
+    "Activation",
     "Layer",
+    "LayerFlow",
     "NamedOperator",
     "RankDivision",
     "Selection",
@@ -23,5 +27,6 @@ __all__ = [
     "named_operators",
     "refuse_sharded",
     "selected",
+    "signal_flow",
     "unwrapped",
 ]

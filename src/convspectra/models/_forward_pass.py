@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from convspectra.models._recorder import Recorder, is_lazy, stored_tensors
+from convspectra.models._signal_flow import LayerFlow, layer_flows
 
 
 def recorded_pass(
@@ -33,6 +34,26 @@ def recorded_pass(
         output = model(*inputs)
     recorder.returned(output)
     return recorder
+
+
+def signal_flow(model: nn.Module, example_input: Any) -> dict[str, LayerFlow]:
+    """What surrounds every layer of a model in one forward pass, by the layers' names.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Run once, in evaluation mode and without gradients; left as it was.
+    example_input : Tensor, or tuple of positional arguments
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    >>> flows = signal_flow(model, torch.zeros(1, 1, 8, 8))
+    >>> flows["0"].activation, flows["0"].feeds, flows["3"].fed_by
+    (Activation(name='relu', slope=0.0), ('3',), ('0',))
+    """
+    with evaluated(model):
+        return layer_flows(recorded_pass(model, example_input).uses)
 
 
 @contextlib.contextmanager

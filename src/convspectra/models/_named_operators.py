@@ -81,6 +81,7 @@ def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]
 
     Examples
     --------
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.PReLU())
     >>> [(t.name, t.type, t.batch_norm) for t in named_operators(model, torch.zeros(1, 1, 8, 8))]
     [('0', 'Conv2d', '1')]

@@ -35,6 +35,7 @@ from convspectra.models._linear_calls import (
     product_factors,
 )
 from convspectra.models._selection import modules_of
+from convspectra.models._signal_flow import Activation, SignalFlow
 from convspectra.operator import ConvOperator, convolution_options
 
 _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
@@ -55,7 +56,7 @@ class Reader:
     scale: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Use:
     """One application of a layer; `module` is set where it is one that was taken whole."""
 
@@ -67,6 +68,13 @@ class Use:
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
+    fed_by: list[Use] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    reads_input: bool = False
+    normalized: bool = False
+    ends_branch: bool = False
+    reads_concatenation: bool = False
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class Recorder(TorchDispatchMode):
         self._outputs: dict[int, tuple[Tensor, Use]] = {}
         self._padded: dict[int, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._flow = SignalFlow()
 
     def __torch_dispatch__(
         self,
@@ -131,6 +140,7 @@ class Recorder(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         self._note_readers(func, args, kwargs)
+        self._flow.note(func, args, kwargs, result)
         if not any(frame.whole for frame in self.frames):
             self._note_layer(func, args, kwargs, result)
         if is_padding(func._schema.name):
@@ -178,7 +188,7 @@ class Recorder(TorchDispatchMode):
                 self.add(Use(name, kind, skipped=reason))
             else:
                 x = args[0] if args else kwargs["input"]
-                self.add(self._module_use(name, module, x, output), output)
+                self.add(self._module_use(name, module, x, output), output, x)
         self.frames.pop()
 
     def _module_use(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Use:
@@ -200,14 +210,17 @@ class Recorder(TorchDispatchMode):
     def depend(self, value: Any) -> None:
         """Take the arrays in an example input as what everything else may depend on."""
         self._dependent.update(_storage(t) for t in _tensors(value))
+        self._flow.start(value)
 
     def is_padded(self, x: object) -> bool:
         """Whether an array came out of a padding operation."""
         return self._padded.get(id(x)) is x and x is not None
 
-    def add(self, use: Use, output: object = None) -> None:
-        """Put a use on the list, and watch who reads its output."""
+    def add(self, use: Use, output: object = None, x: object = None) -> None:
+        """Put a use on the list with its input, and watch who reads its output."""
         self.uses.append(use)
+        self._flow.begin(use, x)
+        self._flow.end(use, output)
         if isinstance(output, Tensor):
             self._outputs[id(output)] = (output, use)
 
@@ -244,14 +257,14 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name
         if name in CONVOLUTIONS:
             call = convolution_call(named_arguments(func, args, kwargs))
-            self.add(self._call_use(call, self._depends(call.weight)), result)
+            self.add(self._call_use(call, self._depends(call.weight)), result, call.input)
         elif (factors := product_factors(name, named_arguments(func, args, kwargs))) is not None:
             left, right = (self._is_weight(factor) for factor in factors)
             if left == right:  # a product of two arrays, or part of a weight's computation
                 return
             call_or_none = product_call(*factors, weight_is_left=left)
             if call_or_none is not None:
-                self.add(self._call_use(call_or_none, False), result)
+                self.add(self._call_use(call_or_none, False), result, call_or_none.input)
             else:
                 label = self._label(factors[0] if left else factors[1], "Linear")
                 reason = "a product with a batch of stored matrices is not supported"

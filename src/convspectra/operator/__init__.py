@@ -31,6 +31,13 @@ from convspectra.operator._frobenius import (
     subtract_frobenius_form,
 )
 from convspectra.operator._geometry import ConvGeometry, IntArray, conv_geometry
+from convspectra.operator._isometric import (
+    check_halves,
+    is_isometric_possible,
+    isometric_taps,
+    isometric_target,
+    seen_operator,
+)
 from convspectra.operator._modules import CONVOLUTION_TYPES, LAYER_TYPES, convolution_options
 from convspectra.operator._polyphase import (
     from_grid,
@@ -73,6 +80,7 @@ __all__ = [
     "check_band",
     "check_bytes",
     "check_choice",
+    "check_halves",
     "check_positive_integer",
     "check_type",
     "conv_geometry",
@@ -90,9 +98,12 @@ __all__ = [
     "independent_blocks",
     "inputs_per_point",
     "is_circulant",
+    "is_isometric_possible",
     "is_square_grid",
     "is_square_toeplitz",
     "is_wide",
+    "isometric_taps",
+    "isometric_target",
     "join_phases",
     "kernel_to_weight",
     "ldexp",
@@ -103,6 +114,7 @@ __all__ = [
     "rounding_of",
     "scaled_outputs",
     "scatter",
+    "seen_operator",
     "split_phases",
     "squared_frobenius_norm",
     "squared_frobenius_norm_now",

@@ -5,6 +5,7 @@ singular values instead. The first three are the paper's.
 """
 
 from convspectra.penalties._extremes import band, cond, conditioning, sigma_max, sigma_min
+from convspectra.penalties._isometry import isometry
 from convspectra.penalties._spectrum import circular_stein, frobenius, orthogonality, stein
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "cond",
     "conditioning",
     "frobenius",
+    "isometry",
     "orthogonality",
     "sigma_max",
     "sigma_min",

@@ -7,17 +7,18 @@ A new kind is one file with a class that has the methods of `LayerPenalties`, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from convspectra.models import Layer
+from convspectra.models import Layer, LayerFlow
 from convspectra.training._exact_penalties import EXACT_PENALTIES, ExactPenalties, Penalty
 from convspectra.training._extreme_values import EXTREME_PENALTIES, extreme_penalty
 from convspectra.training._followed_penalties import FollowedPenalties
 from convspectra.training._gradients import Evaluation
+from convspectra.training._isometry_penalties import OPTIONS, IsometryPenalties
 from convspectra.training._report import LayerReport
 
 
@@ -80,7 +81,7 @@ class LayerPenalties(Protocol):
         """Move what is held."""
 
 
-PENALTIES = (*EXTREME_PENALTIES, *EXACT_PENALTIES)
+PENALTIES = (*EXTREME_PENALTIES, *EXACT_PENALTIES, "isometry")
 """The names of all penalties."""
 
 
@@ -91,6 +92,7 @@ def layer_penalties(
     own: Sequence[int],
     improve_interval: int,
     refresh_interval: int,
+    flows: Callable[[], Mapping[str, LayerFlow]],
 ) -> LayerPenalties:
     """The penalties of a model's layers, by name or as a function of a `ConvOperator`.
 
@@ -100,6 +102,8 @@ def layer_penalties(
         All of the model.
     own : sequence of int
         Positions of the layers that this rank computes.
+    flows : callable
+        Gives what surrounds each layer, for a penalty that asks.
 
     Raises
     ------
@@ -109,6 +113,11 @@ def layer_penalties(
     if isinstance(penalty, str) and penalty in EXTREME_PENALTIES:
         chosen = extreme_penalty(penalty, options or {})
         return FollowedPenalties(layers, own, chosen, improve_interval, refresh_interval)
+    if penalty == "isometry":
+        unknown = sorted(set(options or {}) - set(OPTIONS))
+        if unknown:
+            raise ValueError(f"expected penalty_options among {OPTIONS}, got {unknown}")
+        return IsometryPenalties(layers, flows(), **(options or {}))
     if options:
         raise ValueError(
             f"expected no penalty_options for {penalty!r}, got {dict(options)!r}; give a function, "

@@ -18,12 +18,14 @@ from convspectra.models import (
     is_convolution,
     refuse_sharded,
     selected,
+    signal_flow,
     unwrapped,
 )
 from convspectra.operator import ConvOperator, check_positive_integer, convolution_options
 from convspectra.training._exact_penalties import Penalty
 from convspectra.training._fingerprint import Fingerprint, fingerprint
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient, give_gradient
+from convspectra.training._isometry_penalties import IsometryPenalties
 from convspectra.training._layer_penalties import layer_penalties
 from convspectra.training._report import RegularizerReport
 
@@ -77,7 +79,8 @@ class SpectralRegularizer:
         are followed from step to step (Note [Tracking] in `convspectra.tracked`). "stein",
         "circular_stein" or "orthogonality", or a function that takes a `ConvOperator` and returns
         a 0-dim tensor: computed anew at every call, which the functions of `convspectra.penalties`
-        do for the first ones too.
+        do for the first ones too. "isometry": the distance to the nearest isometric layers, for
+        which `step` is a contraction; it needs no singular values.
     weight : float
         Of the whole sum. Each layer's penalty is per singular value, so that layers of different
         sizes count alike.
@@ -90,7 +93,11 @@ class SpectralRegularizer:
         Factor of the weight at a step, such as `Schedule`; where it is 0 nothing is computed.
     penalty_options : mapping, optional
         Keyword arguments of the penalty: ``lower``, ``upper`` and ``k`` of "band", ``k`` of
-        "sigma_min" and "sigma_max".
+        "sigma_min" and "sigma_max". Of "isometry": ``gain``, by default what the activation behind
+        each layer wants (sqrt 2 for ReLU, 1 where mirrored, 1 + 1 / sqrt(depth) for tanh);
+        ``mirrored``, False for no mirrored kernels [H, -H; -H, H] before ReLUs, which are the
+        default wherever channels can be halved; ``bias_decay``, the part of each bias that a step
+        takes away, by default as much as of the kernels.
     improve_interval : int
         Least number of steps after which the vectors of a layer are improved by one step of
         tracking; up to six times as many where that changes little.
@@ -171,6 +178,7 @@ class SpectralRegularizer:
             self._division.own,
             improve_interval,
             refresh_interval,
+            lambda: signal_flow(model, example_input),
         )
         self._step = 0
         self._scale = 0.0  # the weight at the last call
@@ -231,12 +239,20 @@ class SpectralRegularizer:
         decay does (Loshchilov and Hutter, ICLR 2019), the penalty then stays clear of Adam's
         moments. The weighted sum is in `report`.
 
+        With "isometry" the argument is the rate tau of a contraction, at most 1, and the step is
+        ``K <- (1 - tau) K + tau Q(K)``, Q the nearest isometric layer: it cannot overflow, and
+        `weight` plays no part in it. Biases shrink by the factor ``1 - bias_decay``. Under a
+        process group every rank moves its own copy of all layers, alike.
+
         Raises
         ------
         ValueError
-            For a layer whose weight is computed, by a parametrization, from others.
+            For a layer whose weight is computed, by a parametrization, from others; a tau above 1.
         """
         checked_factor("learning_rate", learning_rate)
+        if isinstance(self._penalties, IsometryPenalties):
+            self._contract(self._penalties, learning_rate)
+            return
         _, found = self._evaluate(True, valued=False)
         if not all(weight.is_leaf for weight, _ in found):
             raise ValueError(
@@ -254,6 +270,37 @@ class SpectralRegularizer:
                 gradient.descend(weight)
                 for other in others:
                     weight.sub_(other)
+
+    def _contract(self, penalties: IsometryPenalties, tau: float) -> None:
+        """The step of "isometry" for all layers, on every rank."""
+        if tau > 1:
+            raise ValueError(f"expected a tau between 0 and 1 for 'isometry', got {tau!r}")
+        weights: list[Any] = [layer.module.weight for layer in self._layers]
+        if not all(isinstance(weight, nn.Parameter) for weight in weights):
+            raise ValueError(
+                "expected weights that are parameters, got one that a parametrization computes; "
+                "use the additive form, loss + reg()"
+            )
+        # Every call is a step: what else changes the weights need not be looked at.
+        self._step += self._seen is not None
+        self._seen = ([], [])
+        factor = 1.0 if self._schedule is None else self._schedule(self._step)
+        if not factor:
+            return
+        rates = {
+            i: min(1.0, tau * factor * self._factors[i])
+            for i, weight in enumerate(weights)
+            if weight.requires_grad
+        }
+        sizes = penalties.sizes(weights, list(rates), valued=False)
+        found = torch.stack(list(sizes.values())).tolist() if rates else []
+        for i, size in zip(list(rates), found, strict=True):
+            if not math.isfinite(size):
+                self._leave_out(i, True)
+                del rates[i]
+        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+            penalties.contract(weights, rates)
+        self._last, self._last_scale = None, self.weight * factor or self._last_scale
 
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""

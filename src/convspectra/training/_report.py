@@ -42,6 +42,9 @@ class LayerReport:
         Steps at which the weight was not finite and the layer was left out.
     frozen : bool
         Whether its weight takes no gradient: it is not penalized.
+    judged : str
+        What the values are those of, where that is not the layer's matrix: H for mirrored kernels
+        [H, -H; -H, H], which is what signals see of them. Also why no better target was to be had.
 
     Examples
     --------
@@ -68,6 +71,7 @@ class LayerReport:
     failures: int = 0
     skipped: int = 0
     frozen: bool = False
+    judged: str = ""
 
 
 def unknown(layer: Layer, skipped: int) -> LayerReport:
@@ -169,8 +173,9 @@ def _interval(lower: float | None, upper: float | None) -> str:
 def _note(layer: LayerReport) -> str:
     notes: Sequence[tuple[bool, str]] = (
         (layer.frozen, "frozen"),
-        (layer.lost, "lost"),
+        (layer.lost, "lost: only a bound, prepare or precondition first"),
         (layer.failures > 0, f"{layer.failures} failures"),
         (layer.skipped > 0, f"skipped {layer.skipped} times"),
+        (bool(layer.judged), layer.judged),
     )
     return ", ".join(note for holds, note in notes if holds)
