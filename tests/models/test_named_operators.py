@@ -160,7 +160,8 @@ def test_weights_without_a_module():
     model = Given(forward, taps=nn.Parameter(floats(4, 3, 2, 2)), head=nn.Parameter(floats(2, 168)))
     taps, head, third = named_operators(model, X)
     assert [t.name for t in (taps, head, third)] == ["taps", "head", "linear_1"]
-    assert taps.notes == ("its input is padded by a separate operation",)
+    assert taps.notes == ("its padding is that of a separate operation before it (pad)",)
+    assert taps.operator.geometry.padding == ((0, 1), (1, 2))
     torch.testing.assert_close(head.operator.weight, model.head.detach())
     assert torch.equal(third.operator.weight, torch.eye(2))
 

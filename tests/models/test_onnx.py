@@ -233,8 +233,8 @@ def test_padding_before_is_noted(tmp_path):
     ]
     weights = {"p": np.array([0, 0, 1, 0, 0, 1]), "w": array(2, 3, 3)}
     (named,) = loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5))
-    assert named.operator.input_shape == (3, 7)
-    assert named.notes == ("its input is padded by a separate operation",)
+    assert (named.operator.input_shape, named.operator.geometry.padding) == ((3, 5), ((1, 1),))
+    assert named.notes == ("its padding is that of a separate operation before it (Pad node q)",)
 
 
 # --- what is passed over --------------------------------------------------------------------------
@@ -250,10 +250,27 @@ def test_branches_are_listed(tmp_path):
     node = helper.make_node(
         "If", ["c"], ["y"], name="if", then_branch=branch("t"), else_branch=branch("e")
     )
-    content = model([node], {"c": np.array(True), "w": array(2, 3, 3)}, (3, 5))
+    content = model([node], {"w": array(2, 3, 3)}, (3, 5))
+    content.graph.input.append(helper.make_tensor_value_info("c", TensorProto.BOOL, []))
     first, second = loaded(tmp_path, content, (3, 5))
     assert {first.name, second.name} == {"conv_t", "conv_e"}
     assert first.skipped == "it is inside a branch or loop, If node 'if'"
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_the_branch_of_a_constant_condition_is_taken(tmp_path, condition):
+    nodes = [
+        helper.make_node("Not", ["c"], ["d"]),
+        helper.make_node(
+            "If", ["d"], ["z"], name="if", then_branch=branch("t"), else_branch=branch("e")
+        ),
+        helper.make_node("Conv", ["z", "v"], ["y"], name="after"),
+    ]
+    weights = {"c": np.array(not condition), "w": array(2, 3, 3), "v": array(4, 2, 1)}
+    first, after = loaded(tmp_path, model(nodes, weights, (3, 5)), (3, 5))
+    assert (first.name, after.name) == ("conv_t" if condition else "conv_e", "after")
+    assert (first.skipped, after.skipped) == ("", "")
+    assert after.operator.input_shape == (2, 3)
 
 
 QUANTIZED = [

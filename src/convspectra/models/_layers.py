@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convspectra.models._forward_pass import evaluated, recorded_pass
 from convspectra.models._selection import Selection, is_convolution, modules_of, selected
-from convspectra.operator import LAYER_TYPES, ConvOperator
+from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,39 @@ class Layer:
     module : nn.Module
     input_size : tuple of int
         Spatial size of its input; () for ``nn.Linear``.
+    padding : tuple of (int, int), optional
+        With that of separate operations before it, which belongs to the layer, on each axis; None
+        if the module pads alone.
+    padding_mode : str
+        Of that padding.
     """
 
     name: str
     module: nn.Module
     input_size: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...] | None = None
+    padding_mode: str = "zeros"
 
     @property
     def key(self) -> str:
         """Its name at its input size, which no other layer of the model has."""
         return f"{self.name}@{'x'.join(map(str, self.input_size))}"
 
-    def operator(self) -> ConvOperator:
-        """The layer as it stands now; a ValueError carries the layer's name."""
+    def operator(self, input_size: tuple[int, ...] | None = None) -> ConvOperator:
+        """The layer as it stands now, at its own input size or another.
+
+        Raises
+        ------
+        ValueError
+            As `ConvOperator.from_module`, with the layer's name.
+        """
+        size = self.input_size if input_size is None else input_size
         try:
-            return ConvOperator.from_module(self.module, self.input_size)
+            if self.padding is None:
+                return ConvOperator.from_module(self.module, size)
+            weight, options = convolution_options(self.module)
+            options |= {"padding": self.padding, "padding_mode": self.padding_mode}
+            return ConvOperator(weight, size, **options)
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from error
 
@@ -132,7 +150,7 @@ def find_layers(
     seen: dict[tuple[str, tuple[int, ...]], Layer] = {}
     for use in recorder.uses:
         if use.module is not None and use.name in chosen:
-            layer = Layer(use.name, use.module, use.input_size)
+            layer = Layer(use.name, use.module, use.input_size, use.padding, use.padding_mode)
             seen.setdefault((layer.name, layer.input_size), layer)
     reached = recorder.reached & set(chosen)
     missed = sorted(set(chosen) - reached)

@@ -24,7 +24,6 @@ _NORMALIZATIONS = (
     "aten::_native_batch_norm_legit",
     "aten::_native_batch_norm_legit_no_training",
 )
-_PADDINGS = ("constant_pad_nd", "reflection_pad", "replication_pad", "_pad_circular")
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ def product_call(left: Tensor, right: Tensor, weight_is_left: bool) -> LinearCal
     if weight.ndim != 2:
         return None
     return LinearCall("Linear", weight if weight_is_left else weight.T, x)
-
-
-def is_padding(name: str) -> bool:
-    """Whether an operation puts something around its input."""
-    return name.removeprefix("aten::").startswith(_PADDINGS)
 
 
 def normalization_scale(name: str, arguments: dict[str, Any]) -> Tensor | None:

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from convspectra.models._gather import with_outer_padding
 from convspectra.models._linear_calls import (
     CONVOLUTIONS,
     LinearCall,
     convolution_call,
-    is_padding,
     named_arguments,
     normalization_scale,
     product_call,
     product_factors,
 )
+from convspectra.models._moved_pixels import MovedPixels
 from convspectra.models._selection import modules_of
 from convspectra.models._signal_flow import Activation, SignalFlow
 from convspectra.operator import ConvOperator, convolution_options
@@ -45,7 +46,6 @@ _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ..
     ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
 )
 LAZY = "it is lazy and has no weight yet; run one forward pass first"
-PADDED = "its input is padded by a separate operation"
 
 
 @dataclass
@@ -58,13 +58,18 @@ class Reader:
 
 @dataclass(eq=False)
 class Use:
-    """One application of a layer; `module` is set where it is one that was taken whole."""
+    """One application of a layer; `module` is set where it is one that was taken whole.
+
+    `padding` is set where separate operations pad, too; `operator` contains it.
+    """
 
     name: str
     type: str
     operator: ConvOperator | None = None
     module: nn.Module | None = None
     input_size: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] | None = None
+    padding_mode: str = "zeros"
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
@@ -115,7 +120,7 @@ class Recorder(TorchDispatchMode):
         self._sources = {_storage(t): name for name, t in reversed(stored.items()) if t.numel()}
         self._dependent: set[int] = set()
         self._outputs: dict[int, tuple[Tensor, Use]] = {}
-        self._padded: dict[int, Tensor] = {}
+        self._pixels = MovedPixels(self._depends)
         self._counts: dict[str, int] = {}
         self._flow = SignalFlow()
 
@@ -143,8 +148,9 @@ class Recorder(TorchDispatchMode):
         self._flow.note(func, args, kwargs, result)
         if not any(frame.whole for frame in self.frames):
             self._note_layer(func, args, kwargs, result)
-        if is_padding(func._schema.name):
-            self._padded[id(result)] = result
+        if func.namespace == "aten":
+            where = self.frames[-1].name if self.frames else ""
+            self._pixels.note(func, args, kwargs, result, where)
         self._note_origin(func, _tensors((args, kwargs)), _tensors(result))
         return result
 
@@ -196,25 +202,28 @@ class Recorder(TorchDispatchMode):
         ndim = weight.ndim - 2
         size = tuple(x.shape[x.ndim - ndim :])
         use = Use(name, type(module).__name__, module=module, input_size=size)
-        if self.is_padded(x):
-            use.notes.append(PADDED)
         try:
             op = ConvOperator(weight.detach(), size, **options)
             if options.get("transposed"):
                 op = _with_output_size(op, size, options, output)
-            use.operator = op
+            self._set_operator(use, op, x)
         except ValueError as error:
             use.skipped = str(error)
         return use
+
+    def _set_operator(self, use: Use, op: ConvOperator, x: Tensor) -> None:
+        use.operator, note = with_outer_padding(op, self._pixels.gather(x))
+        if use.operator is not op:
+            padded = use.operator.geometry
+            use.input_size = padded.input_size
+            use.padding, use.padding_mode = padded.padding, padded.padding_mode
+        if note:
+            use.notes.append(note)
 
     def depend(self, value: Any) -> None:
         """Take the arrays in an example input as what everything else may depend on."""
         self._dependent.update(_storage(t) for t in _tensors(value))
         self._flow.start(value)
-
-    def is_padded(self, x: object) -> bool:
-        """Whether an array came out of a padding operation."""
-        return self._padded.get(id(x)) is x and x is not None
 
     def add(self, use: Use, output: object = None, x: object = None) -> None:
         """Put a use on the list with its input, and watch who reads its output."""
@@ -275,8 +284,6 @@ class Recorder(TorchDispatchMode):
 
     def _call_use(self, call: LinearCall, computed: bool) -> Use:
         use = Use(self._label(call.weight, call.type), call.type)
-        if self.is_padded(call.input):
-            use.notes.append(PADDED)
         if computed:
             use.skipped = "its weight is computed from the input"
             return use
@@ -285,7 +292,8 @@ class Recorder(TorchDispatchMode):
             use.notes.append(f"its weight is a part of {source} or computed from it")
         try:
             weight = call.weight.detach()
-            use.operator = ConvOperator(weight, call.input_size, **_padding_of(call))
+            op = ConvOperator(weight, call.input_size, **_padding_of(call))
+            self._set_operator(use, op, call.input)
         except ValueError as error:
             use.skipped = str(error)
         return use

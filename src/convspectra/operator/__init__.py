@@ -30,7 +30,12 @@ from convspectra.operator._frobenius import (
     squared_frobenius_norm_now,
     subtract_frobenius_form,
 )
-from convspectra.operator._geometry import ConvGeometry, IntArray, conv_geometry
+from convspectra.operator._geometry import (
+    PADDING_MODES,
+    ConvGeometry,
+    IntArray,
+    conv_geometry,
+)
 from convspectra.operator._isometric import (
     check_halves,
     is_isometric_possible,
@@ -67,6 +72,7 @@ __all__ = [
     "CONVOLUTION_TYPES",
     "DEFAULT_MAX_BYTES",
     "LAYER_TYPES",
+    "PADDING_MODES",
     "Block",
     "ConvGeometry",
     "ConvOperator",

@@ -204,7 +204,7 @@ def _preconditioned(
     minimize = _by_stein if algorithm == "stein" else _by_algorithm_3_3
     iterations = 0
     for grid in _grids(layer, op):
-        small = ConvOperator.from_module(layer.module, grid).with_weight(op.weight)
+        small = layer.operator(grid).with_weight(op.weight)
         weight, steps = minimize(small, condition, max_iter - iterations)
         iterations += steps
         scale = gain * math.sqrt(min(op.shape)) / frobenius_norm(op.with_weight(weight))
@@ -254,7 +254,7 @@ def _capped(points: int, full: tuple[int, ...]) -> tuple[int, ...]:
 
 def _order(layer: Layer, grid: tuple[int, ...]) -> float:
     """Order of the matrix behind a log-determinant on a grid."""
-    op = ConvOperator.from_module(layer.module, grid)
+    op = layer.operator(grid)
     order = min(op.shape) / op.groups
     return order / max(grid) if is_square_toeplitz(op) else order
 

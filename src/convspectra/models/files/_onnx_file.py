@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
 import torch
@@ -15,8 +17,10 @@ from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 from convspectra.models.files._errors import LoadError, refusing
+from convspectra.models.files._onnx_constants import FOLDED, Array, FoldingError, evaluated
 from convspectra.models.files._onnx_functions import written_out
 
+ONNX_DOMAINS = ("", "ai.onnx")
 _FLOATING: dict[int, int] = {  # bytes of one entry
     TensorProto.FLOAT: 4,
     TensorProto.DOUBLE: 8,
@@ -43,7 +47,7 @@ class Scope:
     stored : dict
         Tensors of the file by the names of their values.
     computed : dict
-        Operator types of values that depend on stored tensors only.
+        Nodes of values that depend on stored tensors only, or None for a sparse tensor.
     shapes : dict
         Inferred shapes; 0 for a size that is not known.
     producers, readers : dict
@@ -54,10 +58,66 @@ class Scope:
     graph: GraphProto
     max_bytes: int
     stored: dict[str, Stored] = field(default_factory=dict)
-    computed: dict[str, str] = field(default_factory=dict)
+    computed: dict[str, NodeProto | None] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     producers: dict[str, NodeProto] = field(default_factory=dict)
     readers: dict[str, list[NodeProto]] = field(default_factory=dict)
+    opset: int = 1
+    folded: dict[str, Array] = field(default_factory=dict)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a value depends on stored tensors only."""
+        return name in self.stored or name in self.computed
+
+    def constant(self, name: str) -> Array:
+        """A value that depends on stored tensors only.
+
+        Raises
+        ------
+        FoldingError
+            If an operator behind it is not one of `FOLDED`, or has no value.
+        LoadError
+            As `array`.
+        """
+        known: dict[str, Array] = dict(self.folded)
+        pending = [name]
+        while pending:
+            value = pending[-1]
+            if value in known:
+                pending.pop()
+            elif value in self.stored:
+                known[value] = self._stored_array(value)
+            else:
+                node = self._folded_node(value)
+                missing = [i for i in node.input if i and i not in known]
+                if node.op_type == "Shape" and not all(map(self.is_constant, node.input)):
+                    known[value] = _known_shape(self, node)
+                elif missing:
+                    pending += missing
+                else:
+                    known |= evaluated(node, known, self.opset, self.max_bytes)
+        return known[name]
+
+    def _folded_node(self, name: str) -> NodeProto:
+        node = self.computed.get(name)
+        if node is None:
+            raise FoldingError("it is a sparse initializer")
+        if node.op_type not in FOLDED or node.domain not in ONNX_DOMAINS:
+            raise FoldingError(f"it comes from a {node.op_type} node")
+        return node
+
+    def _stored_array(self, name: str) -> Array:
+        stored = self.stored[name]
+        if stored.tensor.data_type not in _FLOATING:
+            size = math.prod(stored.tensor.dims) * 8
+            if uses_external_data(stored.tensor) or size > self.max_bytes:
+                raise FoldingError("it holds integers that are not in the file")
+            array: Array = onnx.numpy_helper.to_array(stored.tensor)
+        elif stored.tensor.data_type == TensorProto.BFLOAT16:
+            raise FoldingError("it is of type bfloat16")
+        else:
+            array = _read(self.path, stored.tensor, self.max_bytes).numpy()
+        return array if stored.axes is None else array.transpose(stored.axes)
 
     def array(self, name: str) -> Tensor:
         """A stored tensor's data.
@@ -96,16 +156,75 @@ def read_model(path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int) ->
         for tensor in _tensors(model.graph):
             _check_location(path, tensor)
     _set_inputs(path, model.graph, shapes)
-    scope = Scope(path, model.graph, max_bytes, shapes=_inferred_shapes(path, model))
-    fill(scope, model.graph)
-    return scope
+    opset = max((o.version for o in model.opset_import if o.domain in ONNX_DOMAINS), default=1)
+    folded: dict[str, Array] = {}
+    while True:
+        inferred = _inferred_shapes(path, model, folded)
+        scope = Scope(
+            path, model.graph, max_bytes, shapes=inferred, opset=opset, folded=dict(folded)
+        )
+        fill(scope, model.graph)
+        more = _small_constants(scope)
+        # Constants tell more sizes, and sizes more constants; each round knows more of them.
+        if not _take_branches(scope) and more.keys() == folded.keys():
+            return scope
+        folded = more
+
+
+def _small_constants(scope: Scope) -> dict[str, Array]:
+    """The small values that depend on stored tensors only, such as the amounts of a Pad."""
+    found = dict(scope.folded)
+    for name, node in scope.computed.items():
+        sizes = scope.shapes.get(name)
+        small = sizes is None or math.prod(sizes) <= _KEPT_ENTRIES
+        if name in found or node is None or not small or name not in scope.producers:
+            continue
+        with contextlib.suppress(FoldingError, LoadError):
+            value = scope.constant(name)
+            if value.size <= _KEPT_ENTRIES:
+                found[name] = scope.folded[name] = value
+    return found
+
+
+def _take_branches(scope: Scope) -> bool:
+    """Put the branch of every If with a constant condition in its place; whether there was one."""
+    nodes: list[NodeProto] = []
+    taken = False
+    for node in scope.graph.node:
+        condition = None
+        is_if = node.op_type == "If" and node.domain in ONNX_DOMAINS
+        if is_if and scope.is_constant(node.input[0]):
+            with contextlib.suppress(FoldingError, LoadError):
+                condition = scope.constant(node.input[0])
+        if condition is None or condition.size != 1:
+            nodes.append(node)
+            continue
+        branch = attributes(node)["then_branch" if condition.item() else "else_branch"].g
+        taken = True
+        scope.graph.initializer.extend(branch.initializer)
+        scope.graph.sparse_initializer.extend(branch.sparse_initializer)
+        nodes += branch.node
+        for inner, outer in zip(branch.output, node.output, strict=True):
+            nodes.append(helper.make_node("Identity", [inner.name], [outer]))
+    if taken:
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del scope.graph.node[:]
+        scope.graph.node.extend(copies)
+    return taken
+
+
+def _known_shape(scope: Scope, node: NodeProto) -> Array:
+    given = attributes(node)
+    start = given["start"].i if "start" in given else 0
+    end = given["end"].i if "end" in given else None
+    return np.array(scope.shapes[node.input[0]][start:end], dtype=np.int64)
 
 
 def fill(scope: Scope, graph: GraphProto) -> None:
     """Put a graph's tensors, computed values, producers and readers into a scope."""
     scope.stored.update({tensor.name: Stored(tensor) for tensor in graph.initializer})
     for sparse in graph.sparse_initializer:
-        scope.computed[sparse.values.name] = "sparse initializer"
+        scope.computed[sparse.values.name] = None
     for node in graph.node:
         for name in read_names(node):
             scope.readers.setdefault(name, []).append(node)
@@ -141,7 +260,7 @@ def _note_constant(scope: Scope, node: NodeProto) -> None:
         if value is not None:
             scope.stored[node.output[0]] = Stored(value.t)
         else:
-            scope.computed.update(dict.fromkeys(node.output, "Constant"))
+            scope.computed.update(dict.fromkeys(node.output, node))
         return
     inputs = [name for name in node.input if name]
     source = scope.stored.get(inputs[0]) if len(inputs) == 1 else None
@@ -155,7 +274,9 @@ def _note_constant(scope: Scope, node: NodeProto) -> None:
             raise LoadError(f"{scope.path}: node {label(node)!r} has a perm of {axes}")
         scope.stored[node.output[0]] = Stored(source.tensor, axes)
     elif inputs and all(name in scope.stored or name in scope.computed for name in inputs):
-        scope.computed.update(dict.fromkeys(node.output, node.op_type))
+        scope.computed.update(dict.fromkeys(node.output, node))
+    elif node.op_type == "Shape" and min(scope.shapes.get(node.input[0], ()), default=0) > 0:
+        scope.computed[node.output[0]] = node
 
 
 def label(node: NodeProto) -> str:
@@ -268,8 +389,10 @@ def _set_inputs(path: Path, graph: GraphProto, shapes: Sequence[tuple[int, ...]]
         value.type.CopyFrom(helper.make_tensor_type_proto(kind, sizes))
 
 
-def _inferred_shapes(path: Path, model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes by ONNX's own inference, which gets no large weight."""
+def _inferred_shapes(
+    path: Path, model: ModelProto, folded: dict[str, Array]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by ONNX's own inference, which gets no large weight; `folded` values are known."""
     light = ModelProto()
     light.CopyFrom(model)
     graph = light.graph
@@ -288,6 +411,19 @@ def _inferred_shapes(path: Path, model: ModelProto) -> dict[str, tuple[int, ...]
     kept = [TensorProto.FromString(tensor.SerializeToString()) for tensor in small]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    nodes = [
+        NodeProto.FromString(node.SerializeToString())
+        for node in graph.node
+        if not all(name in folded for name in node.output)
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    produced = {name for node in nodes for name in node.output}
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        for name, value in folded.items()
+        if name not in produced
+    )
     with refusing(path, "shapes cannot be inferred", "check the input shapes, --input"):
         graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
     values = (*graph.input, *graph.value_info, *graph.output)

@@ -6,14 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from onnx import GraphProto, NodeProto
 from torch import Tensor
 
+from convspectra.models._gather import with_outer_padding
 from convspectra.models._named_operators import NamedOperator
-from convspectra.models._recorder import PADDED
 from convspectra.models.files._errors import LoadError, refusing
+from convspectra.models.files._onnx_constants import FoldingError
 from convspectra.models.files._onnx_file import (
+    ONNX_DOMAINS,
     Scope,
     attributes,
     fill,
@@ -22,6 +25,7 @@ from convspectra.models.files._onnx_file import (
     read_names,
     subgraphs,
 )
+from convspectra.models.files._onnx_gather import gather_before
 from convspectra.models.files._onnx_options import convolution_options
 from convspectra.operator import ConvOperator
 
@@ -38,7 +42,6 @@ _WEIGHTED = {  # operators with a stored weight that are not taken, and why
     "Einsum": "Einsum with a stored factor is not supported",
     "DeformConv": "its taps move with its input",
 }
-_ONNX_DOMAINS = ("", "ai.onnx")
 
 
 class _PassedOverError(Exception):
@@ -59,15 +62,21 @@ def _graph_operators(scope: Scope, graph: GraphProto, inside: str) -> Iterator[N
         yield from _node_operators(scope, node, inside)
         for inner in subgraphs(node):
             nested = Scope(
-                scope.path, inner, scope.max_bytes, dict(scope.stored), dict(scope.computed)
+                scope.path,
+                inner,
+                scope.max_bytes,
+                dict(scope.stored),
+                dict(scope.computed),
+                opset=scope.opset,
+                folded=scope.folded,
             )
             fill(nested, inner)
             yield from _graph_operators(nested, inner, f"{node.op_type} node {label(node)!r}")
 
 
 def _node_operators(scope: Scope, node: NodeProto, inside: str) -> Iterator[NamedOperator]:
-    kind, standard = node.op_type, node.domain in _ONNX_DOMAINS
-    weighted = any(name in scope.stored or name in scope.computed for name in node.input)
+    kind, standard = node.op_type, node.domain in ONNX_DOMAINS
+    weighted = any(scope.is_constant(name) for name in node.input)
     if standard and kind in ("Conv", "ConvTranspose"):
         build = _convolution
     elif standard and kind in ("Gemm", "MatMul") and _has_one_factor(scope, node):
@@ -84,23 +93,31 @@ def _node_operators(scope: Scope, node: NodeProto, inside: str) -> Iterator[Name
     try:
         if inside:
             raise _PassedOverError(f"it is inside a branch or loop, {inside}")
-        op = build(scope, node)
+        op, note = build(scope, node)
     except _PassedOverError as reason:
         yield NamedOperator(label(node), kind, None, skipped=str(reason))
     else:
-        yield _with_surroundings(scope, node, NamedOperator(label(node), kind, op))
+        yield _with_surroundings(
+            scope, node, NamedOperator(label(node), kind, op, notes=(note,) * bool(note))
+        )
 
 
 def _has_one_factor(scope: Scope, node: NodeProto) -> bool:
-    constant = [name in scope.stored or name in scope.computed for name in node.input[:2]]
+    constant = [scope.is_constant(name) for name in node.input[:2]]
     return len(constant) == 2 and constant[0] != constant[1]
 
 
 def _weight(scope: Scope, name: str) -> Tensor:
     if name in scope.computed:
-        raise _PassedOverError(
-            f"its weight is not stored as it is, but comes from {_origin(scope, name)}"
-        )
+        try:
+            weight = scope.constant(name)
+        except FoldingError as error:
+            raise _PassedOverError(
+                f"its weight is not stored as it is, but comes from {_origin(scope, name)}: {error}"
+            ) from error
+        if weight.dtype.kind != "f":
+            raise _PassedOverError("its weight is not of a floating type")
+        return torch.from_numpy(np.array(weight))
     if name not in scope.stored:
         raise _PassedOverError("its weight is computed from the input")
     if not scope.is_floating(name):
@@ -109,11 +126,11 @@ def _weight(scope: Scope, name: str) -> Tensor:
 
 
 def _origin(scope: Scope, name: str) -> str:
-    kind = scope.computed[name]
-    return kind if kind == "sparse initializer" else f"a {kind} node"
+    node = scope.computed[name]
+    return "a sparse initializer" if node is None else f"a {node.op_type} node"
 
 
-def _convolution(scope: Scope, node: NodeProto) -> ConvOperator:
+def _convolution(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
     weight = _weight(scope, node.input[1])
     transposed = node.op_type == "ConvTranspose"
     shape = scope.shapes.get(node.input[0], ())
@@ -126,7 +143,7 @@ def _convolution(scope: Scope, node: NodeProto) -> ConvOperator:
     except ValueError as error:
         raise _PassedOverError(str(error)) from error
     _check_sizes(scope, node, op, shape)
-    return op
+    return with_outer_padding(op, gather_before(scope, node.input[0]))
 
 
 def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[int, ...]) -> None:
@@ -142,9 +159,9 @@ def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[i
         )
 
 
-def _product(scope: Scope, node: NodeProto) -> ConvOperator:
+def _product(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
     """The operator of Gemm or MatMul: on rows for a stored right factor, on columns for a left."""
-    left = node.input[0] in scope.stored or node.input[0] in scope.computed
+    left = scope.is_constant(node.input[0])
     weight = _weight(scope, node.input[0] if left else node.input[1])
     if weight.ndim != 2:
         raise _PassedOverError("a product with a batch of stored matrices is not supported")
@@ -155,16 +172,14 @@ def _product(scope: Scope, node: NodeProto) -> ConvOperator:
     if "alpha" in given:
         weight = weight * given["alpha"].f
     try:
-        return ConvOperator(weight if left else weight.T, ())
+        return ConvOperator(weight if left else weight.T, ()), ""
     except ValueError as error:
         raise _PassedOverError(str(error)) from error
 
 
 def _with_surroundings(scope: Scope, node: NodeProto, named: NamedOperator) -> NamedOperator:
     """The named with the padding before it and the batch normalization after it."""
-    notes = []
-    if any(_is_padding(scope, name) for name in node.input[:2]):
-        notes.append(PADDED)
+    notes = list(named.notes)
     output = node.output[0]
     readers = scope.readers.get(output, [])
     norms = [r for r in readers if r.op_type == "BatchNormalization" and r.input[0] == output]
@@ -182,10 +197,6 @@ def _with_surroundings(scope: Scope, node: NodeProto, named: NamedOperator) -> N
         notes.append(f"batch normalization {label(norm)} has no stored statistics")
         return dataclasses.replace(named, notes=tuple(notes))
     return dataclasses.replace(named, scale=scale, batch_norm=label(norm), notes=tuple(notes))
-
-
-def _is_padding(scope: Scope, name: str) -> bool:
-    return name in scope.producers and scope.producers[name].op_type == "Pad"
 
 
 def _normalization_scale(scope: Scope, node: NodeProto, channels: int) -> Tensor | None:

@@ -1,0 +1,192 @@
+"""The pixels that stand before a layer of an ONNX graph (Note [The gather before a layer])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from convspectra.models._gather import Gather
+from convspectra.models.files._onnx_constants import Array, FoldingError, evaluated
+from convspectra.models.files._onnx_file import ONNX_DOMAINS, Scope, attributes, label
+
+_COPYING = frozenset(
+    "Concat Expand Gather GatherND Pad ScatterND Slice Tile".split()  # noqa: SIM905
+)
+"""Operators that may write something beside their input, or a part of it again."""
+
+_MOVING = _COPYING | {
+    "Cast",
+    "DepthToSpace",
+    "Dropout",
+    "Flatten",
+    "Identity",
+    "Reshape",
+    "SpaceToDepth",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
+"""All operators that only move pixels."""
+
+_POINTWISE = frozenset(
+    """Abs Clip Elu Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Relu Selu Sigmoid Softplus
+    Sqrt Tanh""".split()  # noqa: SIM905
+)
+"""Functions of each entry."""
+
+_NUMPY_MODES: dict[str, Any] = {
+    "constant": "constant",
+    "edge": "edge",
+    "reflect": "reflect",
+    "wrap": "wrap",
+}
+"""Modes of Pad by the names that NumPy gives them."""
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """Indices into one value; `origin` is equal for those into the same."""
+
+    origin: Hashable
+    index: Array
+    by: tuple[str, ...] = ()
+    constant: bool = False
+
+
+def gather_before(scope: Scope, name: str) -> Gather | None:
+    """What moves pixels between the last computed value and this one; None for nothing.
+
+    Notes
+    -----
+    Cost: the nodes that pad or copy are evaluated on an array of indices of their size.
+    """
+    nodes = _chain(scope, name)
+    if not any(node.op_type in _COPYING for node in nodes):
+        return None
+    traced: dict[str, _Traced] = {}
+    for node in nodes:
+        found = _traced(scope, node, traced)
+        if found is not None:
+            traced |= found
+    result = traced.get(name)
+    return None if result is None else Gather(result.index, ", ".join(result.by), result.constant)
+
+
+def _chain(scope: Scope, name: str) -> list[NodeProto]:
+    """The nodes that move pixels or map each, back to what is computed; in the file's order."""
+    seen: dict[int, NodeProto] = {}
+    pending = [name]
+    while pending:
+        node = scope.producers.get(pending.pop())
+        if node is None or id(node) in seen or node.domain not in ONNX_DOMAINS:
+            continue
+        if node.op_type in _MOVING | _POINTWISE and not scope.is_constant(node.output[0]):
+            seen[id(node)] = node
+            pending += _data(node)
+    place = {id(node): i for i, node in enumerate(scope.graph.node)}
+    return sorted(seen.values(), key=lambda node: place.get(id(node), 0))
+
+
+def _data(node: NodeProto) -> list[str]:
+    """The inputs of a node that hold pixels."""
+    if node.op_type == "Concat":
+        return list(node.input)
+    return [node.input[i] for i in ((0, 2) if node.op_type == "ScatterND" else (0,))]
+
+
+def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[str, _Traced] | None:
+    """The node on indices; None where it puts together what is not of one value."""
+    data = _data(node)
+    if any(not scope.is_constant(i) and i not in traced for i in data) and any(
+        math.prod(scope.shapes.get(i, (0,))) == 0 for i in data if not scope.is_constant(i)
+    ):
+        return None
+    found = {
+        i: traced.get(i) or _Traced(i, _indices(scope.shapes[i]))
+        for i in data
+        if not scope.is_constant(i)
+    }
+    if node.op_type in _POINTWISE:
+        (before,) = found.values()
+        output = node.output[0]
+        if not before.by:  # a computed value
+            return None
+        constant = before.constant or _at_zero(scope, node) != 0
+        return {output: _Traced(output, before.index, before.by, constant)}
+    if len({part.origin for part in found.values()}) != 1:
+        return None
+    try:
+        values = {i: found[i].index if i in found else 0 * scope.constant(i) for i in data}
+        values |= {i: scope.constant(i) for i in node.input if i and i not in data}
+        constant = any(bool(np.any(scope.constant(i))) for i in data if i not in found)
+        if node.op_type == "Pad":
+            arrays = {node.output[0]: _padded(scope, node, values[node.input[0]])}
+            constant = constant or _pads_with_another_value(scope, node)
+        else:
+            arrays = evaluated(_of_doubles(node), values, scope.opset, scope.max_bytes)
+    except FoldingError:
+        return None
+    by = tuple(dict.fromkeys(b for part in found.values() for b in part.by))
+    if node.op_type in _COPYING and node.op_type != "Slice":
+        by = (*by, f"{node.op_type} node {label(node)}")
+    origin = next(iter(found.values())).origin
+    constant = constant or any(part.constant for part in found.values())
+    return {output: _Traced(origin, array, by, constant) for output, array in arrays.items()}
+
+
+def _indices(shape: tuple[int, ...]) -> Array:
+    return np.arange(1, math.prod(shape) + 1, dtype=np.float64).reshape(shape)
+
+
+def _padded(scope: Scope, node: NodeProto, x: Array) -> Array:
+    """The indices with 0 around them, or with some of their own; negative amounts cut off."""
+    given = attributes(node)
+    mode = given["mode"].s.decode() if "mode" in given else "constant"
+    if "pads" in given:
+        amounts = list(given["pads"].ints)
+    else:
+        amounts = scope.constant(node.input[1]).tolist()
+    axes = list(range(x.ndim))
+    if len(node.input) > 3 and node.input[3]:
+        axes = [axis % x.ndim for axis in scope.constant(node.input[3]).tolist()]
+    pads, cuts = [(0, 0)] * x.ndim, [slice(None)] * x.ndim
+    for i, axis in enumerate(axes):
+        before, after = amounts[i], amounts[i + len(axes)]
+        cuts[axis] = slice(max(-before, 0), x.shape[axis] - max(-after, 0))
+        pads[axis] = (max(before, 0), max(after, 0))
+    size = 8 * math.prod(n + sum(pair) for n, pair in zip(x.shape, pads, strict=True))
+    if mode not in _NUMPY_MODES or size > scope.max_bytes:
+        raise FoldingError("an amount or mode of padding that is none")
+    padded: Array = np.pad(x[tuple(cuts)], pads, mode=_NUMPY_MODES[mode])
+    return padded
+
+
+def _pads_with_another_value(scope: Scope, node: NodeProto) -> bool:
+    given = attributes(node)
+    if "value" in given:
+        return bool(given["value"].f != 0)
+    return len(node.input) > 2 and bool(node.input[2]) and bool(scope.constant(node.input[2]).any())
+
+
+def _of_doubles(node: NodeProto) -> NodeProto:
+    """A Cast leaves indices as they are; of Split and Dropout all outputs are named."""
+    if node.op_type in ("Cast", "Dropout"):
+        return helper.make_node("Identity", node.input[:1], node.output[:1])
+    return node
+
+
+def _at_zero(scope: Scope, node: NodeProto) -> float:
+    """What a function of each entry makes of 0."""
+    zero = np.zeros(1, dtype=np.float32)
+    try:
+        values = {i: scope.constant(i) for i in node.input[1:] if i}
+        (value,) = evaluated(node, {node.input[0]: zero, **values}, scope.opset, 2**10).values()
+    except FoldingError:
+        return math.nan
+    return float(value[0])

@@ -1,0 +1,336 @@
+"""Padding that stands outside of a layer belongs to it, wherever the model came from."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.onnx_graphs import array, evaluated, model, saved
+from helpers.strategies import one_thread as one_thread
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper
+from torch import Tensor, nn
+
+import convspectra as cs
+from convspectra.models import NamedOperator, find_layers, named_operators
+from convspectra.models._gather import outer_padding
+from convspectra.models.files import load_operators
+
+SHAPE = (3, 8, 7)
+X = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+class Given(nn.Module):
+    """A model with a forward pass given as a function of its layer and its input."""
+
+    def __init__(self, function, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer, x)
+
+
+def conv(**options) -> nn.Conv2d:
+    torch.manual_seed(1)
+    return nn.Conv2d(3, 4, 3, **options)
+
+
+def of(net: nn.Module, x: Tensor = X) -> NamedOperator:
+    (named,) = named_operators(net, x)
+    return named
+
+
+# --- the same numbers in every format -------------------------------------------------------------
+
+
+def eager(net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    return named_operators(net, x)
+
+
+def traced(net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    path = folder / "net.pt"
+    torch.jit.trace(net, x).save(str(path))
+    return load_operators(path, [tuple(x.shape[1:])])[1]
+
+
+def exported(net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    path = folder / "net.pt2"
+    torch.export.save(torch.export.export(net, (x,)), path)
+    return load_operators(path, [tuple(x.shape[1:])])[1]
+
+
+def decomposed(net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    path = folder / "net.pt2"
+    torch.export.save(torch.export.export(net, (x,)).run_decompositions(), path)
+    return load_operators(path, [tuple(x.shape[1:])])[1]
+
+
+def onnx_file(net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    path = folder / "net.onnx"
+    torch.onnx.export(net, (x,), str(path), dynamo=False)
+    return load_operators(path, [tuple(x.shape[1:])])[1]
+
+
+FORMATS = [eager, traced, exported, decomposed, onnx_file]
+
+
+def written(write, net: nn.Module, x: Tensor, folder: Path) -> list[NamedOperator]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporters
+        return write(net.eval(), x, folder)
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize(
+    ("mode", "largest", "smallest"),
+    [
+        ("circular", 1.21628, 0.083446),
+        ("reflect", 1.33658, 0.045250),
+        ("replicate", 1.50149, 0.050523),
+    ],
+)
+def test_padding_modes_have_the_same_values_in_every_format(
+    tmp_path, write, mode, largest, smallest
+):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
+    (named,) = written(write, net, torch.zeros(1, 3, 8, 8), tmp_path)
+    values = [cs.svds(named.operator, 1, which).s[0] for which in ("LM", "SM")]
+    assert [float(v) for v in values] == pytest.approx([largest, smallest], rel=1e-4)
+    assert named.operator.geometry.padding_mode == mode
+    assert bool(named.notes) == (write is not eager)
+
+
+def same(layer: nn.Module, x: Tensor) -> Tensor:
+    """As TensorFlow pads: the odd pixel after."""
+    total = [max(((n + 1) // 2 - 1) * 2 + 3 - n, 0) for n in x.shape[2:]]
+    (h, w) = total
+    return layer(F.pad(x, [w // 2, w - w // 2, h // 2, h - h // 2]))
+
+
+def around(layer: nn.Module, x: Tensor) -> Tensor:
+    x = torch.cat([x[:, :, -2:], x, x[:, :, :2]], 2)
+    return layer(torch.cat([x[..., -2:], x, x[..., :2]], 3))
+
+
+ARCHITECTURES = {
+    "ZeroPad2d": nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), conv()),
+    "ReflectionPad2d": nn.Sequential(nn.ReflectionPad2d((1, 0, 2, 1)), conv()),
+    "ReplicationPad2d": nn.Sequential(nn.ReplicationPad2d(1), conv(dilation=2)),
+    "a ReLU between": nn.Sequential(nn.ReflectionPad2d(1), nn.ReLU(), conv()),
+    "functions between": nn.Sequential(nn.ZeroPad2d(1), nn.Hardtanh(), nn.LeakyReLU(0.1), conv()),
+    "padded twice": nn.Sequential(nn.ZeroPad2d((1, 0, 0, 0)), nn.ZeroPad2d(1), conv()),
+    "padded again by the layer": nn.Sequential(nn.ZeroPad2d((1, 0, 0, 0)), conv(padding=1)),
+    "as TensorFlow pads": Given(same, conv(stride=2)),
+    "slices and cat": Given(around, conv()),
+    "zeros and cat": Given(lambda c, x: c(torch.cat([torch.zeros(1, 3, 2, 7), x], 2)), conv()),
+    "cropped and padded": nn.Sequential(nn.ZeroPad2d((-1, 2, 1, 1)), conv()),
+    "of two channels": Given(lambda c, x: c(F.pad(x[:, 1:], (1, 1, 1, 1))), nn.Conv2d(2, 2, 3)),
+    "groups": nn.Sequential(nn.ReplicationPad2d((0, 2, 1, 1)), nn.Conv2d(3, 6, 3, groups=3)),
+}
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_have_the_same_layer_in_every_format(tmp_path, write, name):
+    net = ARCHITECTURES[name]
+    expected = of(net.eval()).operator
+    (named,) = written(write, net, X, tmp_path)
+    found = named.operator
+    assert (found.geometry, found.groups) == (expected.geometry, expected.groups)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-6, atol=0.0)
+    (note,) = named.notes
+    assert note.startswith("its padding is that of a separate operation before it (")
+
+
+LINEAR = [name for name in ARCHITECTURES if "between" not in name]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_layer_is_what_the_network_applies(name):
+    net = ARCHITECTURES[name]
+    read = X[:, 1:] if "two channels" in name else X[..., 1:] if "cropped" in name else X
+    expected = net(X) - net(torch.zeros_like(X))
+    torch.testing.assert_close(of(net).operator.matvec(read), expected)
+
+
+def test_a_causal_layer():
+    net = nn.Sequential(nn.ConstantPad1d((4, 0), 0.0), nn.Conv1d(2, 3, 3, dilation=2, bias=False))
+    x = torch.randn(1, 2, 9, generator=torch.Generator().manual_seed(0))
+    named = of(net, x)
+    assert named.operator.geometry.padding == ((4, 0),)
+    torch.testing.assert_close(named.operator.matvec(x), net(x))
+
+
+def test_channels_as_images():
+    """Blurring does this: one kernel for every channel."""
+    blur = Given(
+        lambda c, x: c(F.pad(x, (1, 1, 1, 1), mode="reflect").view(3, 1, 10, 9)),
+        nn.Conv2d(1, 1, 3, bias=False),
+    )
+    named = of(blur)
+    assert named.operator.geometry.padding_mode == "reflect"
+    torch.testing.assert_close(named.operator.matvec(X.view(3, 1, 8, 7)), blur(X))
+
+
+def test_an_array_without_a_batch():
+    named = of(nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), conv()), X[0])
+    assert named.operator.geometry.padding == ((0, 1), (1, 2))
+
+
+def test_two_readers_own_the_padding_both():
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.pad(x, (1, 1, 1, 1))
+        return self[0](y) + self[1](y)
+
+    found = named_operators(Given(forward, nn.ModuleList([conv(), conv()])), X)
+    assert [named.operator.input_shape for named in found] == [SHAPE, SHAPE]
+
+
+def test_pixels_copied_into_an_empty_array():
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        y = x.new_zeros(1, 3, 10, 9)
+        y[:, :, 1:-1, 1:-1] = x
+        return layer(y)
+
+    net = Given(forward, conv(bias=False))
+    torch.testing.assert_close(of(net).operator.matvec(X), net(X))
+
+
+# --- what is no padding ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.ReflectionPad2d(0), conv()),
+        nn.Sequential(nn.ZeroPad2d(-1), conv()),
+        Given(lambda c, x: c(x[:, :, 1:].flip(3)), conv()),
+        Given(lambda c, x: c(torch.cat([x, x.relu()], 2)), conv()),
+        Given(lambda c, x: c(torch.cat([x[:, :1], x.tanh()[:, :2]], 1)), conv()),
+        Given(lambda c, x: c(F.pad(x, (1, 1)) * X.new_ones(9).cumsum(0)), conv()),
+    ],
+)
+def test_no_note_where_nothing_is_padded(net):
+    assert of(net).notes == ()
+
+
+def test_a_border_of_another_value_counts_as_bias():
+    net = nn.Sequential(nn.ConstantPad2d(1, 2.0), conv())
+    named = of(net)
+    torch.testing.assert_close(
+        named.operator.matvec(X), net(X) - net(torch.zeros_like(X)), atol=1e-5, rtol=1e-5
+    )
+    assert "another value than 0 counts as a part of the bias" in named.notes[0]
+    assert "another value" in of(nn.Sequential(nn.ZeroPad2d(1), nn.Sigmoid(), conv())).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (nn.Sequential(nn.ReflectionPad2d(1), conv(padding=1)), "no padding of a convolution"),
+        (
+            nn.Sequential(nn.ReplicationPad2d((1, 1, 0, 0)), nn.ZeroPad2d((0, 0, 1, 1)), conv()),
+            "no padding of a convolution",
+        ),
+        (
+            nn.Sequential(nn.ZeroPad2d(1), nn.ConvTranspose2d(3, 4, 3)),
+            "transposed convolutions cannot do",
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_named(net, reason):
+    named = of(net)
+    assert named.operator is not None
+    assert reason in named.notes[0]
+
+
+# --- layers to train ------------------------------------------------------------------------------
+
+
+def test_layers_that_are_found_own_their_padding():
+    net = nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), conv(padding=1))
+    (layer,) = find_layers(net, X)
+    assert (layer.name, layer.input_size) == ("1", (8, 7))
+    assert layer.operator().geometry == of(net).operator.geometry
+    assert layer.operator().weight is net[1].weight
+    assert layer.operator((5, 4)).geometry.padding == ((1, 2), (2, 3))
+
+
+# --- tables of indices ----------------------------------------------------------------------------
+
+MODES = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}
+
+
+@given(
+    sizes=st.lists(
+        st.tuples(*[st.integers(2, 6)] + [st.integers(0, 3)] * 2), min_size=1, max_size=3
+    ),
+    mode=st.sampled_from(sorted(MODES)),
+    rows=st.integers(1, 3),
+)
+def test_tables_are_those_of_numpy(sizes, mode, rows):
+    sizes = [(n, min(a, n - 1), min(b, n - 1)) for n, a, b in sizes]
+    shape, pads = [n for n, _, _ in sizes], [(a, b) for _, a, b in sizes]
+    index = np.arange(1, rows * np.prod(shape) + 1).reshape(rows, *shape)
+    found = outer_padding(np.pad(index, [(0, 0), *pads], mode=MODES[mode]))
+    if not any(map(sum, pads)):
+        assert found is None
+        return
+    assert found.input_size == tuple(shape)
+    # Several modes and amounts may give one table: what counts is the table.
+    again = np.pad(index, [(0, 0), *found.padding], mode=MODES[found.mode])
+    np.testing.assert_array_equal(again, np.pad(index, [(0, 0), *pads], mode=MODES[mode]))
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+
+def nodes(*between, pads: list[str] | None = None, **attributes):
+    return [
+        helper.make_node("Pad", ["x", *(["p"] if pads is None else pads)], ["q"], **attributes),
+        *between,
+        helper.make_node("Conv", ["r" if between else "q", "w"], ["y"]),
+    ]
+
+
+PADS = np.array([0, 0, 1, 2, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+def test_pad_nodes_belong_to_the_layer(tmp_path, mode):
+    content = model(nodes(mode=mode), {"p": PADS, "w": array(2, 3, 3, 2)}, SHAPE)
+    content.opset_import[0].version = 19  # the first with "wrap"
+    (named,) = load_operators(saved(tmp_path, content), [SHAPE])[1]
+    expected = torch.from_numpy(evaluated(content, X.numpy()))
+    torch.testing.assert_close(named.operator.matvec(X), expected, atol=1e-5, rtol=1e-5)
+    assert named.notes[0].startswith("its padding is that of a separate operation before it (Pad")
+
+
+@pytest.mark.parametrize("kind", ["Relu", "LeakyRelu", "Identity", "Cast"])
+def test_nodes_between_are_looked_through(tmp_path, kind):
+    options = {"to": 1} if kind == "Cast" else {}
+    content = model(
+        nodes(helper.make_node(kind, ["q"], ["r"], **options)),
+        {"p": PADS, "w": array(2, 3, 3, 2)},
+        SHAPE,
+    )
+    (named,) = load_operators(saved(tmp_path, content), [SHAPE])[1]
+    assert named.operator.geometry.padding == ((1, 0), (2, 1))
+
+
+def test_a_pad_node_of_an_unknown_amount_is_left(tmp_path):
+    content = model(
+        [helper.make_node("Shape", ["x"], ["s"]), *nodes(pads=["s"])],
+        {"w": array(2, 3, 3, 2)},
+        (3, "height", "width"),
+    )
+    (named,) = load_operators(saved(tmp_path, content), [])[1]
+    assert "input size could not be inferred" in named.skipped
