@@ -112,6 +112,30 @@ def test_the_files_that_a_page_names_exist(page: Path) -> None:
     assert [n for n in named if not any((place / n).exists() for place in places)] == []
 
 
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+DOTTED = re.compile(r"`convspectra((?:\.\w+)+)`")
+
+
+@pytest.mark.parametrize("page", [*PROSE, *SOURCES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_modules_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    if page in SOURCES:
+        named = named_files(text)
+        assert [n for n in named if not any((p / n).exists() for p in (ROOT, PACKAGE))] == []
+    for dotted in DOTTED.findall(text):
+        folder = PACKAGE.joinpath(*dotted.split(".")[1:])
+        names = public_names(folder.parent)
+        assert folder.is_dir() or folder.with_suffix(".py").exists() or folder.name in names
+
+
+def public_names(package: Path) -> list[str]:
+    """What the door of a package exports."""
+    door = package / "__init__.py"
+    stub = door.with_suffix(".pyi")
+    text = (stub if stub.exists() else door).read_text() if door.exists() else ""
+    return re.findall(r'^    "(\w+)",$', text, re.M)
+
+
 def test_files_are_found_on_a_page() -> None:
     text = "`solvers/_lanczos.py` and `matlab.py`, `tests/helpers`, not `a/b` of a formula or `x`"
     assert named_files(text) == ["solvers/_lanczos.py", "matlab.py", "tests/helpers"]

@@ -97,7 +97,7 @@ def conditioning(op: ConvOperator) -> Tensor:
     Notes
     -----
     Raises and costs what `sigma_min` does. A zero-padded square layer has many tiny singular
-    values (Note [Border modes] in `convspectra.capacitance`); this lifts one at a time while the
+    values (Note [Border modes] in `torus/_capacitance.py`); this lifts one at a time while the
     first term shrinks them all. `stein` has the same minimizer and lifts all of them.
 
     Examples

@@ -79,7 +79,7 @@ def circular_stein(op: ConvOperator) -> Tensor:
     """Stein's loss of the layer wrapped around a torus: an approximation of `stein`.
 
     The singular vectors of a zero-padded layer that live at its border are not seen (Note [Border
-    modes] in `convspectra.capacitance`), so this can be small where `stein` is large. Scaled to the
+    modes] in `torus/_capacitance.py`), so this can be small where `stein` is large. Scaled to the
     number of singular values of the layer itself.
 
     Returns

@@ -76,7 +76,7 @@ class SpectralRegularizer:
         One forward pass of it finds the input size of each layer; its values do not matter.
     penalty : str or callable
         "frobenius", "sigma_min", "sigma_max", "conditioning", "cond" or "band": singular vectors
-        are followed from step to step (Note [Tracking] in `convspectra.tracked`). "stein",
+        are followed from step to step (Note [Tracking] in `training/_followed_values.py`). "stein",
         "circular_stein" or "orthogonality", or a function that takes a `ConvOperator` and returns
         a 0-dim tensor: computed anew at every call, which the functions of `convspectra.penalties`
         do for the first ones too. "isometry": the distance to the nearest isometric layers, for
