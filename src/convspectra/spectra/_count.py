@@ -38,6 +38,8 @@ border matrices left 30 to 600 times that. At half of it more counts take two fa
 at twice of it values lie within the step more often, which takes two more as well."""
 LONGEST_STEP = 0.25
 """The first step over the number: a choice."""
+LONGER = 64
+"""The most by which a step that was too short grows: a choice."""
 DENSE_WORK = 1e9
 """Layers whose singular values take fewer flops than this are not counted but computed."""
 
@@ -256,13 +258,13 @@ class ByInertia:
                 long_enough = step
             else:
                 too_short = step
-            if least == most or math.isinf(reached):
+            if least == most:
                 break
             if long_enough == math.inf or too_short < 2 * reached < step:
-                step = 2 * reached
+                step = min(2 * reached, LONGER * step)
             else:
                 step = math.sqrt(too_short * long_enough)
-            if not too_short < step < long_enough / 4:
+            if not too_short < step < min(long_enough / 4, self.norm):
                 break
         return Bounds(self._places * least, self._places * most)
 
