@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.strategies import Layer, direct, layers, one_thread, random  # noqa: F401
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from convspectra import ConvOperator
 from convspectra.operator import normalized
 from convspectra.spectra._count import ByInertia
 from convspectra.spectra._parts import parts
-from tests.helpers.strategies import Layer, direct, layers, one_thread, random  # noqa: F401
 
 
 def singular_values(layer: Layer) -> torch.Tensor:

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers.strategies import Layer, direct, layers, one_thread, random  # noqa: F401
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from convspectra import ConvOperator
 from convspectra.torus import InertiaTorus, inertia_cost
-from tests.helpers.strategies import Layer, direct, layers, one_thread, random  # noqa: F401
 
 
 def test_the_formula_in_dense_matrices() -> None:

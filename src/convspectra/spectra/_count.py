@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from convspectra.operator import (
     is_circulant,
     normalized,
 )
+from convspectra.solvers import SingularTriplets
 from convspectra.spectra._parts import Part, parts
 from convspectra.torus import Inertia, InertiaTorus, inertia_cost
 
@@ -40,6 +41,9 @@ LONGEST_STEP = 0.25
 """The first step over the number: a choice."""
 LONGER = 64
 """The most by which a step that was too short grows: a choice."""
+FAR_END_ATTEMPTS = 5
+"""Counts for the far end of an enclosure, each 16 times as far from the value as the last: a
+choice."""
 DENSE_WORK = 1e9
 """Layers whose singular values take fewer flops than this are not counted but computed."""
 
@@ -188,6 +192,70 @@ class Counter:
         each = [counter.at_least(s) for counter in self._counters]
         return Bounds(sum(one.least for one in each), sum(one.most for one in each))
 
+    def inertia(self, s: float) -> Inertia:
+        """The singular values above some number within the rounding of s > 0: one factorization."""
+        each = [counter.inertia(s, math.inf) for counter in self._counters]
+        return Inertia(
+            sum(one.above for one in each), max((one.rounding for one in each), default=0.0)
+        )
+
+
+def proven_by_counts(
+    op: ConvOperator, triplets: SingularTriplets, k: int, largest: bool, tol: float, max_bytes: int
+) -> SingularTriplets:
+    """The first k of some extreme triplets; the far ends of their enclosures come from counts.
+
+    Where one more than k was given its far end bounds the others. The result has not converged
+    where a count does not bear the values out: one was missed, or rounding hides it.
+
+    Parameters
+    ----------
+    op : ConvOperator
+        float64, with a weight near 1.
+    triplets : SingularTriplets
+        k of the layer, or k + 1.
+    k : int
+    largest : bool
+    tol : float
+        Relative accuracy of the values.
+    max_bytes : int
+        As for `count`.
+    """
+    counter, sign = Counter(op, max_bytes), 1.0 if largest else -1.0
+    nothing = math.inf if largest else 0.0
+    far: list[float] = []
+    for place, s in enumerate(triplets.s.tolist()):
+        step = 4 * tol * s
+        if place and abs(s - triplets.s[place - 1]) <= step:
+            far.append(far[-1])
+            continue
+        far.append(nothing)
+        for _ in range(FAR_END_ATTEMPTS):
+            above, rounding = counter.inertia(s + sign * step)
+            beyond = above if largest else min(op.shape) - above
+            if beyond <= place and rounding < math.inf:
+                far[-1] = max(s + sign * (step + rounding), 0.0)
+                break
+            step = min(16 * step, 0.5 * s)
+    ends = triplets.s.new_tensor(far)
+    everything = k == min(op.shape)
+    sides = ("below", "above") if largest else ("above", "below")
+    return replace(
+        triplets,
+        u=triplets.u[:k],
+        s=triplets.s[:k],
+        v=triplets.v[:k],
+        lower=(triplets.lower if largest else ends)[:k],
+        upper=(ends if largest else triplets.upper)[:k],
+        others=far[k] if len(far) > k else (triplets.others if everything else nothing),
+        converged=triplets.converged and nothing not in far,
+        certificate=(
+            f"Rayleigh-Ritz values of M {sides[0]}; {sides[1]}, counts of all singular values "
+            f"without chance, {counter.factorizations} factorizations"
+        ),
+        residuals=None if triplets.residuals is None else triplets.residuals[:k],
+    )
+
 
 def _is_counted(part: Part) -> bool:
     """Whether a block is counted by inertia, rather than by all its singular values."""
@@ -223,6 +291,10 @@ class ByValues:
         )
         return Bounds(least, most)
 
+    def inertia(self, s: float, allowed: float) -> Inertia:
+        """The values above s; they do not depend on what is `allowed`."""
+        return Inertia(round(float(self._copies[self._values > s].sum())), self._error)
+
 
 class ByInertia:
     """Counts of a zero-padded block by inertia."""
@@ -248,7 +320,7 @@ class ByInertia:
             for x in (s - step, s + step):
                 if x <= 0:
                     continue
-                above, rounding = self._inertia(x, step)
+                above, rounding = self._in_one_place(x, step)
                 reached = max(reached, rounding)
                 if rounding < step and x < s:
                     most = min(most, above)
@@ -268,7 +340,12 @@ class ByInertia:
                 break
         return Bounds(self._places * least, self._places * most)
 
-    def _inertia(self, s: float, allowed: float) -> Inertia:
+    def inertia(self, s: float, allowed: float) -> Inertia:
+        """The values above s at all places, by a torus that leaves less open than allowed."""
+        above, rounding = self._in_one_place(s, allowed)
+        return Inertia(self._places * above, rounding)
+
+    def _in_one_place(self, s: float, allowed: float) -> Inertia:
         """By the first torus that leaves less open than allowed, else by the best of all."""
         if s > self._torus.norm:
             return Inertia(0, 0.0)
