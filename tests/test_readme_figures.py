@@ -1,0 +1,96 @@
+"""The figures of the README are those of the tables that were measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+SQUARE = "64->64 3x3 at 32x32"
+
+
+def measured(name: str) -> Any:
+    return json.loads((BENCHMARKS / f"{name}.json").read_text())
+
+
+def spectra(layer: str, what: str, who: str) -> dict[str, Any]:
+    rows = measured("spectra")["rows"]
+    wanted = [layer, what, who]
+    (row,) = (row for row in rows if [row["layer"], row["what"], row["who"]] == wanted)
+    return row
+
+
+def fact(beginning: str) -> str:
+    """The line of the table of facts that begins so."""
+    (line,) = (line for line in README.splitlines() if line.startswith(f"| {beginning}"))
+    return line
+
+
+def last_accuracies(arm: str, depth: int, activation: str) -> Iterator[float]:
+    csv.field_size_limit(1 << 24)
+    with (ROOT / "docs/experiments/stable_gradients/plain.csv").open() as file:
+        for row in csv.DictReader(file):
+            run = row["arm"], row["depth"], row["activation"]
+            if run == (arm, str(depth), activation) and row["images"].startswith("fashion-mnist"):
+                yield json.loads(row["accuracies"])[-1]
+
+
+def percent(arm: str, depth: int, activation: str) -> str:
+    found = list(last_accuracies(arm, depth, activation))
+    assert len(found) == 3
+    return f"{100 * mean(found):.0f}%"
+
+
+def test_random_layers() -> None:
+    truth = measured("truth")
+    ways = truth["ways"]
+    assert len(ways) > 2
+    assert [way["missed"] for way in ways] == [0] * len(ways)
+    worst = max(way["error"] for way in ways if way["way"].endswith("auto"))
+    line = fact(f"{truth['layers']:,} random layers")
+    assert f"worst relative error {worst:.1e}" in line
+
+
+def test_smallest_singular_value() -> None:
+    line = fact("smallest singular value of a layer 64 -> 64")
+    own, circular = (spectra(SQUARE, "sigma_min", who) for who in ("convspectra", "circular FFT"))
+    assert f" {own['seconds']:.2f} s" in line
+    assert f"{circular['value'] / own['value']:.0f} times too large" in line
+    limit = measured("spectra")["time limit of a peer"]
+    for who in ("scipy svds SM", "PRIMME SM"):
+        peer = spectra(SQUARE, "sigma_min", who)
+        assert peer["value"] is None
+        assert limit in line
+        assert peer["note"] == f"not done in {limit}"
+
+
+def test_resnet_50() -> None:
+    row = spectra("ResNet-50, 53 convolutions", "all", "convspectra")
+    expected = f"{row['seconds']:.0f} s, {row['peak_bytes'] / 2**30:.1f} GiB"
+    assert expected in fact("both ends of all 53 convolutions")
+
+
+def test_plain_networks() -> None:
+    line = fact("plain ReLU network of 20 layers")
+    for arm, words in (
+        ("precondition", "{} after `precondition`"),
+        ("plain", "{} (chance) without"),
+        ("batch normalization", "{} with batch normalization"),
+    ):
+        assert words.format(percent(arm, 20, "relu")) in line
+    line = fact("the same, 100 layers")
+    assert f"tanh {percent('precondition', 100, 'tanh')} after" in line
+    assert f"{percent('batch normalization', 100, 'tanh')} with batch" in line
+    assert percent("precondition", 100, "relu") == "10%"
+
+
+def test_cost_in_training() -> None:
+    rows = measured("training")["groups"]["conditioning"]["rows"]
+    (ratio,) = (row["ratio"] for row in rows if row["arm"] == "conditioning")
+    assert f"adds {100 * (ratio - 1):.1f}%" in fact("the penalty `conditioning`")
