@@ -24,11 +24,14 @@ from .training import (
     DescentResult,
     LayerReport,
     PreconditionedLayer,
+    PreparationReport,
+    PreparedLayer,
     RegularizerReport,
     Schedule,
     SpectralRegularizer,
     descend,
     precondition,
+    prepare,
 )
 
 __version__: str
@@ -42,6 +45,8 @@ __all__ = [
     "Explanation",
     "LayerReport",
     "PreconditionedLayer",
+    "PreparationReport",
+    "PreparedLayer",
     "RegularizerReport",
     "SVDResult",
     "Schedule",
@@ -59,6 +64,7 @@ __all__ = [
     "norm_bound",
     "penalties",
     "precondition",
+    "prepare",
     "sigma_max",
     "sigma_min",
     "solve",

@@ -2,6 +2,7 @@
 
 from convspectra.training._descent import ALGORITHMS, PAPER_STEPS, DescentResult, descend
 from convspectra.training._preconditioning import PreconditionedLayer, precondition
+from convspectra.training._preparation import PreparationReport, PreparedLayer, prepare
 from convspectra.training._regularizer import SpectralRegularizer
 from convspectra.training._report import LayerReport, RegularizerReport
 from convspectra.training._schedule import Schedule
@@ -12,9 +13,12 @@ __all__ = [
     "DescentResult",
     "LayerReport",
     "PreconditionedLayer",
+    "PreparationReport",
+    "PreparedLayer",
     "RegularizerReport",
     "Schedule",
     "SpectralRegularizer",
     "descend",
     "precondition",
+    "prepare",
 ]

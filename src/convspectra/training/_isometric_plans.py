@@ -29,6 +29,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
 }
 """Activations whose moments are computed; others count as linear."""
+LINEAR_PAIRS = ("relu", "leaky_relu", "prelu", "gelu", "silu", "hardswish", "softplus")
+"""Activations f with ``f(z) - f(-z) = c z``: mirrored kernels make them linear. c is 1, or 1 plus
+the slope of a leaky ReLU."""
 QUADRATURE_POINTS = 101
 """Of Gauss-Hermite quadrature: moments of smooth activations to ten digits; a choice."""
 PRELU_SLOPE = 0.25
@@ -57,6 +60,11 @@ class IsometricPlan:
     activation: str = "none"
     note: str = ""
 
+    def scaled(self, factor: float, note: str) -> IsometricPlan:
+        """The same with another gain, and why."""
+        notes = "; ".join(part for part in (self.note, note) if part)
+        return replace(self, gain=self.gain * factor, note=notes)
+
 
 def isometric_plans(
     layers: Sequence[Layer],
@@ -74,8 +82,8 @@ def isometric_plans(
     gain : float, optional
         For all layers; by default what the activation behind each one wants.
     mirrored : bool, optional
-        False for no mirrored kernels; None and True for them wherever a ReLU follows and both of
-        its sides can be halved. True notes the layers behind a ReLU that cannot be.
+        False for no mirrored kernels; None and True for them wherever an activation of
+        `LINEAR_PAIRS` follows and both of its sides can be halved. True notes those that cannot.
     """
     outputs = set() if mirrored is False else _mirrored_outputs(layers, flows)
     depth = len({layer.name for layer in layers})
@@ -90,9 +98,9 @@ def isometric_plans(
             name,
         )
         if plan.mirrored_output and gain is None:
-            plan = replace(plan, gain=1.0)
+            plan = replace(plan, gain=1 / (1 + _slope(flow.activation)))
         notes = []
-        if mirrored and name == "relu" and not plan.mirrored_output:
+        if mirrored and name in LINEAR_PAIRS and not plan.mirrored_output:
             notes.append("not mirrored: its channels, or those of a layer it feeds, have no halves")
         op = layer.operator()
         if not is_isometric_possible(op.T if op.transposed else op):
@@ -102,7 +110,7 @@ def isometric_plans(
 
 
 def _mirrored_outputs(layers: Sequence[Layer], flows: Mapping[str, LayerFlow]) -> set[str]:
-    """The layers whose outputs can be mirrored: a ReLU follows, and all that they feed can read it.
+    """The layers whose outputs can be mirrored, because all that they feed can read pairs.
 
     A layer that reads mirrored halves must read nothing else beside them; so one layer that cannot
     takes others with it, until no more change.
@@ -111,7 +119,8 @@ def _mirrored_outputs(layers: Sequence[Layer], flows: Mapping[str, LayerFlow]) -
     found = {
         name
         for name, op in operators.items()
-        if flows[name].activation == Activation("relu")
+        if (activation := flows[name].activation) is not None
+        and activation.name in LINEAR_PAIRS
         and not flows[name].normalized
         and op.groups == 1
         and op.output_shape[0] % 2 == 0
@@ -146,14 +155,20 @@ def activation_gain(activation: Activation | None, depth: int) -> float:
     if activation is None:
         return 1.0
     if activation.name in ("relu", "leaky_relu", "prelu"):
-        slope = PRELU_SLOPE if activation.name == "prelu" else activation.slope
-        return math.sqrt(2 / (1 + slope**2))
+        return math.sqrt(2 / (1 + _slope(activation) ** 2))
     if activation.name == "tanh":
         return 1 + 1 / math.sqrt(max(depth, 1))
     if activation.name not in ACTIVATION_FUNCTIONS:
         return 1.0
     z, weights = _gaussian_points(1.0)
     return float((weights @ ACTIVATION_FUNCTIONS[activation.name](z).square()) ** -0.5)
+
+
+def _slope(activation: Activation | None) -> float:
+    """The slope below 0 of a ReLU of any kind."""
+    if activation is None:
+        return 0.0
+    return PRELU_SLOPE if activation.name == "prelu" else activation.slope
 
 
 def slope_spread(plan: IsometricPlan, activation: Activation | None, depth: int) -> float:
@@ -166,7 +181,7 @@ def slope_spread(plan: IsometricPlan, activation: Activation | None, depth: int)
     if activation is None or plan.mirrored_output:
         return 0.0
     if activation.name in ("relu", "leaky_relu", "prelu"):
-        slope = PRELU_SLOPE if activation.name == "prelu" else activation.slope
+        slope = _slope(activation)
         return ((1 - slope**2) / (1 + slope**2)) ** 2
     if activation.name not in ACTIVATION_FUNCTIONS:
         return 0.0
