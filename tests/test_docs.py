@@ -307,6 +307,13 @@ def test_the_table_of_rooms_is_that_of_the_packages(extension: Callable[[str], A
     assert table in page, "run: python docs/_ext/rooms.py --write"
 
 
+def test_the_picture_of_a_layer_is_drawn_anew(extension: Callable[[str], Any]) -> None:
+    drawn = extension("layer_figure").picture()
+    kept = (DOCS / "figures" / "layer.svg").read_text()
+    marked = re.compile(r'<rect x="[^"]*" y="[^"]*" width="7.20"[^>]*fill="#1f5fa8"')
+    assert len(marked.findall(drawn)) == len(marked.findall(kept)) == 13**2  # nonzero entries of M
+
+
 def test_formulas_are_written_without_a_script(extension: Callable[[str], Any]) -> None:
     pytest.importorskip("sphinx")
     from docutils import nodes
