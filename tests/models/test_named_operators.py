@@ -218,7 +218,6 @@ SEQUENCE = floats(1, 3, 3)
 SKIPPED = [
     (nn.LSTM(3, 2), SEQUENCE, "a recurrence"),
     (nn.GRUCell(3, 2), SEQUENCE[0], "a recurrence"),
-    (nn.MultiheadAttention(3, 1), (SEQUENCE,) * 3, "attention is not"),
     (nn.Bilinear(3, 3, 2), (SEQUENCE,) * 2, "linear in each of two"),
     (nn.Embedding(4, 2), torch.tensor([1]), "looked up"),
     (nn.LazyConv2d(2, 3), X, "lazy"),
@@ -258,8 +257,94 @@ def test_a_weight_that_is_not_finite():
 def test_attention_layers_show_their_linear_parts():
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     operators = named_operators(model, floats(1, 5, 4))
-    assert [t.name for t in operators] == ["self_attn", "linear1", "linear2"]
+    into = ["self_attn.query", "self_attn.key", "self_attn.value"]
+    assert [t.name for t in operators] == [*into, "self_attn.out_proj", "linear1", "linear2"]
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 2}])
+def test_attention_is_linear_before_and_after(sizes):
+    """With one head and one place to attend to, attention is the product of two of its maps."""
+    layer = nn.MultiheadAttention(4, 1, bias=False, **sizes)
+    x = [floats(1, n) for n in (4, sizes.get("kdim", 4), sizes.get("vdim", 4))]
+    found = {named.name: named for named in named_operators(layer, tuple(x))}
+    assert list(found) == ["query", "key", "value", "out_proj"]
+    assert {named.type for named in found.values()} == {"Linear"}
+    assert found["key"].operator.shape == (4, sizes.get("kdim", 4))
+    out = found["out_proj"].operator.matvec(found["value"].operator.matvec(x[2]))
+    torch.testing.assert_close(out, layer(*x)[0].detach())
+
+
+def test_attention_that_is_not_reached():
+    model = Given(lambda self, x: x, attention=nn.MultiheadAttention(4, 1))
+    named = only(model, X)
+    assert (named.name, named.operator) == ("attention", None)
+    assert "does not reach it" in named.skipped
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.in_proj_weight)
+
+
+def test_attention_with_a_forward_of_its_own_is_taken_from_its_operations():
+    named, out = named_operators(nn.Sequential(OwnAttention(4, 1)), floats(1, 4))
+    assert (named.name, out.name) == ("0.in_proj_weight", "0.out_proj")
+    assert "does not reach it" in out.skipped
+    assert named.operator.shape == (12, 4)
+
+
+POSITIONS = {
+    "a parameter": lambda self, x: self.conv(x).flatten(2).mT + self.place,
+    "a part of one": lambda self, x: self.conv(x).flatten(2).mT[:, :7] + self.place[:, :7],
+    "a table": lambda self, x: self.conv(x).flatten(2).mT + self.table(torch.arange(30)),
+    "resized": lambda self, x: (
+        self.conv(x).flatten(2).mT + F.interpolate(self.place.mT, 30, mode="linear").mT
+    ),
+    "beside": lambda self, x: torch.cat([self.place, self.conv(x).flatten(2).mT], 1),
+}
+
+
+@pytest.mark.parametrize("forward", POSITIONS.values(), ids=POSITIONS)
+def test_embeddings_of_positions_are_no_layers(forward):
+    model = Given(forward, conv=nn.Conv2d(3, 4, 1))
+    model.place = nn.Parameter(torch.zeros(1, 30, 4))
+    if "table" in forward.__code__.co_names:
+        model.table, model.place = nn.Embedding(30, 4), None
+    assert only(model, X).name == "conv"
+
+
+def test_a_table_that_the_input_chooses_from_is_listed():
+    model = Given(lambda self, i: self.linear(self.table(i)), table=nn.Embedding(5, 3))
+    model.linear = nn.Linear(3, 2)
+    table, linear = named_operators(model, torch.tensor([1, 4]))
+    assert (table.name, table.operator) == ("table", None)
+    assert linear.operator is not None
+
+
+class Kept(nn.Module):
+    """A parametrization that leaves its result in a buffer, as torchlip's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("result", torch.zeros(4, 3, 3, 3))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.result = weight / 2
+        return self.result if self.training else self.result.view_as(weight)
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+def test_a_layer_with_a_weight_from_elsewhere_has_its_own_name():
+    layer = OwnForward(3, 4, 3)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Kept())
+    named = only(nn.Sequential(layer), X)
+    assert named.name == "0"
+    torch.testing.assert_close(named.operator.weight, layer.weight.detach())
 
 
 def test_the_meta_device_and_other_objects_are_refused():
@@ -375,11 +460,9 @@ def test_uses_with_different_normalizations():
     assert named.notes[0].endswith("the same batch normalization (a or b)")
 
 
-@pytest.mark.parametrize("model", [nn.Conv2d(3, 3, 3), nn.MultiheadAttention(4, 2)])
-def test_a_model_that_is_one_layer_is_named_by_its_type(model):
-    example = X if isinstance(model, nn.Conv2d) else (torch.zeros(5, 1, 4),) * 3
-    (named,) = named_operators(model, example)
-    assert (named.name, named.uses) == (type(model).__name__, 1)
+def test_a_model_that_is_one_layer_is_named_by_its_type():
+    named = only(nn.Conv2d(3, 3, 3), X)
+    assert (named.name, named.uses) == ("Conv2d", 1)
 
 
 def test_a_layer_that_is_not_reached_has_no_uses():

@@ -273,17 +273,75 @@ def test_the_branch_of_a_constant_condition_is_taken(tmp_path, condition):
     assert after.operator.input_shape == (2, 3)
 
 
-QUANTIZED = [
-    constant("q", np.ones((2, 3, 3), np.int8)),
-    constant("s", np.ones((), np.float32)),
-    helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
-    helper.make_node("Conv", ["x", "w"], ["y"]),
-]
+def behind(kind: str, axis: int | None) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """A weight that other constants make, and those."""
+    conv = helper.make_node("Conv", ["x", "w"], ["y"])
+    if kind == "DequantizeLinear":
+        q = np.random.default_rng(0).integers(-100, 100, (2, 3, 3)).astype(np.int8)
+        one = axis is None
+        weights = {
+            "q": q,
+            "s": np.array(0.1 if one else [0.1, 0.2], np.float32),
+            "z": np.array(3 if one else [3, -2], np.int8),
+        }
+        node = helper.make_node(kind, ["q", "s", "z"], ["w"], **({} if one else {"axis": axis}))
+        return [node, conv], weights
+    nodes = [
+        helper.make_node("ReduceL2", ["v", "axes"], ["n"]),
+        helper.make_node("Div", ["g", "n"], ["r"]),
+        helper.make_node("Mul", ["v", "r"], ["w"]),
+        conv,
+    ]
+    weights = {"v": array(2, 3, 3), "g": array(2, 1, 1, seed=1), "axes": np.array([1, 2])}
+    return nodes, weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis"), [("DequantizeLinear", None), ("DequantizeLinear", 0), ("weight_norm", None)]
+)
+def test_weights_that_constants_make(tmp_path, kind, axis):
+    content = model(*behind(kind, axis), (3, 5))
+    content.opset_import[0].version = 19
+    (named,) = loaded(tmp_path, content, (3, 5))
+    agrees(named, content, (3, 5))
+
+
+@pytest.mark.parametrize("version", [10, 13, 18])
+def test_dequantization_of_older_versions(tmp_path, version):
+    content = model(*behind("DequantizeLinear", None), (3, 5))
+    content.opset_import[0].version = version
+    (named,) = loaded(tmp_path, content, (3, 5))
+    expected = 0.1 * (behind("DequantizeLinear", None)[1]["q"].astype(np.float32) - 3)
+    np.testing.assert_allclose(named.operator.weight.numpy(), expected, rtol=1e-6)
+
+
+def test_constants_that_would_be_huge_are_not_made(tmp_path):
+    nodes = [
+        helper.make_node("ConstantOfShape", ["n"], ["w"]),
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+    ]
+    content = model(nodes, {"n": np.array([2**20, 2**20, 3])}, (3, 5))
+    (named,) = loaded(tmp_path, content, (3, 5))
+    assert "its result takes more than" in named.skipped
+
+
+CONV_OF_W = helper.make_node("Conv", ["x", "w"], ["y"])
 PASSED_OVER = [
-    (QUANTIZED, "comes from a DequantizeLinear node"),
+    (
+        [helper.make_node("RandomNormal", [], ["w"], shape=[2, 3, 3]), CONV_OF_W],
+        "computed from the input",
+    ),
+    (
+        [
+            constant("c", np.ones((2, 3, 3), np.float32)),
+            helper.make_node("Bernoulli", ["c"], ["w"]),
+            CONV_OF_W,
+        ],
+        "comes from a Bernoulli node",
+    ),
     ([helper.make_node("Conv", ["x", "x"], ["y"])], "computed from the input"),
-    ([constant("w", np.ones((2, 3, 3), np.int8)), QUANTIZED[-1]], "not of a floating type"),
-    ([constant("w", np.full((2, 3, 3), np.nan, np.float32)), QUANTIZED[-1]], "finite weight"),
+    ([constant("w", np.ones((2, 3, 3), np.int8)), CONV_OF_W], "not of a floating type"),
+    ([constant("w", np.full((2, 3, 3), np.nan, np.float32)), CONV_OF_W], "finite weight"),
     (
         [
             constant("w", array(2, 3, 3)),

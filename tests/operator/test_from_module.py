@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from helpers.operators import even_same_padding_warns
@@ -98,3 +100,31 @@ def test_from_module_refuses_a_wrong_number_of_axes():
         ConvOperator.from_module(nn.Conv2d(1, 1, 3))
     with pytest.raises(ValueError, match="input_size of 0 integers"):
         ConvOperator.from_module(nn.Linear(1, 1), (4,))
+
+
+# --- weights that are computed before each pass ---------------------------------------------------
+
+
+def old_style(kind: str) -> nn.Conv2d:
+    conv = nn.Conv2d(3, 4, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        if kind == "weight_norm":
+            return torch.nn.utils.weight_norm(conv)
+        if kind == "spectral_norm":
+            return torch.nn.utils.spectral_norm(conv)
+    return torch.nn.utils.prune.l1_unstructured(conv, "weight", 0.5)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+def test_weights_of_old_hooks_are_computed_again(kind):
+    conv, other = old_style(kind).eval(), old_style(kind).eval()
+    conv.load_state_dict(other.state_dict())
+    op = ConvOperator.from_module(conv, (5, 4))
+    other(torch.zeros(1, 3, 5, 4))  # the hook of a pass sets its weight
+    torch.testing.assert_close(op.weight, other.weight)
+    op.weight.sum().backward()
+    assert all(p.grad is not None for name, p in conv.named_parameters() if name != "bias")
+    before = {name: value.clone() for name, value in conv.state_dict().items()}
+    ConvOperator.from_module(conv, (5, 4))
+    assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())

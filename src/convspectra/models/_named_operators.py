@@ -172,7 +172,7 @@ def _unread(
     model: nn.Module, recorder: Recorder, lazy: Mapping[str, str]
 ) -> Iterator[NamedOperator]:
     """The modules with a matrix that no use of the pass stands for."""
-    covered = {use.name for use in recorder.uses}
+    covered = {use.name for use in recorder.uses} | recorder.taken
     if "" in covered:  # the model itself is one layer
         return
     for name, module in modules_of(model):
@@ -183,14 +183,18 @@ def _unread(
             for parameter, value in module.named_parameters(recurse=False)
             if _is_matrix(value) and _qualified(name, parameter) not in recorder.read
         ]
-        listed = isinstance(module, LAYER_TYPES) or bool(not_linear(module)) or name in lazy
+        unreached = name not in recorder.reached
+        attention = isinstance(module, nn.MultiheadAttention) and unreached
+        listed = (
+            isinstance(module, LAYER_TYPES) or attention or bool(not_linear(module)) or name in lazy
+        )
         if not listed and (not matrices or _is_normalization(module)):
             continue
         covered.add(name or type(module).__name__)
         kind = getattr(module, "original_name", type(module).__name__)
         if name in lazy:
             reason = LAZY
-        elif listed and name not in recorder.reached:
+        elif listed and unreached:
             reason = not_linear(module) or _UNREACHED
         else:
             reason = _UNREAD.format(" or ".join(matrices) or "weight")

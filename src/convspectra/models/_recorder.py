@@ -37,10 +37,9 @@ from convspectra.models._linear_calls import (
 from convspectra.models._moved_pixels import MovedPixels
 from convspectra.models._selection import modules_of
 from convspectra.models._signal_flow import Activation, SignalFlow
-from convspectra.operator import ConvOperator, convolution_options
+from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
 
 _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
-    (nn.MultiheadAttention, "attention is not a linear map of its input"),
     ((nn.RNNBase, nn.RNNCellBase), "a recurrence is not a linear map of its input"),
     (nn.Bilinear, "it is linear in each of two inputs, not in one"),
     ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
@@ -84,10 +83,20 @@ class Use:
 
 @dataclass(frozen=True)
 class Frame:
-    """A module whose forward pass is running; `whole` if its operations are not looked at."""
+    """A module whose forward pass is running.
+
+    Attributes
+    ----------
+    name : str
+    whole : bool
+        Whether its operations are not looked at.
+    layer : bool
+        Whether it is a convolution or linear layer: what it applies has its name.
+    """
 
     name: str
     whole: bool
+    layer: bool = False
 
 
 class Recorder(TorchDispatchMode):
@@ -114,6 +123,7 @@ class Recorder(TorchDispatchMode):
         self.uses: list[Use] = []
         self.read: set[str] = set()
         self.reached: set[str] = set()
+        self.taken: set[str] = set()
         self.frames: list[Frame] = []
         self._lazy = lazy
         self._views = {_view(t): name for name, t in reversed(stored.items()) if t.numel()}
@@ -145,6 +155,7 @@ class Recorder(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         self._note_readers(func, args, kwargs)
+        self._note_added(func, _tensors((args, kwargs)))
         self._flow.note(func, args, kwargs, result)
         if not any(frame.whole for frame in self.frames):
             self._note_layer(func, args, kwargs, result)
@@ -176,7 +187,8 @@ class Recorder(TorchDispatchMode):
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.reached.add(name)
         self.frames.append(Frame(name, whole=True))  # a parametrized weight is computed here
-        self.frames[-1] = Frame(name, name in self._lazy or _taken_whole(module))
+        whole = name in self._lazy or _taken_whole(module)
+        self.frames[-1] = Frame(name, whole, isinstance(module, LAYER_TYPES))
 
     def _leave(
         self,
@@ -188,12 +200,18 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         *outside, frame = self.frames
         if output is not None and frame.whole and not any(outer.whole for outer in outside):
+            self.taken.add(name)
+            x: Any = args[0] if args else kwargs.get("input")
             reason = LAZY if name in self._lazy else not_linear(module)
-            if reason:
+            if isinstance(module, nn.Embedding) and not any(map(self._depends, _tensors(x))):
+                pass  # positions: a constant that is added, not a layer
+            elif reason:
                 kind = self._lazy.get(name, type(module).__name__)
                 self.add(Use(name, kind, skipped=reason))
+            elif isinstance(module, nn.MultiheadAttention):
+                for use in _attention_uses(name, module):
+                    self.add(use)
             else:
-                x = args[0] if args else kwargs["input"]
                 self.add(self._module_use(name, module, x, output), output, x)
         self.frames.pop()
 
@@ -256,6 +274,15 @@ class Recorder(TorchDispatchMode):
             label = self._owner(arguments["running_var"], label)
         self._read_by(Reader(label or name.removeprefix("aten::"), scale), tensors)
 
+    def _note_added(self, func: torch._ops.OpOverload, tensors: list[Tensor]) -> None:
+        """Parameters that are added or put beside, as embeddings of positions: no layer."""
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
+        if name in ("add", "sub", "cat", "stack") and any(map(self._depends, tensors)):
+            for t in tensors:
+                source = self._views.get(_view(t)) or self._sources.get(_storage(t))
+                if source is not None and not self._depends(t):
+                    self.read.add(source)
+
     def _note_layer(
         self,
         func: torch._ops.OpOverload,
@@ -307,6 +334,8 @@ class Recorder(TorchDispatchMode):
     def _label(self, weight: Tensor | None, kind: str) -> str:
         """The qualified name of a weight's module; the running module's, or a number, without."""
         owner = "" if weight is None else self._owner(weight, "")
+        if self.frames and self.frames[-1].layer:
+            owner = self.frames[-1].name or owner
         if owner:
             return owner
         stem = ".".join(
@@ -320,6 +349,8 @@ class Recorder(TorchDispatchMode):
         if name is None:
             return default
         self.read.add(name)
+        if ".parametrizations." in f".{name}":
+            return f".{name}".partition(".parametrizations.")[0].lstrip(".") or default
         owner, _, last = name.rpartition(".")
         plain = last in ("weight", "running_var", "weight_v", "weight_orig")
         return owner if plain and owner else name
@@ -360,9 +391,11 @@ def is_lazy(tensor: Tensor) -> bool:
 
 
 def _taken_whole(module: nn.Module) -> bool:
-    """Whether a module is one named: known, or known not to be linear."""
+    """Whether a module's operations need no look: it is known, or known not to be linear."""
     if not_linear(module):
         return True
+    if isinstance(module, nn.MultiheadAttention):
+        return type(module).forward is nn.MultiheadAttention.forward
     try:
         convolution_options(module)
     except ValueError:
@@ -373,6 +406,22 @@ def _taken_whole(module: nn.Module) -> bool:
 def not_linear(module: nn.Module) -> str:
     """Why a module is no linear map of its input; "" where nothing is known against it."""
     return next((reason for kind, reason in _NOT_LINEAR if isinstance(module, kind)), "")
+
+
+def _attention_uses(name: str, module: nn.MultiheadAttention) -> Iterator[Use]:
+    """The three maps into attention and the one out of it."""
+    if module.in_proj_weight is None:
+        into = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    else:
+        into = module.in_proj_weight.chunk(3)
+    weights = dict(zip(("query", "key", "value"), into, strict=True))
+    for part, weight in {**weights, "out_proj": module.out_proj.weight}.items():
+        use = Use(f"{name}.{part}".lstrip("."), "Linear")
+        try:
+            use.operator = ConvOperator(weight.detach(), ())
+        except ValueError as error:
+            use.skipped = str(error)
+        yield use
 
 
 def _script_constants(model: torch.jit.ScriptModule) -> Iterator[tuple[str, Tensor]]:

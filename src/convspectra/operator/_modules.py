@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 CONVOLUTION_TYPES = (
     nn.Conv1d,
@@ -46,10 +49,11 @@ def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
                 f"{type(module).__name__}, which has a {method} of its own; give its effective "
                 "weight and padding to ConvOperator"
             )
+    weight = _weight_now(module)
     if isinstance(module, nn.Linear):
-        return module.weight, {}
+        return weight, {}
     conv = cast("nn.Conv2d | nn.ConvTranspose2d", module)
-    return conv.weight, {
+    return weight, {
         "stride": conv.stride,
         "padding": conv.padding,
         "dilation": conv.dilation,
@@ -58,3 +62,19 @@ def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
         "transposed": isinstance(module, _TRANSPOSED_TYPES),
         "output_padding": conv.output_padding,
     }
+
+
+def _weight_now(module: nn.Module) -> Tensor:
+    """The weight; what a hook computes before a forward pass is computed again.
+
+    Old-style ``weight_norm``, ``spectral_norm`` and pruning leave the weight of the last pass in
+    the module, which is another one after an optimizer step or ``load_state_dict``.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            return hook.compute_weight(module, do_power_iteration=False)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
+            return cast("Tensor", hook.apply_mask(module))
+    return cast("Tensor", module.weight)

@@ -81,4 +81,6 @@ def _single_node(
         [onnx.ValueInfoProto(name=name) for name in names],
         [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in given.items()],
     )
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        opset = max(opset, 19)  # the first that the evaluator has; earlier ones say the same
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
