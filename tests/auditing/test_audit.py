@@ -143,9 +143,9 @@ def test_the_rank_of_a_large_layer_is_counted_in_its_blocks() -> None:
     assert layer.circular.sigma_max == layer.applied.sigma_max.value
 
 
-@pytest.mark.parametrize(("at_most", "rank"), [(4, 4 * 80 - 2), (2, 4 * 80 - 2), (1, None)])
+@pytest.mark.parametrize("at_most", [4, 2, 1])
 def test_the_rank_of_a_large_layer_that_lacks_a_few_directions(
-    monkeypatch: pytest.MonkeyPatch, at_most: int, rank: int | None
+    monkeypatch: pytest.MonkeyPatch, at_most: int
 ) -> None:
     """``y_i = x_i + a x_{i-1}`` has a singular value of a^-80 for an a above 1, and no other."""
     monkeypatch.setattr(ranks, "EXACT_WORK", 0)
@@ -157,7 +157,7 @@ def test_the_rank_of_a_large_layer_that_lacks_a_few_directions(
     assert torch.linalg.matrix_rank(op.to_dense()) == 4 * 80 - 2
     numbers = layer_audit.conditioning(op, AuditOptions())
     assert numbers.condition == math.inf
-    assert numbers.rank == rank
+    assert numbers.rank == 4 * 80 - 2
 
 
 def test_a_zero_weight() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from convspectra.operator import ConvOperator, independent_blocks, normalized
 from convspectra.spectra._auto import direct_cost
+from convspectra.spectra._count import Counter
 from convspectra.spectra._density import spectral_density
 from convspectra.spectra._dependent_channels import without_dependent_channels
 from convspectra.spectra._inverse import logabsdet
@@ -19,6 +20,9 @@ from convspectra.spectra.ways import CAPACITANCE, DENSE
 LOST_AT_MOST = 31
 """Directions that a layer too large for dense factorizations may lack for its rank to be counted: a
 choice, since 32 smallest values take a few seconds."""
+SHOWN_AT_MOST = 256
+"""Directions that vectors are looked for in to show that they are lost: a choice, for as many
+singular vectors of a layer too large to be dense."""
 RANK_TOLERANCE = 1e-2
 """Relative tolerance of those values: how near they come to the tolerance of the rank."""
 EXACT_WORK = 2e10
@@ -38,7 +42,8 @@ def numerical_rank(
 
     Counted in the independent blocks of the layer. Where these are too large: all those of the
     layer without the channels that depend on others, except up to `LOST_AT_MOST` that are not
-    above, which the capacitance method finds.
+    above, which the capacitance method finds; where it does not, what counts by inertia leave no
+    doubt of.
 
     Parameters
     ----------
@@ -53,7 +58,8 @@ def numerical_rank(
     Notes
     -----
     Cost: nothing where the enclosure of the smallest value lies above the tolerance; dense SVDs
-    where they take about a second; else the smallest 32 values.
+    where they take about a second; else the smallest 32 values, and a few factorizations of those
+    that `count` makes.
 
     Examples
     --------
@@ -73,26 +79,49 @@ def numerical_rank(
         return _counted(found, scaled_tolerance, max_bytes)
     direct = scaled.T if scaled.transposed else scaled
     independent = without_dependent_channels(direct)
-    order = min(independent.shape)
-
-    def smallest_of(k: int, tol: float) -> SVDResult:
-        options = {"return_singular_vectors": False, "tol": tol, "max_bytes": max_bytes}
-        return svds(independent, k, "SM", **options)  # type: ignore[arg-type]
-
     try:
-        if independent is not direct:
-            if float(smallest_of(1, 1e-6).lower[0]) > scaled_tolerance:
-                return order
-        elif float(smallest.s[0]) > tolerance:  # no bound says that there is none below
-            return None
-        if not CAPACITANCE.admits(independent, "SM"):  # many small values would take too long
-            return None
-        count = min(LOST_AT_MOST + 1, order)
-        lowest = smallest_of(count, RANK_TOLERANCE)
+        if independent is direct:
+            rank = None
+            if float(smallest.s[0]) <= tolerance:  # else no bound says that there is none below
+                rank = _order_less_lost(independent, scaled_tolerance, max_bytes)
+        else:
+            lowest = _smallest(independent, 1, 1e-6, max_bytes)
+            if float(lowest.lower[0]) > scaled_tolerance:
+                return min(independent.shape)
+            rank = _order_less_lost(independent, scaled_tolerance, max_bytes)
+        return (
+            _counted_by_inertia(independent, scaled_tolerance, max_bytes) if rank is None else rank
+        )
     except (ArithmeticError, ValueError):  # the other numbers stand without it
         return None
-    lost = int((lowest.s <= scaled_tolerance).sum())
-    return order - lost if lowest.converged and lost < count else None
+
+
+def _smallest(op: ConvOperator, k: int, tol: float, max_bytes: int) -> SVDResult:
+    return svds(op, k, "SM", return_singular_vectors=False, tol=tol, max_bytes=max_bytes)
+
+
+def _order_less_lost(op: ConvOperator, tolerance: float, max_bytes: int) -> int | None:
+    """All values except the few that the capacitance method finds not above the tolerance."""
+    if not CAPACITANCE.admits(op, "SM"):  # many small values would take too long
+        return None
+    count = min(LOST_AT_MOST + 1, min(op.shape))
+    lowest = _smallest(op, count, RANK_TOLERANCE, max_bytes)
+    lost = int((lowest.s <= tolerance).sum())
+    return min(op.shape) - lost if lowest.converged and lost < count else None
+
+
+def _counted_by_inertia(op: ConvOperator, tolerance: float, max_bytes: int) -> int | None:
+    """By counts, and where rounding hides the last values by vectors that show them to be lost."""
+    bounds = Counter(op, max_bytes).at_least(tolerance)
+    doubtful = min(op.shape) - bounds.least
+    if bounds.least < bounds.most:
+        if doubtful > SHOWN_AT_MOST:
+            return None
+        # Rayleigh-Ritz values: at least as many singular values are not above them.
+        lowest = _smallest(op, doubtful, RANK_TOLERANCE, max_bytes)
+        if not bool((lowest.s <= tolerance).all()):
+            return None
+    return bounds.least
 
 
 def _counted(found: list[Part], tolerance: float, max_bytes: int) -> int | None:
