@@ -109,7 +109,7 @@ def write_full(name: str, folder: Path | None, out: Path, facts: dict[str, Any])
         file=path.name,
         version=version,
         facts="\n".join(f"- {label}: {text}" for label, text in network_facts(report.network)),
-        findings="\n".join(f"- `{f.layer}`: {f.text}" for f in report.findings),
+        findings="\n".join(f"- {f.kind}: {f.line}" for f in report.findings),
         table=markdown_table(columns, [table_row(layer) for layer in report.layers]),
     )
     write_texts({f"{name}.md": page}, out)

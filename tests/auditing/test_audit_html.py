@@ -153,7 +153,7 @@ def test_every_layer_has_a_row_and_a_page():
         "The weight is shared with stage2.conv",
         "0+1\N{MULTIPLICATION SIGN}1",
         "14.55",
-        "6 layers: 5 audited, 1 skipped. 4 of them call for a look.",
+        "6 layers: 5 audited, 1 skipped. 3 of them call for a look.",
         "leaves 0.1 to 10 after stage2.conv1",
         "convspectra audit plain.pt",
     ],
@@ -163,22 +163,42 @@ def test_what_is_known_is_on_the_page(text):
 
 
 def test_findings_lead_to_the_first_layer_of_their_name():
-    finding = Finding("a", "singular", "lost")
+    finding = Finding("singular", "lost", ("a",), "", True)
     document = parsed([layer("b"), layer("a"), layer("a")], findings=[finding])
     assert "#layer-2" in document.values("href")
     assert "2 of them call for a look" in document.text
 
 
 def test_a_finding_about_no_layer_of_the_table_has_no_link():
-    document = parsed([layer("a")], findings=[Finding("gone", "skipped", "not found")])
-    assert "gone not found." in document.text
+    document = parsed(
+        [layer("a")], findings=[Finding("skipped", "not found", ("gone",), "", False)]
+    )
+    assert "Not found. gone" in document.text
+
+
+def test_a_finding_leads_to_all_its_layers_and_says_what_to_try():
+    names = tuple(f"layer{i}" for i in range(9))
+    finding = Finding("vanishing", "typical gradients shrink", names, "start anew", True)
+    document = parsed([layer(name) for name in names], findings=[finding])
+    links = [f"#layer-{i}" for i in range(1, 10)]
+    assert set(links) <= set(document.values("href"))
+    assert "4 more layers" in document.text
+    assert "To try: start anew." in document.text
+
+
+def test_a_fact_is_told_and_calls_for_nothing():
+    fact = Finding("shape", "half of the directions are left", ("a",), "nothing to do", False)
+    document = parsed([layer("a")], findings=[fact])
+    assert "Half of the directions are left." in document.text
+    assert "Note: nothing to do." in document.text
+    assert "None calls for a look." in document.text
 
 
 def test_many_findings_are_folded_away():
-    findings = [Finding("a", "singular", f"number {i}") for i in range(30)]
+    findings = [Finding("singular", f"number {i}", ("a",), "", True) for i in range(30)]
     document = parsed([layer("a")], findings=findings)
     assert "18 more" in document.text
-    assert "number 29" in document.text
+    assert "Number 29" in document.text
 
 
 def test_no_layers():
@@ -245,7 +265,7 @@ def test_zero_is_explained_where_it_is_drawn():
 
 
 def test_a_layer_without_a_name_is_shown_by_its_type():
-    document = parsed([layer("")], findings=[Finding("Conv2d", "singular", "lost")])
+    document = parsed([layer("")], findings=[Finding("singular", "lost", ("Conv2d",), "", True)])
     assert document.text.count("Conv2d") >= 4
     assert "#layer-1" in document.values("href")
     assert "1 of them calls for a look" in document.text

@@ -6,153 +6,257 @@ import math
 from dataclasses import replace
 
 import pytest
-from helpers.short_audit import conditioning, layer
+import torch
+from torch import nn
 
-from convspectra.auditing._findings import NOTHING, findings, network_facts, summary
-from convspectra.auditing._record import Certified, Circular, LayerAudit
-
-
-def kinds(*layers: LayerAudit) -> list[tuple[str, str]]:
-    return [(f.layer, f.kind) for f in findings(layers)]
-
-
-def test_a_good_layer_has_nothing_to_say() -> None:
-    assert kinds(layer(applied=conditioning())) == []
+import convspectra as cs
+from convspectra.auditing._findings import NOTHING, PURPOSES, findings, network_facts, summary
+from convspectra.auditing._record import Certified, Circular, Conditioning, Finding, LayerAudit
+from convspectra.auditing._shape_rank import rank_by_shape
+from convspectra.testing import naive_dense
 
 
-def test_the_most_urgent_come_first_and_the_worst_of_a_kind() -> None:
-    layers = [
-        layer("skipped", skipped="Embedding is no convolution"),
-        layer("ill", conditioning(sigma_min=1e-6)),
-        layer("worse", conditioning(sigma_min=1e-8)),
-        layer("big", conditioning(sigma_max=50.0)),
-        layer("small", conditioning(growth=-2.0)),
-        layer("singular", conditioning(sigma_min=0.0, growth=-math.inf, rank=97)),
-    ]
-    assert kinds(*layers) == [
-        ("singular", "singular"),
-        ("big", "exploding"),
-        ("small", "vanishing"),
-        ("worse", "ill-conditioned"),
-        ("ill", "ill-conditioned"),
-        ("skipped", "skipped"),
-    ]
-    assert "3 directions of 100" in findings(layers)[0].text
-    assert "Embedding" in findings(layers)[-1].text
+def conditioning(
+    sigma_max: float = 2.0, sigma_min: float = 0.5, gain: float = 1.0, **changes: object
+) -> Conditioning:
+    """The numbers of a matrix with 100 rows."""
+
+    def certified(value: float) -> Certified:
+        return Certified(value, value * 0.99, value * 1.01, "dense", "", True)
+
+    condition = sigma_max / sigma_min if sigma_min else math.inf
+    numbers = Conditioning(
+        10.0 * gain, certified(sigma_max), certified(sigma_min), condition, condition, condition,
+        100, 1e-14 * sigma_max, 0.0, 0.0, "dense",
+    )  # fmt: skip
+    return replace(numbers, **changes)  # type: ignore[arg-type]
+
+
+def layer(name: str = "conv", applied: Conditioning | None = None, **fields: object) -> LayerAudit:
+    return LayerAudit(name, "Conv2d", shape=(100, 100), applied=applied, seconds=1.5, **fields)  # type: ignore[arg-type]
+
+
+def kinds(*layers: LayerAudit, purpose: str = "training") -> list[tuple[str, bool]]:
+    return [(f.kind, f.alarm) for f in findings(layers, purpose)]
+
+
+def one(*layers: LayerAudit, purpose: str = "training") -> Finding:
+    (found,) = findings(layers, purpose)
+    return found
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_a_good_layer_has_nothing_to_say(purpose: str) -> None:
+    assert kinds(layer(applied=conditioning(0.9, gain=0.7)), purpose=purpose) == []
+
+
+HARD = (
+    layer("skipped", skipped="Embedding is no convolution"),
+    layer("ill", conditioning(sigma_min=1e-6)),
+    layer("worse", conditioning(sigma_min=1e-8)),
+    layer("big", conditioning(sigma_max=50.0)),
+    layer("loud", conditioning(gain=3.0)),
+    layer("small", conditioning(gain=0.1)),
+    layer("singular", conditioning(sigma_min=0.0, rank=97)),
+)
+
+
+@pytest.mark.parametrize(
+    ("purpose", "expected"),
+    [
+        (
+            "training",
+            [
+                ("exploding", True),
+                ("growing", True),
+                ("vanishing", True),
+                ("singular", False),
+                ("ill-conditioned", False),
+                ("skipped", False),
+            ],
+        ),
+        ("lipschitz", [("expanding", True), ("skipped", False)]),
+        ("invertible", [("singular", True), ("ill-conditioned", True), ("skipped", False)]),
+    ],
+)
+def test_the_purpose_says_what_is_an_alarm(purpose: str, expected: list[tuple[str, bool]]) -> None:
+    assert kinds(*HARD, purpose=purpose) == expected
+
+
+def test_a_line_a_kind_with_its_layers_the_worst_ones_first() -> None:
+    layers = [layer(str(i), conditioning(gain=0.30 + 0.002 * i)) for i in range(9)]
+    found = one(*reversed(layers))
+    assert found.text == "typical gradients shrink to 0.300 to 0.316, in 9 layers"
+    assert found.line == f"{found.text}: 0, 1, 2, 3, 4 and 4 more"
+    assert found.layers == tuple("012345678")
+    assert "cs.precondition" in found.advice
+    found = one(layer("a", conditioning(gain=3.0)), layer("b", conditioning(gain=3.0)))
+    assert found.line == "typical gradients grow 3.00 times, in 2 layers: a, b"
 
 
 def test_circular_padding_is_mentioned_where_it_hides_the_smallest_value() -> None:
     circular = Circular(2.0, 0.5, 0.0, "")
-    (found,) = findings([layer("ill", conditioning(sigma_min=1e-6), circular=circular)])
-    assert "500,000 times" in found.text
+    found = one(layer("ill", conditioning(sigma_min=1e-6), circular=circular))
+    assert "a sigma_min up to 5.00e5 times as large" in found.text
 
 
 def test_a_batch_normalization_counts() -> None:
     entry = layer("conv", conditioning(sigma_max=100.0), folded=conditioning(), batch_norm="bn")
     assert kinds(entry) == []
     entry = layer("conv", conditioning(), folded=conditioning(sigma_max=100.0), batch_norm="bn")
-    assert kinds(entry) == [("conv", "exploding")]
-    assert "with its batch normalization" in findings([entry])[0].text
+    assert one(entry).kind == "exploding"
+    assert "with batch normalization folded in, in 1 layer" in one(entry).text
 
 
 def test_what_is_not_enclosed_is_uncertain() -> None:
     loose = Certified(0.5, 0.0, 0.5, "lobpcg", "", True)
-    assert (
-        kinds(
-            layer(
-                "a",
-                conditioning(),
-            )
-        )
-        == []
-    )
     entry = layer("a", conditioning(sigma_min=0.5))
     entry = replace(entry, applied=replace(entry.applied, sigma_min=loose))
-    assert kinds(entry) == [("a", "uncertain")]
+    assert one(entry).text == "sigma_min has no lower bound, in 1 layer"
     stopped = replace(loose, lower=0.4, converged=False)
-    entry = replace(entry, applied=replace(entry.applied, sigma_min=stopped))
-    assert "did not converge" in findings([entry])[0].text
-
-
-def test_the_summary_multiplies_norms_and_adds_growths() -> None:
-    layers = [
-        layer("a", conditioning(sigma_max=10.0, growth=1.0)),
-        layer("b", skipped="why not"),
-        layer("c", conditioning(sigma_max=1e3, growth=2.0), folded=conditioning(1.0, growth=1.5)),
+    other = replace(entry, name="b", applied=replace(entry.applied, sigma_min=stopped))
+    assert [f.line for f in findings([entry, other])] == [
+        "sigma_min has no lower bound, in 1 layer: a",
+        "sigma_min did not converge, in 1 layer: b",
     ]
-    network = summary(layers)
-    assert (network.audited, network.skipped, network.seconds) == (2, 1, 4.5)
-    assert network.log10_product == pytest.approx(4.0)
-    assert network.log10_product_folded == pytest.approx(1.0)
-    assert network.growth == (1.0, 2.5)
-    assert network.leaves_band == "c"
-    assert summary(layers, (1e-3, 1e3)).leaves_band is None
-    texts = dict(network_facts(network))
-    assert texts["product of all sigma_max of the audited layers"] == "1.00e+04"
-    label = "mean growth along the audited layers, with batch normalization folded in"
-    assert "after c" in texts[label]
-
-
-def test_without_batch_normalization_none_is_mentioned() -> None:
-    labels = [label for label, _ in network_facts(summary([layer("a", conditioning())]))]
-    assert labels == [
-        "layers", "product of all sigma_max", "mean growth along the layers", "time",
-    ]  # fmt: skip
-
-
-def test_a_layer_counts_as_often_as_it_is_called() -> None:
-    network = summary([layer("a", conditioning(sigma_max=10.0, growth=1.0), uses=5)])
-    assert network.log10_product == pytest.approx(5.0)
-    assert network.growth == (5.0,)
-    assert network.leaves_band == "a"
-
-
-def test_a_model_that_is_one_layer_can_leave_the_band() -> None:
-    network = summary([layer("", conditioning(growth=-6.9))])
-    assert network.leaves_band == "Conv2d"
-    text = dict(network_facts(network))["mean growth along the layers"]
-    assert text == "leaves 0.1 to 10 after Conv2d"
-    nameless = replace(network, leaves_band="")
-    assert "leaves" in dict(network_facts(nameless))["mean growth along the layers"]
-
-
-def test_of_nothing_nothing_is_known() -> None:
-    texts = dict(network_facts(summary([layer("a", skipped="too large")])))
-    assert texts["product of all sigma_max of the audited layers"] == NOTHING
-    assert texts["mean growth along the audited layers"] == NOTHING
 
 
 @pytest.mark.parametrize(
     ("rank", "text"),
     [
-        (0, "100 directions of 100 are lost, and no gradient comes back along them"),
-        (99, "1 direction of 100 is lost, and no gradient comes back along it"),
-        (None, "at least one direction of 100 is lost, and no gradient comes back along it"),
+        (0, ": 100 directions lost in each, in 1 layer"),
+        (99, ": 1 direction lost in each, in 1 layer"),
+        (None, "; how many directions are lost was not counted, in 1 layer"),
     ],
 )
 def test_lost_directions_are_counted_in_words(rank: int | None, text: str) -> None:
-    entry = layer("a", conditioning(sigma_min=0.0, growth=-math.inf, rank=rank))
-    assert findings([entry])[0].text == f"sigma_min is 0 to working precision: {text}"
+    found = one(layer("a", conditioning(sigma_min=0.0, rank=rank)))
+    begin = "sigma_min is 0 to working precision, though the shape would allow more"
+    assert found.text == begin + text
 
 
-def test_a_growth_that_is_not_known_is_told_with_the_reason() -> None:
-    numbers = conditioning(growth=None, log_growth_method="not known: too large")
-    (found,) = findings([layer("a", numbers)])
-    assert (found.kind, found.text) == ("uncertain", "mean growth is not known: too large")
-    stopped = replace(numbers, sigma_min=replace(numbers.sigma_min, converged=False))
-    (found,) = findings([layer("a", stopped)])
-    assert "sigma_min did not converge" in found.text
+def test_an_unknown_purpose_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected purpose to be one of training, lipschitz, inv"):
+        findings([], "fun")
+    with pytest.raises(ValueError, match="got 'fun'"):
+        cs.audit(nn.Linear(2, 2), torch.zeros(1, 2), purpose="fun")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(3, 4, 1, stride=2),
+        nn.Conv2d(3, 8, 3, stride=1, padding=1),
+        nn.Conv2d(4, 6, 2, stride=3, padding=1, groups=2),
+        nn.Conv2d(2, 2, 3, padding=4),
+        nn.Conv2d(3, 2, 2, dilation=3, stride=2),
+        nn.Conv2d(2, 9, 1, padding=(0, 2)),
+        nn.Conv2d(2, 4, 3, stride=5, padding=1, padding_mode="circular"),
+        nn.ConvTranspose2d(3, 2, 1, stride=2),
+        nn.ConvTranspose2d(4, 4, 2, stride=3, padding=1, output_padding=1, groups=2),
+    ],
+    ids=str,
+)
+def test_no_weight_has_a_larger_rank_than_the_shape_allows(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    dense = naive_dense(module.double(), (module.in_channels, 7, 9)).detach()
+    rank = int(torch.linalg.matrix_rank(dense))
+    x = torch.zeros(1, module.in_channels, 7, 9, dtype=torch.float64)
+    (entry,) = cs.audit(module, x).layers
+    bound = rank_by_shape(entry)
+    assert rank <= bound <= min(entry.shape)
+    if module.kernel_size == (1, 1):
+        assert rank == bound
+
+
+def test_rank_deficient_by_shape_is_a_fact_and_no_alarm() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 16, 1, stride=2)
+    nn.init.orthogonal_(conv.weight)
+    report = cs.audit(conv, torch.zeros(1, 8, 6, 6))
+    assert report.layers[0].applied.rank == 72 < min(report.layers[0].shape) == 144
+    assert [(f.kind, f.alarm) for f in report.findings] == [("shape", False)]
+    assert "0.500 of the directions are left" in report.findings[0].text
+    alarms = {f.kind for f in report.judged_for("invertible").findings if f.alarm}
+    assert alarms == {"shape", "not square"}
+    with torch.no_grad():
+        conv.weight[:, 1] = conv.weight[:, 0]
+    found = cs.audit(conv, torch.zeros(1, 8, 6, 6)).findings
+    assert [f.kind for f in found] == ["singular", "shape"]
+    assert "9 directions lost in each" in found[0].text
+
+
+def test_the_gain_is_that_of_random_gradients() -> None:
+    """More outputs than inputs: most of a gradient lies in the null space of M'."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 16, 3, padding=1, bias=False).double()
+    report = cs.audit(conv, torch.zeros(1, 1, 12, 12, dtype=torch.float64))
+    x = torch.zeros(400, 1, 12, 12, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(400, 16, 12, 12, dtype=torch.float64)
+    conv(x).backward(gradient)
+    measured = float(x.grad.norm() / gradient.norm())
+    assert report.layers[0].gain == pytest.approx(measured, rel=0.02)
+    assert report.network.growth == (pytest.approx(math.log(measured), abs=0.02),)
+
+
+def test_the_summary_multiplies_norms_and_gains() -> None:
+    layers = [
+        layer("a", conditioning(sigma_max=10.0, gain=math.e)),
+        layer("b", skipped="why not"),
+        layer("c", conditioning(1e3, gain=9.0), folded=conditioning(1.0, gain=math.exp(1.5))),
+    ]
+    network = summary(layers)
+    assert (network.audited, network.skipped, network.seconds) == (2, 1, 4.5)
+    assert network.log10_product == pytest.approx(4.0)
+    assert network.log10_product_folded == pytest.approx(1.0)
+    assert network.growth == pytest.approx((1.0, 2.5))
+    assert network.leaves_band == "c"
+    assert summary(layers, (1e-3, 1e3)).leaves_band is None
+    texts = dict(network_facts(network))
+    assert texts["product of all sigma_max of the audited layers"] == "1.00e+04"
+    label = "typical gain of a gradient along the audited layers alone"
+    assert "after c" in texts[f"{label}, with batch normalization folded in"]
+
+
+def test_without_batch_normalization_none_is_mentioned() -> None:
+    labels = [label for label, _ in network_facts(summary([layer("a", conditioning())]))]
+    assert labels == [
+        "layers", "product of all sigma_max",
+        "typical gain of a gradient along the layers alone", "time",
+    ]  # fmt: skip
+
+
+def test_a_layer_counts_as_often_as_it_is_called() -> None:
+    network = summary([layer("a", conditioning(sigma_max=10.0, gain=math.e), uses=5)])
+    assert network.log10_product == pytest.approx(5.0)
+    assert network.growth == pytest.approx((5.0,))
+    assert network.leaves_band == "a"
+
+
+def test_a_model_that_is_one_layer_can_leave_the_band() -> None:
+    network = summary([layer("", conditioning(gain=1e-3))])
+    assert network.leaves_band == "Conv2d"
+    label = "typical gain of a gradient along the layers alone"
+    assert dict(network_facts(network))[label] == "leaves 0.1 to 10 after Conv2d"
+    nameless = replace(network, leaves_band="")
+    assert "leaves" in dict(network_facts(nameless))[label]
+
+
+def test_a_layer_of_zeros_ends_every_gradient() -> None:
+    network = summary([layer("a", conditioning(0.0, 0.0, 0.0)), layer("b", conditioning())])
+    assert network.growth == (-math.inf, -math.inf)
+    assert network.leaves_band == "a"
+
+
+def test_of_nothing_nothing_is_known() -> None:
+    texts = dict(network_facts(summary([layer("a", skipped="too large")])))
+    assert texts["product of all sigma_max of the audited layers"] == NOTHING
+    assert texts["typical gain of a gradient along the audited layers alone"] == NOTHING
 
 
 def test_a_product_beyond_double_precision() -> None:
     network = summary([layer(str(i), conditioning(sigma_max=1e10)) for i in range(50)])
     assert dict(network_facts(network))["product of all sigma_max"] == "1.00e+500"
-
-
-def test_a_growth_that_is_not_known_leaves_no_band() -> None:
-    network = summary([layer("a", conditioning(growth=None)), layer("b", conditioning(growth=9.0))])
-    assert network.leaves_band is None
-    assert "not known" in dict(network_facts(network))["mean growth along the layers"]
 
 
 @pytest.mark.parametrize("band", [(0.0, 1.0), (2.0, 1.0)])

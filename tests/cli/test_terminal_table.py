@@ -47,7 +47,7 @@ def test_names_and_numbers_are_whole(width):
 
 @pytest.mark.parametrize(
     ("width", "shown", "left_out"),
-    [(80, "condition", "growth"), (110, "growth", "kernel"), (160, "note", "seconds")],
+    [(80, "condition", "gain"), (110, "gain", "kernel"), (160, "note", "seconds")],
 )
 def test_the_width_decides_on_the_columns(width, shown, left_out):
     text = printed(width)

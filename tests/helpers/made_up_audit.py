@@ -33,7 +33,7 @@ CIRCUMSTANCES = Circumstances(
 )
 NETWORK = (
     ("product of all sigma_max", "1.2e+14"),
-    ("mean growth along the layers", "leaves 0.1 to 10 after stage2.conv1"),
+    ("typical gain of a gradient along the layers alone", "leaves 0.1 to 10 after stage2.conv1"),
     ("time", "12.3 s"),
 )
 
@@ -143,11 +143,11 @@ def small_audit() -> list[LayerAudit]:
 
 
 FINDINGS = (
-    Finding("stage1.down", "singular", "sigma_min is 0: 24 directions of 1024 are lost"),
-    Finding("stage1.conv", "ill-conditioned", "condition number 6.25e+08"),
-    Finding("stage2.conv", "exploding", "sigma_max is 12.5: some gradients grow by that"),
-    Finding("stage2.conv", "uncertain", "sigma_max did not converge"),
-    Finding("head.pool", "skipped", "not a convolution"),
+    Finding("exploding", "some gradients grow 12.5 times, in 1 layer", ("stage2.conv",), "", True),
+    Finding("singular", "24 directions lost, in 1 layer", ("stage1.down",), "precondition", True),
+    Finding("ill-conditioned", "condition 6.25e+08, in 1 layer", ("stage1.conv",), "", True),
+    Finding("uncertain", "sigma_max did not converge, in 1 layer", ("stage2.conv",), "", True),
+    Finding("skipped", "not a convolution, in 1 layer", ("head.pool",), "", False),
 )
 
 
@@ -163,4 +163,4 @@ def hostile_audit() -> tuple[list[LayerAudit], list[Finding]]:
         for name in HOSTILE
     ]  # fmt: skip
     skipped = [LayerAudit(name, name, skipped=name) for name in HOSTILE]
-    return [*layers, *skipped], [Finding(name, name, name) for name in HOSTILE]
+    return [*layers, *skipped], [Finding(name, name, (name,), name, True) for name in HOSTILE]

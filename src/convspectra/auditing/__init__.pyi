@@ -1,6 +1,6 @@
 from ._audit import audit, audit_operators
 from ._comparison import CHANGE_IMPORTANCE, CHANGE_TEXTS, compare
-from ._findings import BAND, network_facts
+from ._findings import BAND, PURPOSES, network_facts
 from ._journal import journal_files, remove_journal
 from ._layer_audit import AuditOptions
 from ._numbers import ABSENT, largest, smallest
@@ -16,6 +16,7 @@ __all__ = [
     "CHANGE_TEXTS",
     "COLUMN_IMPORTANCE",
     "INCOMPLETE",
+    "PURPOSES",
     "AuditOptions",
     "AuditReport",
     "LayerAudit",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from convspectra.auditing._environment import processor, versions
-from convspectra.auditing._findings import BAND
+from convspectra.auditing._findings import BAND, check_purpose
 from convspectra.auditing._journal import append_to_journal, journal_files, read_journal
 from convspectra.auditing._layer_audit import AuditOptions, audit_layer, cost, described
 from convspectra.auditing._record import Circumstances, LayerAudit
@@ -42,6 +42,7 @@ def audit(
     spectrum: bool = False,
     fold: bool = True,
     band: tuple[float, float] = BAND,
+    purpose: str = "training",
     workers: int = 1,
     devices: Sequence[str | torch.device] = (),
     journal: str | Path | None = None,
@@ -62,7 +63,11 @@ def audit(
     fold : bool
         Every layer with the batch normalization that follows it too.
     band : (float, float)
-        What the product of the layers' geometric mean singular values is meant to stay between.
+        What the product of the layers' typical gains is meant to stay between.
+    purpose : "training", "lipschitz" or "invertible"
+        What the layers are judged for. In training gradients should neither grow nor shrink, and a
+        small sigma_min is a fact, not an alarm; a Lipschitz bound of 1 takes sigma_max of at most
+        1; an invertible network takes square and well-conditioned layers. The numbers are the same.
     workers : int
         Processes that the layers are spread over; more than 1 needs a script that can be imported
         (``if __name__ == "__main__":``).
@@ -114,6 +119,7 @@ def audit(
         _shapes(example_input),
         options=AuditOptions(spectrum, fold, max_bytes),
         band=band,
+        purpose=purpose,
         workers=workers,
         devices=devices,
         journal=journal,
@@ -129,6 +135,7 @@ def audit_operators(
     *,
     options: AuditOptions | None = None,
     band: tuple[float, float] = BAND,
+    purpose: str = "training",
     workers: int = 1,
     devices: Sequence[str | torch.device] = (),
     journal: str | Path | None = None,
@@ -137,6 +144,7 @@ def audit_operators(
 ) -> AuditReport:
     """The audit of layers at hand, such as those of a file; arguments as of `audit`."""
     check_positive_integer("workers", workers)
+    check_purpose(purpose)
     options = options or AuditOptions()
     check_positive_integer("max_bytes", options.max_bytes)
     for device in devices:
@@ -155,7 +163,7 @@ def audit_operators(
     layers = [_named(found[key], named) for key, named in zip(keys, operators, strict=True)
               if key in found]  # fmt: skip
     complete = complete and len(layers) == len(operators)
-    return report_of(_circumstances(model, input_shape, complete), layers, band)
+    return report_of(_circumstances(model, input_shape, complete, purpose), layers, band)
 
 
 class _Kept:
@@ -259,7 +267,7 @@ def _shapes(example_input: Any) -> str:
     return ", ".join(sizes(x.shape) for x in inputs if isinstance(x, Tensor))
 
 
-def _circumstances(model: str, input_shape: str, complete: bool) -> Circumstances:
+def _circumstances(model: str, input_shape: str, complete: bool, purpose: str) -> Circumstances:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else ""
     return Circumstances(
         model=model,
@@ -269,4 +277,5 @@ def _circumstances(model: str, input_shape: str, complete: bool) -> Circumstance
         versions=versions("convspectra", "torch"),
         command=command,
         complete=complete,
+        purpose=purpose,
     )

@@ -4,20 +4,132 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from convspectra.auditing import _numbers as words
 from convspectra.auditing._record import Conditioning, Finding, LayerAudit, Network
+from convspectra.auditing._shape_rank import rank_by_shape
 
-KINDS = ("singular", "exploding", "vanishing", "ill-conditioned", "uncertain", "skipped")
-"""Kinds of findings, the most urgent ones first."""
+PURPOSES = ("training", "lipschitz", "invertible")
+"""What a network is judged for."""
 LARGEST_NORM = 10.0
-"""A layer that amplifies by more is said to explode."""
-LEAST_GROWTH = 0.5
-"""A layer whose geometric mean singular value is below is said to vanish."""
+"""A layer whose sigma_max is above is said to explode in training. A choice: normalized networks
+that train well have layers of norm 2 to 8, and twice or half of it only moves what is listed."""
+GAINS = (0.5, 2.0)
+"""Typical gains that a layer may have in training. A choice: at 0.5 or 2 a gradient changes by
+three orders of magnitude over ten plain layers."""
 LARGEST_CONDITION = 1e4
+"""Condition numbers above are listed. A choice: solving with such a layer in single precision
+leaves about three digits."""
 BAND = (0.1, 10.0)
+"""What the gain along the layers is meant to stay between. A choice, `band` replaces it."""
 NOTHING = "not known: nothing was audited"
+REGULARIZE = 'cs.SpectralRegularizer(model, example_input, penalty="conditioning")'
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is said of all layers with one trait.
+
+    Attributes
+    ----------
+    name : str
+    text : str
+        With {range} for the numbers of the layers, the smallest to the largest.
+    advice : dict
+        From the purposes for which it is reported to what to try.
+    alarms : tuple of str
+        The purposes for which it calls for something to be done; a fact otherwise.
+    worst : max or min
+        Which end of the range is named first in the list of layers.
+    """
+
+    name: str
+    text: str
+    advice: dict[str, str]
+    alarms: tuple[str, ...]
+    worst: Callable[..., float] = max
+
+
+_LOST_IN_TRAINING = (
+    "matters in invertible and in plain deep networks: there cs.precondition(model, example_input) "
+    "before training; with skips or normalization nothing needs to be done"
+)
+KINDS = (
+    _Kind(
+        "exploding",
+        "some gradients grow {range} times",
+        {"training": f"scale these weights down, or train with {REGULARIZE}"},
+        ("training",),
+    ),
+    _Kind(
+        "growing",
+        "typical gradients grow {range} times",
+        {"training": "start from a smaller gain, or put a normalization after them"},
+        ("training",),
+    ),
+    _Kind(
+        "vanishing",
+        "typical gradients shrink to {range}",
+        {
+            "training": "cs.precondition(model, example_input) before training, or a skip or a "
+            "normalization around them"
+        },
+        ("training",),
+        min,
+    ),
+    _Kind(
+        "expanding",
+        "sigma_max is above 1: {range}",
+        {"lipschitz": f"divide each weight by its sigma_max, or train with {REGULARIZE}"},
+        ("lipschitz",),
+    ),
+    _Kind(
+        "singular",
+        "sigma_min is 0 to working precision, though the shape would allow more",
+        {
+            "training": _LOST_IN_TRAINING,
+            "invertible": "no inverse exists: cs.precondition(model, example_input) before "
+            f"training, and {REGULARIZE} during it",
+        },
+        ("invertible",),
+    ),
+    _Kind(
+        "ill-conditioned",
+        "the condition number is {range}",
+        {
+            "training": _LOST_IN_TRAINING,
+            "invertible": f"cs.precondition(model, example_input), or train with {REGULARIZE}",
+        },
+        ("invertible",),
+    ),
+    _Kind(
+        "not square",
+        "M is not square, and has no inverse",
+        {"invertible": "as many outputs as inputs: equal channels, and stride 1"},
+        ("invertible",),
+    ),
+    _Kind("uncertain", "", dict.fromkeys(PURPOSES, "more memory, --max-gib"), PURPOSES),
+    _Kind("skipped", "", dict.fromkeys(PURPOSES, ""), ()),
+    _Kind(
+        "shape",
+        "rank-deficient by shape: {range} of the directions are left, whatever the weight",
+        {
+            "training": "a fact of the architecture: nothing needs to be done",
+            "invertible": "a stride of at most the kernel, so that no input is passed over",
+        },
+        ("invertible",),
+        min,
+    ),
+)
+"""All kinds of findings, the most urgent ones first."""
+
+
+def check_purpose(purpose: str) -> None:
+    """Raise a ValueError for a purpose that there is not."""
+    if purpose not in PURPOSES:
+        raise ValueError(f"expected purpose to be one of {', '.join(PURPOSES)}, got {purpose!r}")
 
 
 def effective(layer: LayerAudit) -> Conditioning | None:
@@ -56,11 +168,23 @@ def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> N
     )
 
 
-def findings(layers: Sequence[LayerAudit]) -> tuple[Finding, ...]:
-    """One sentence for everything that a reader should look at, the most urgent first."""
-    found = [pair for layer in layers for pair in _of_layer(layer)]
-    found.sort(key=lambda pair: (KINDS.index(pair[1].kind), -pair[0]))
-    return tuple(finding for _, finding in found)
+def findings(layers: Sequence[LayerAudit], purpose: str = "training") -> tuple[Finding, ...]:
+    """One line for every kind of thing that a reader should know, alarms first.
+
+    Raises
+    ------
+    ValueError
+        For a purpose that there is not.
+    """
+    check_purpose(purpose)
+    kinds = {kind.name: kind for kind in KINDS}
+    groups: dict[tuple[str, str], list[_Trait]] = {}
+    for trait in (trait for layer in layers for trait in _traits(layer)):
+        if purpose in kinds[trait.kind].advice:
+            groups.setdefault((trait.kind, trait.text), []).append(trait)
+    found = [_finding(kinds[name], purpose, traits) for (name, _), traits in groups.items()]
+    order = [kind.name for kind in KINDS]
+    return tuple(sorted(found, key=lambda f: (not f.alarm, order.index(f.kind), -len(f.layers))))
 
 
 def network_facts(network: Network) -> list[tuple[str, str]]:
@@ -78,16 +202,20 @@ def network_facts(network: Network) -> list[tuple[str, str]]:
         found.append(("the same with batch normalization folded in", text))
     return [
         *found,
-        (f"mean growth along the {which}{folded}", _growth(network)),
+        (f"typical gain of a gradient along the {which} alone{folded}", _growth(network)),
         ("time", f"{network.seconds:.1f} s"),
     ]
 
 
 def _running_growth(layers: Sequence[LayerAudit]) -> tuple[float, ...]:
-    known = [(layer.uses, numbers.log_growth) for layer in layers if (numbers := effective(layer))]
-    return tuple(
-        itertools.accumulate(math.nan if value is None else uses * value for uses, value in known)
-    )
+    return tuple(itertools.accumulate(layer.uses * _log_gain(layer) for layer in layers))
+
+
+def _log_gain(layer: LayerAudit) -> float:
+    gain = layer.gain
+    if gain is None or math.isnan(gain):
+        return math.nan
+    return math.log(gain) if gain > 0 else -math.inf
 
 
 def _log10_product(factors: Iterable[tuple[int, Conditioning | None]]) -> float:
@@ -117,61 +245,100 @@ def _power(log10: float) -> str:
     return f"{10 ** (log10 - exponent):.2f}e{exponent:+03d}"
 
 
-def _of_layer(layer: LayerAudit) -> Iterator[tuple[float, Finding]]:
-    def finding(urgency: float, kind: str, text: str) -> tuple[float, Finding]:
-        return urgency, Finding(layer.label, kind, text)
+@dataclass(frozen=True)
+class _Trait:
+    """A trait of one layer: its kind, what the line says if the kind does not, and a number."""
 
+    layer: LayerAudit
+    kind: str
+    text: str = ""
+    value: float = 0.0
+
+
+def _traits(layer: LayerAudit) -> Iterator[_Trait]:
     if layer.skipped:
-        yield finding(0.0, "skipped", layer.skipped)
-    numbers = effective(layer)
-    if numbers is None:
+        yield _Trait(layer, "skipped", layer.skipped)
+    numbers, gain = effective(layer), layer.gain
+    if numbers is None or gain is None:
         return
-    folded = " with its batch normalization" if layer.folded else ""
     largest, smallest = numbers.sigma_max, numbers.sigma_min
-    if numbers.singular:
-        lost = _lost(min(layer.shape), numbers.rank)
-        yield finding(1.0, "singular", f"sigma_min is 0 to working precision{folded}: {lost}")
-    elif numbers.condition > LARGEST_CONDITION:
-        circular = ""
-        if not layer.folded and layer.circular and layer.circular.sigma_min and smallest.value > 0:
-            ratio = layer.circular.sigma_min / smallest.value
-            if ratio > 10:
-                circular = f"; circular padding would show a sigma_min {ratio:,.0f} times as large"
-        yield finding(
-            numbers.condition,
-            "ill-conditioned",
-            f"condition number {numbers.condition:.2e}{folded}: gradients along some directions "
-            f"shrink by {smallest.value:.2e} while others grow by {largest.value:.3g}{circular}",
-        )
     if largest.value > LARGEST_NORM:
-        yield finding(
-            largest.value,
-            "exploding",
-            f"sigma_max is {largest.value:.4g}{folded}: some gradients grow by that in this layer",
-        )
-    growth = numbers.log_growth
-    if growth is None and largest.converged and smallest.converged:
-        reason = words.growth_method(numbers)
-        yield finding(0.0, "uncertain", f"mean growth{folded} is not known: {reason}")
-    elif growth is not None and -math.inf < growth < math.log(LEAST_GROWTH):
-        yield finding(
-            -growth,
-            "vanishing",
-            f"the geometric mean of the singular values is {math.exp(growth):.3g}{folded}: typical "
-            "gradients shrink by that",
-        )
+        yield _Trait(layer, "exploding", value=largest.value)
+    if gain > GAINS[1]:
+        yield _Trait(layer, "growing", value=gain)
+    if gain < GAINS[0]:
+        yield _Trait(layer, "vanishing", value=gain)
+    if largest.upper > 1:
+        yield _Trait(layer, "expanding", value=largest.value)
+    if layer.shape[0] != layer.shape[1]:
+        yield _Trait(layer, "not square")
+    full, possible = min(layer.shape), rank_by_shape(layer)
+    if possible < full:
+        yield _Trait(layer, "shape", value=possible / full)
+    if numbers.singular and not (possible < full and numbers.rank in (possible, None)):
+        yield _Trait(layer, "singular", value=float(possible - (numbers.rank or 0)))
+    elif not numbers.singular and numbers.condition > LARGEST_CONDITION:
+        yield _Trait(layer, "ill-conditioned", value=numbers.condition)
     for name, value in (("sigma_max", largest), ("sigma_min", smallest)):
         if not value.enclosed and value.value > numbers.rank_tolerance:
-            reason = "did not converge" if not value.converged else "has no lower bound"
-            yield finding(
-                0.0, "uncertain", f"{name}{folded} {reason}: {value.value:.4g} by {value.method}"
-            )
+            reason = "has no lower bound" if value.converged else "did not converge"
+            yield _Trait(layer, "uncertain", f"{name} {reason}", value.value)
 
 
-def _lost(full: int, rank: int | None) -> str:
-    """Along how many directions no gradient comes back, in a clause."""
-    if rank is None:
-        return f"at least one direction of {full} is lost, and no gradient comes back along it"
-    if rank == full - 1:
-        return f"1 direction of {full} is lost, and no gradient comes back along it"
-    return f"{full - rank} directions of {full} are lost, and no gradient comes back along them"
+def _finding(kind: _Kind, purpose: str, traits: Sequence[_Trait]) -> Finding:
+    """The line of a kind: what, in how many layers, and which, the worst ones first."""
+    values = [trait.value for trait in traits]
+    text = traits[0].text or kind.text.format(range=_range(min(values), max(values)))
+    if kind.name == "singular":
+        text += _lost(traits)
+    if kind.name == "ill-conditioned":
+        text += _circular_remark(traits)
+    if any(trait.layer.folded for trait in traits) and kind.name not in ("shape", "not square"):
+        text += ", with batch normalization folded in"
+    sign = -1 if kind.worst is max else 1
+    ordered = sorted(traits, key=lambda trait: sign * trait.value)
+    names = tuple(dict.fromkeys(trait.layer.label for trait in ordered))
+    count = f"{len(names)} layer{'' if len(names) == 1 else 's'}"
+    return Finding(
+        kind=kind.name,
+        text=f"{text}, in {count}",
+        layers=names,
+        advice=kind.advice[purpose],
+        alarm=purpose in kind.alarms,
+    )
+
+
+def _range(low: float, high: float) -> str:
+    ends = [words.number(value, 3) for value in (low, high)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _lost(traits: Sequence[_Trait]) -> str:
+    """How many directions are lost, in a clause; "at least" where a rank was not counted."""
+    lost = [
+        rank_by_shape(trait.layer) - numbers.rank
+        for trait in traits
+        if (numbers := effective(trait.layer)) and numbers.rank is not None
+    ]
+    if not lost:
+        return "; how many directions are lost was not counted"
+    few, many = min(lost), max(lost)
+    count = f"{few}" if few == many else f"{few} to {many}"
+    return f": {count} direction{'' if count == '1' else 's'} lost in each"
+
+
+def _circular_remark(traits: Sequence[_Trait]) -> str:
+    """By how much circular padding would hide the smallest value."""
+    ratios = [
+        circular.sigma_min / numbers.sigma_min.value
+        for trait in traits
+        if (circular := trait.layer.circular)
+        and circular.sigma_min
+        and not trait.layer.folded
+        and (numbers := trait.layer.applied)
+        and numbers.sigma_min.value > 0
+    ]
+    most = max(ratios, default=0.0)
+    if most <= 10:
+        return ""
+    return f"; circular padding would show a sigma_min up to {words.number(most, 3)} times as large"

@@ -119,6 +119,11 @@ def rank(layer: LayerAudit, numbers: Conditioning) -> str:
     return f"{numbers.rank}" if numbers.rank == full else f"{numbers.rank} of {full}"
 
 
+def gain(layer: LayerAudit, numbers: Conditioning) -> str:
+    """The typical gain ||M||_F / sqrt(rows) of the layer as applied, or as folded."""
+    return number(numbers.frobenius_norm / math.sqrt(layer.shape[0]) if layer.shape[0] else None)
+
+
 def growth(numbers: Conditioning) -> str:
     """The mean of log s with its standard error; minus infinite where the matrix is singular."""
     value = numbers.log_growth

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+NAMES_SHOWN = 5
+"""Layers that the line of a finding names. A choice: more of them fill a terminal's line."""
+
 ADDED_LATER = {"added later": True}
 """Of a field that the first files do not have: its default is taken for them."""
 
@@ -221,21 +224,52 @@ class LayerAudit:
         """The name, or the type of a layer without one."""
         return self.name or self.type
 
+    @property
+    def gain(self) -> float | None:
+        """The typical gain ||M||_F / sqrt(rows), batch normalization folded in; None if skipped.
+
+        It is the root mean square of ||M' g|| / ||g|| over gradients g at the output with
+        independent entries: what a backward pass through the layer multiplies a gradient by, where
+        it is in no special relation to M. A layer with more rows than columns has a gain below the
+        root mean square of its singular values: most of g lies in the null space of M'.
+        """
+        numbers = self.folded or self.applied
+        if numbers is None or self.shape[0] < 1:
+            return None
+        return numbers.frobenius_norm / math.sqrt(self.shape[0])
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about one layer, the most urgent ones first.
+    """One line about all the layers that share a trait.
 
     Attributes
     ----------
-    layer : str
-    kind : "singular", "vanishing", "exploding", "ill-conditioned", "uncertain" or "skipped"
+    kind : str
+        "exploding", "growing", "vanishing", "expanding", "singular", "ill-conditioned",
+        "not square", "uncertain", "skipped" or "shape" (rank-deficient by shape).
     text : str
+        What it is, with the range of the numbers and the number of layers.
+    layers : tuple of str
+        All the layers, the worst ones first.
+    advice : str
+        What to try; "" where nothing is known.
+    alarm : bool
+        Whether it calls for something to be done, for the purpose of the audit; a fact otherwise.
     """
 
-    layer: str
     kind: str
     text: str
+    layers: tuple[str, ...]
+    advice: str
+    alarm: bool
+
+    @property
+    def line(self) -> str:
+        """The text with the first layers: the rest is counted, and stands in `layers`."""
+        listed = ", ".join(self.layers[:NAMES_SHOWN])
+        more = len(self.layers) - NAMES_SHOWN
+        return f"{self.text}: {listed}" + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -253,8 +287,9 @@ class Network:
     log10_product_folded : float
         The same with every batch normalization folded in.
     growth : tuple of float
-        Sum of the mean log growths up to and including each layer, folded where there is a batch
-        normalization; nan from the first layer on whose growth is not known.
+        Sum of log `LayerAudit.gain` up to and including each layer: what a typical gradient is
+        multiplied by, in logarithms, by the layers alone. Activations, skips and pooling between
+        them are not counted.
     band : (float, float)
         What exp of that is meant to stay between.
     leaves_band : str, optional
@@ -291,6 +326,8 @@ class Circumstances:
     machine, versions, command : str
     complete : bool
         False for an audit that was interrupted: layers are missing.
+    purpose : "training", "lipschitz" or "invertible"
+        What the layers are judged for.
     """
 
     model: str
@@ -300,6 +337,7 @@ class Circumstances:
     versions: str
     command: str
     complete: bool
+    purpose: str = dataclasses.field(default="training", metadata=ADDED_LATER)
 
 
 def encode(value: Any) -> Any:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convspectra.auditing import _findings as findings
 from convspectra.auditing import _table as audit_table
+from convspectra.auditing._findings import check_purpose
 from convspectra.auditing._record import Circumstances, Finding, LayerAudit, Network, decode, encode
+from convspectra.auditing._rules import Violation, parse_rule, violations
 from convspectra.text import comma_separated, plain, text_table, write_whole
 
 SCHEMA = "convspectra.audit"
-SCHEMA_VERSION, SCHEMA_MINOR = 1, 1
+SCHEMA_VERSION, SCHEMA_MINOR = 1, 2
 """Another version cannot be read; a minor one has more fields than those before it."""
 INCOMPLETE = "incomplete: the audit was interrupted, and layers are missing"
 
@@ -46,6 +48,60 @@ class AuditReport:
     layers: tuple[LayerAudit, ...]
     network: Network
     findings: tuple[Finding, ...]
+
+    def judged_for(self, purpose: str) -> AuditReport:
+        """The same numbers with the findings for another purpose; nothing is computed again.
+
+        Parameters
+        ----------
+        purpose : "training", "lipschitz" or "invertible"
+        """
+        circumstances = replace(self.circumstances, purpose=purpose)
+        return report_of(circumstances, self.layers, self.network.band)
+
+    def check(self, *rules: str) -> tuple[Violation, ...]:
+        """The layers that satisfy a rule, or of which that cannot be excluded.
+
+        Parameters
+        ----------
+        *rules : str
+            Such as "sigma_max > 10", "folded.condition >= 1e4" or "gain < 0.3".
+
+        Returns
+        -------
+        tuple of Violation
+            With `rule`, `layer`, `certain` and `text` each; empty where all is well.
+
+        Raises
+        ------
+        ValueError
+            For a text that is no rule.
+
+        Examples
+        --------
+        >>> import torch, convspectra as cs
+        >>> report = cs.audit(torch.nn.Conv2d(1, 1, 3), torch.zeros(1, 1, 8, 8))
+        >>> report.check("sigma_max > 1000")
+        ()
+        """
+        return tuple(violations([parse_rule(rule) for rule in rules], self.layers))
+
+    def plot(self) -> Any:
+        """A Matplotlib figure: singular values by layer, and the gain along the layers.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Outside pyplot's global state: ``report.plot().savefig("audit.png")``.
+
+        Raises
+        ------
+        ImportError
+            Without Matplotlib: install ``convspectra[demo]``.
+        """
+        from convspectra.auditing._figure import draw
+
+        return draw(self.layers, self.network)
 
     def records(self) -> list[dict[str, object]]:
         """One flat record a layer, such as for a table of numbers."""
@@ -81,10 +137,12 @@ class AuditReport:
                 f"got {SCHEMA_VERSION}.{minor}"
             )
         fields = {name: data[name] for name in data if name not in ("schema", "version", "minor")}
-        report = decode(cls, fields, "report")
         if minor == SCHEMA_MINOR:
+            report = decode(cls, fields, "report")
+            check_purpose(report.circumstances.purpose)
             return report
-        return report_of(report.circumstances, report.layers, report.network.band)
+        older = decode(_Older, fields, "report")
+        return report_of(older.circumstances, older.layers, older.network.band)
 
     def to_json(self, path: str | Path) -> None:
         """Write the report; `from_json` reads it again without loss."""
@@ -149,9 +207,26 @@ class AuditReport:
         columns = [column.name for column in audit_table.columns_for(self.layers)]
         incomplete = [] if self.circumstances.complete else [INCOMPLETE]
         facts = [f"{label}: {text}" for label, text in findings.network_facts(self.network)]
-        found = [f"{f.layer}: {f.text}" for f in self.findings]
+        found = [f"{f.kind}: {f.line}" for f in self.findings]
         lines = [*incomplete, *facts, "", *found]
         return "\n".join([text_table(columns, rows), "", *map(plain, lines)])
+
+
+@dataclass(frozen=True)
+class _OlderFinding:
+    layer: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Older:
+    """A report of the minor versions 0 and 1, whose findings spoke of one layer each."""
+
+    circumstances: Circumstances
+    layers: tuple[LayerAudit, ...]
+    network: Network
+    findings: tuple[_OlderFinding, ...]
 
 
 def report_of(
@@ -161,5 +236,8 @@ def report_of(
 ) -> AuditReport:
     """The report of these layers."""
     return AuditReport(
-        circumstances, tuple(layers), findings.summary(layers, band), findings.findings(layers)
+        circumstances,
+        tuple(layers),
+        findings.summary(layers, band),
+        findings.findings(layers, circumstances.purpose),
     )

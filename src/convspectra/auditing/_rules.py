@@ -16,15 +16,16 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
 }
-QUANTITIES: dict[str, Callable[[Conditioning], Certified | float | None]] = {
-    "sigma_max": lambda c: c.sigma_max,
-    "sigma_min": lambda c: c.sigma_min,
-    "condition": lambda c: Certified(
+QUANTITIES: dict[str, Callable[[Conditioning, int], Certified | float | None]] = {
+    "sigma_max": lambda c, rows: c.sigma_max,
+    "sigma_min": lambda c, rows: c.sigma_min,
+    "condition": lambda c, rows: Certified(
         c.condition, c.condition_lower, c.condition_upper, "", "", c.sigma_min.converged
     ),
-    "frobenius_norm": lambda c: c.frobenius_norm,
-    "rank": lambda c: c.rank,
-    "log_growth": lambda c: c.log_growth,
+    "frobenius_norm": lambda c, rows: c.frobenius_norm,
+    "rank": lambda c, rows: c.rank,
+    "log_growth": lambda c, rows: c.log_growth,
+    "gain": lambda c, rows: c.frobenius_norm / math.sqrt(rows),
 }
 _RULE = re.compile(r"\s*(folded\.)?([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*")
 
@@ -103,7 +104,7 @@ def violations(rules: Sequence[Rule], layers: Sequence[LayerAudit]) -> list[Viol
 
 def _violation(rule: Rule, layer: LayerAudit) -> Violation | None:
     numbers = (layer.folded or layer.applied) if rule.folded else layer.applied
-    value = None if numbers is None else QUANTITIES[rule.quantity](numbers)
+    value = None if numbers is None else QUANTITIES[rule.quantity](numbers, layer.shape[0])
     if value is None:
         why = layer.skipped or "it could not be computed"
         return Violation(rule.text, layer.label, False, f"{rule.quantity} is not known: {why}")

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from convspectra.auditing import (
     BAND,
+    PURPOSES,
     AuditReport,
     LayerAudit,
     Rule,
@@ -86,6 +87,12 @@ def _add_work(parser: argparse._ArgumentGroup) -> None:
         help="what the growth along the layers is meant to stay in (default: 0.1 10)",
     )
     parser.add_argument(
+        "--purpose",
+        choices=PURPOSES,
+        default=PURPOSES[0],
+        help="what the layers are judged for (default: %(default)s)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes (default: 1)"
     )
     parser.add_argument(
@@ -140,6 +147,7 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
             ", ".join(sizes((1, *shape)) for shape in parsed.input),
             options=auditing.AuditOptions(parsed.spectrum, not parsed.no_fold, max_bytes),
             band=tuple(parsed.band),
+            purpose=parsed.purpose,
             workers=parsed.workers,
             devices=parsed.devices,
             journal=journal,

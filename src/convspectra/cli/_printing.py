@@ -108,13 +108,15 @@ def print_report(report: AuditReport, console: Console) -> None:
     )
     for label, text in network_facts(report.network):
         say(console, f"{label}: {text}")
-    shown = report.findings[:FINDINGS_SHOWN]
-    if shown:
-        console.print("\nlook first at", style="bold")
-    for finding in shown:
-        say(console, f"  {finding.layer}: {finding.text}")
-    if len(report.findings) > len(shown):
-        say(console, f"  and {len(report.findings) - len(shown)} more: see the JSON or the page")
+    for heading, alarm in (("look at", True), ("good to know", False)):
+        found = [finding for finding in report.findings if finding.alarm is alarm]
+        if found:
+            console.print(f"\n{heading} (for {report.circumstances.purpose})", style="bold")
+        for finding in found[:FINDINGS_SHOWN]:
+            advice = f"; {finding.advice}" if finding.advice else ""
+            say(console, f"  {finding.kind}: {finding.line}{advice}")
+        if len(found) > FINDINGS_SHOWN:
+            say(console, f"  and {len(found) - FINDINGS_SHOWN} more: see the JSON or the page")
 
 
 def print_table(

@@ -43,6 +43,11 @@ class _Entry:
     findings: tuple[Finding, ...]
     kinds: tuple[str, ...]
 
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """The kinds of those findings that call for something to be done."""
+        return tuple(dict.fromkeys(finding.kind for finding in self.findings if finding.alarm))
+
 
 def page(
     layers: Sequence[LayerAudit],
@@ -85,7 +90,7 @@ def page(
         circumstances=circumstances,
         plot=overview(layers),
         audited=sum(layer.applied is not None for layer in layers),
-        with_findings=sum(bool(entry.findings) for entry in entries),
+        with_findings=sum(bool(entry.alarms) for entry in entries),
         style=style,
         script=script,
         style_hash=_hash(style),
@@ -146,7 +151,8 @@ def _entries(
 ) -> list[_Entry]:
     by_name: dict[str, list[Finding]] = {}
     for finding in findings:
-        by_name.setdefault(finding.layer, []).append(finding)
+        for name in finding.layers:
+            by_name.setdefault(name, []).append(finding)
     found = [by_name.get(layer.label, []) for layer in layers]
     return [
         _Entry(i, layer, tuple(own), _kinds(layer, own, columns))
