@@ -50,7 +50,7 @@ bench: $(STAMP) ## Measure: random layers, peers, trained networks; hours, into 
 
 clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	rm -rf .venv .cache .hypothesis .ruff_cache dist out
-	find src tests examples benchmarks experiments docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks common experiments docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed beside torch, not isolated: constraints do not reach an isolated build.
 $(STAMP): pyproject.toml constraints.txt

@@ -26,7 +26,7 @@ from rich.progress import track
 
 import convspectra as cs
 from benchmarks.layers import resnet50
-from benchmarks.measure import machine, peak_bytes, timed
+from common.measure import machine, peak_bytes, timed
 from convspectra.auditing._layer_audit import TOLERANCE, AuditOptions, audit_layer
 from convspectra.figures import write_texts
 from convspectra.models._named_operators import NamedOperator

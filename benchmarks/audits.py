@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.measure import call, machine, timed
 from benchmarks.pretrained import PRETRAINED
+from common.measure import call, machine, timed
 from convspectra.auditing import _table as audit_table
 from convspectra.auditing import network_facts, table_row
 from convspectra.auditing._audit import audit_operators

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 import convspectra as cs
-from benchmarks.measure import machine, peak_bytes, timed
 from benchmarks.ours import certified
 from benchmarks.peers import circular
 from benchmarks.pretrained import PRETRAINED
+from common.measure import machine, peak_bytes, timed
 from convspectra.cli._printing import input_shape
 from convspectra.models._named_operators import NamedOperator
 from convspectra.models.files import load_operators

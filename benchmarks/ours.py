@@ -17,8 +17,8 @@ import torch
 
 import convspectra as cs
 from benchmarks.layers import find, random_layer, resnet50
-from benchmarks.measure import timed
 from benchmarks.peers import lanczos_float32
+from common.measure import timed
 
 RESNET_COLUMNS = (
     "layer", "rows", "columns", "which", "value", "lower", "upper", "residual", "converged",

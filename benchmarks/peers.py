@@ -20,7 +20,7 @@ from torch import Tensor
 
 import convspectra as cs
 from benchmarks.layers import find
-from benchmarks.measure import timed
+from common.measure import timed
 
 DENSE_BYTES = 2**30
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from benchmarks import layers, report
 from benchmarks.layers import Layer, border_order
-from benchmarks.measure import call, machine
 from benchmarks.peers import PEERS, PEERS_OF_TEN
 from benchmarks.report import OURS, Row
+from common.measure import call, machine
 
 PATIENCE = 20
 

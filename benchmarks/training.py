@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 import convspectra as cs
-from benchmarks.measure import machine, timed
 from benchmarks.resnet18 import is_three_by_three, resnet18
+from common import peers
+from common.images import load
+from common.measure import machine, timed
+from common.networks import as_applied
 from convspectra.models._layers import find_layers
 from convspectra.training import _followed_values as reference
-from experiments.stable_gradients import peers
-from experiments.stable_gradients.data import load
-from experiments.stable_gradients.networks import as_applied
 
 SIZE = 32
 RATE = 0.01

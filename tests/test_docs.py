@@ -36,7 +36,7 @@ MOST_LINES_OF_README = 100
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[\w, ]+) -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S
 )
-FOLDERS = "src|tests|docs|examples|benchmarks|experiments"
+FOLDERS = "src|tests|docs|examples|benchmarks|common|experiments"
 FILE = re.compile(rf"`((?:[\w.]+/)*\w+\.(?:py|toml|txt)|(?:{FOLDERS})/[\w./]+)`")
 BRITISH = re.compile(
     r"\b\w*(?:al|ar|tor|im|metr)is(?:e[ds]?|ing|ation)\b|\b\w*(?:colour|avour|eighbour|aviour|centre)\w*",

@@ -62,3 +62,19 @@ def test_what_a_door_offers_exists() -> None:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ]
         assert offered == [] or set(offered[0]) == imported, path
+
+
+def test_benchmarks_and_experiments_do_not_know_each_other() -> None:
+    """What both need lies in ``common``, which knows neither."""
+    unknown = {
+        "benchmarks": {"experiments"},
+        "experiments": {"benchmarks"},
+        "common": {"benchmarks", "experiments"},
+    }
+    for folder, others in unknown.items():
+        files = sorted((PACKAGE.parents[1] / folder).rglob("*.py"))
+        assert files
+        for path in files:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    assert (node.module or "").split(".")[0] not in others, path

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import convspectra as cs
-from benchmarks.measure import machine, timed
+from common.measure import machine, timed
 from convspectra.figures import save_figure, write_texts
 from experiments.sold_as_orthogonal import table
 from experiments.sold_as_orthogonal.layers import (

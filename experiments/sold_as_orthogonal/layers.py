@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import convspectra as cs
-from experiments.stable_gradients.peers import delta_orthogonal_
+from common.peers import delta_orthogonal_
 
 POWER_ITERATIONS = 500
 """Forward passes in training mode for `spectral_norm`, each with one power iteration."""

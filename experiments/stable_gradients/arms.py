@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from experiments.stable_gradients import peers
+from common import peers
 
 PeerPenalty = Callable[[nn.Conv2d, torch.Generator], Tensor]
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.measure import machine
+from common import images as data
+from common.measure import machine
+from common.networks import ACTIVATIONS
 from convspectra.auditing._workers import end_with_parent
 from convspectra.paper.images import ImageSet
-from experiments.stable_gradients import data, table
+from experiments.stable_gradients import table
 from experiments.stable_gradients.arms import arms_for
-from experiments.stable_gradients.networks import ACTIVATIONS
 from experiments.stable_gradients.training import Record, Run, Settings, train
 
 OUT = Path("docs/experiments/stable_gradients")

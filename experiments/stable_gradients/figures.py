@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
+from common.networks import NETWORKS
 from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from experiments.stable_gradients import table
 from experiments.stable_gradients.arms import ARMS
 from experiments.stable_gradients.command import FULL, OUT
-from experiments.stable_gradients.networks import NETWORKS
 from experiments.stable_gradients.page import (
     NOT_RUN,
     Group,

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import convspectra as cs
+from common import peers
+from common.networks import as_applied, build, convolutions
 from convspectra.models._layers import find_layers
 from convspectra.paper.images import ImageSet
 from convspectra.paper.threads import one_thread
-from experiments.stable_gradients import peers
 from experiments.stable_gradients.arms import ARMS, GAINS, PRECONDITION, Arm
-from experiments.stable_gradients.networks import as_applied, build, convolutions
 
 FINISHED, DIVERGED, STOPPED = "finished", "diverged", "stopped"
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import convspectra as cs
-from benchmarks import layers, measure, peers, report, spectra, truth
+from benchmarks import layers, peers, report, spectra, truth
 from benchmarks.random_layers import random_layer
+from common import measure
 from convspectra.testing import naive_dense
 
 

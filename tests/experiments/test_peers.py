@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from common import peers
 from convspectra.testing import naive_dense
-from experiments.stable_gradients import peers
 
 
 def weight(*shape: int) -> torch.Tensor:

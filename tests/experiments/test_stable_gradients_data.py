@@ -11,7 +11,7 @@ import torch
 from helpers.idx_files import write_random_set
 from PIL import Image
 
-from experiments.stable_gradients import data
+from common import images as data
 
 RNG = np.random.default_rng(0)
 

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import convspectra as cs
+from common import peers
+from common.networks import as_applied, build, convolutions
 from convspectra.models import find_layers
 from convspectra.paper.images import ImageSet
 from convspectra.testing import naive_dense
-from experiments.stable_gradients import peers, training
+from experiments.stable_gradients import training
 from experiments.stable_gradients.arms import ARMS, BATCH_NORMALIZATION, PLAIN, Arm, arms_for
-from experiments.stable_gradients.networks import as_applied, build, convolutions
 from experiments.stable_gradients.training import Record, Run, Settings, gradient_norms, train
 
 SMALL = Settings(

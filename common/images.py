@@ -1,4 +1,4 @@
-"""Images for the experiment: Fashion-MNIST, CIFAR-10, or any folder of images a class.
+"""Images for benchmarks and experiments: Fashion-MNIST, CIFAR-10, or any folder of images a class.
 
 All are averaged to at most 16 x 16 pixels: a run takes seconds, and a network is as deep as before.
 """

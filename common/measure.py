@@ -1,6 +1,6 @@
 """Run a function in a fresh interpreter with a time limit, and measure the memory it took.
 
-``python -m benchmarks.measure module:function '{"argument": 1}' threads`` is what the child runs;
+``python -m common.measure module:function '{"argument": 1}' threads`` is what the child runs;
 its last line is the function's answer (a dict) as JSON, with ``peak_bytes`` added.
 """
 

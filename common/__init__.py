@@ -1,0 +1,1 @@
+"""What benchmarks and experiments share: measuring, peers in training, images and networks."""
