@@ -76,7 +76,7 @@ class Cascade(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """What each head says, before any softmax."""
+        """The answer of each head, before any softmax."""
         for name in self.trunk:
             x = self.get_submodule(name)(x)
         return [self.get_submodule(name)(x) for name in self.heads]

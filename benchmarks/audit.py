@@ -1,4 +1,4 @@
-"""What an audit costs over the spectra engine, for the 53 convolutions of a ResNet-50 at 224x224.
+"""The cost of an audit over the spectra engine, for the 53 convolutions of a ResNet-50 at 224x224.
 
 ``python -m benchmarks.audit`` takes each layer with random weights and a random batch normalization
 after it. It computes both ends of the spectrum by `svds`, of the layer and of the layer with the
@@ -38,7 +38,7 @@ STARTS = 5
 
 
 def both_ends(op: cs.ConvOperator) -> None:
-    """What the engine does for an audit, alone."""
+    """The engine's share of an audit, alone."""
     for which in ("LM", "SM"):
         cs.svds(op, 1, which, return_singular_vectors=False, tol=TOLERANCE)
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.spectra` measures of convspectra itself, each made to run in its own process.
+"""Measurements of convspectra itself for `benchmarks.spectra`, each to run in its own process.
 
 Functions take and return what JSON can carry. Times of one function are comparable with each
 other: what is compared runs alternately in one process, the best of `repeats` of each.

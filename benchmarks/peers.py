@@ -1,4 +1,4 @@
-"""What one would use today for the singular values of a convolution, one function each.
+"""The ways to the singular values of a convolution that one would take today, one function each.
 
 Each takes a `ConvOperator` and returns an `Answer`. To run one in this process:
 ``python -m benchmarks.peers "64->64 3x3 at 32x32" "scipy svds LM"``.
@@ -30,7 +30,7 @@ SEVERAL = {"LM": "largest", "SM": "smallest"}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a peer says of each quantity ("sigma_max", "10 smallest", ...), and what it took."""
+    """A peer's answer for each quantity ("sigma_max", "10 smallest", ...), and what it took."""
 
     values: dict[str, list[float]]
     applications: int = 0

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 import convspectra as cs
 
 CONV = (F.conv1d, F.conv2d, F.conv3d)
+"""PyTorch's convolutions by dimensions."""
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+"""PyTorch's transposed convolutions by dimensions."""
 KERNELS = {
     "gaussian": 0.5,
     "identity": 0.08,
@@ -32,12 +34,14 @@ KERNELS = {
 DTYPES = (torch.float64, torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LARGEST_SCALE = {torch.float64: 150, torch.float32: 30, torch.float16: 2, torch.bfloat16: 30}
 MOST_SINGULAR_VALUES = 300
+"""Size of the largest dense SVD: a choice, twice of it takes eight times as long."""
 MOST_ENTRIES = 200_000
+"""Entries of the largest dense matrix. A choice: it bounds the time of the dense SVD."""
 
 
 @dataclass(frozen=True)
 class RandomLayer:
-    """What ConvOperator is given, and its padding in numbers."""
+    """The arguments of ConvOperator, and its padding in numbers."""
 
     weight: Tensor
     input_size: tuple[int, ...]
@@ -141,7 +145,7 @@ class _Draw:
     def padding(
         self, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
     ) -> tuple[Any, tuple[tuple[int, int], ...]]:
-        """As ConvOperator takes it, and as (before, after) per axis."""
+        """The padding as ConvOperator takes it, and as (before, after) per axis."""
         kind = self.one_of(["same", "same", "valid", "number", "pairs", "wide"])
         reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
         same = tuple(((r - 1) // 2, r - 1 - (r - 1) // 2) for r in reach)

@@ -26,11 +26,13 @@ from benchmarks.report import OURS, Row
 from common.measure import call, machine
 
 PATIENCE = 20
+"""Times `--seconds` that a call may take before it is stopped. A choice: less of it leaves slow
+peers without a row."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on which layers."""
+    """The measurements, and the layers that they are made on."""
 
     square: tuple[Layer, ...]
     others: tuple[Layer, ...]
@@ -87,7 +89,7 @@ class Run:
         )
 
     def peer(self, layer: Layer, name: str) -> dict[str, Any]:
-        """What a peer says of a layer, within the time limit."""
+        """The answer of a peer for a layer, within the time limit."""
         return call(
             "benchmarks.peers:run",
             {"layer": layer.name, "peer": name, "seed": self.seed},

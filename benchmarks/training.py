@@ -1,4 +1,4 @@
-"""What a penalty costs in a training step, and what it does: ours, and what people use instead.
+"""The cost of a penalty in a training step, and its effect: ours, and what people use instead.
 
 ``python -m benchmarks.training --data FOLDER`` trains a ResNet-18 on 32 x 32 images, batch 128, all
 its 3 x 3 layers preconditioned first (once, kept in --cache), by every arm from that same start.
@@ -38,18 +38,27 @@ from convspectra.models._layers import find_layers
 from convspectra.training import _followed_values as reference
 
 SIZE = 32
+"""Pixels a side: those of CIFAR."""
 RATE = 0.01
+"""Learning rate of every arm. A choice: the arms are compared with each other only."""
 WEIGHT = 1e-2
+"""Weight of the penalties in the loss. A choice, the same for all of ours."""
 EVERY = 4
 """Steps from one to the next with the penalty, where it comes now and then."""
 PEER_WEIGHT = 1e-2
+"""Weight of the peers' penalties. A choice, as that of ours."""
 PROJECTION_INTERVAL = 100
+"""Steps between projections of the circular layer, which cost an SVD a pixel. A choice, told on
+the page."""
 GROUPS = ("conditioning", "frobenius", "peers")
+"""Arms that take turns with each other."""
 ERRORS = ("sigma_max", "sigma_min", "sigma_max read", "sigma_min read")
+"""Columns of what the followed values are off by."""
 MOST_ROWS = 40
 """Checks that the page shows, evenly over the run; all of them are in the JSON file."""
 
 Penalty = Callable[[], Tensor]
+"""A function without arguments that gives the penalty."""
 
 
 @dataclass

@@ -36,15 +36,21 @@ from convspectra.spectra import _auto as auto
 from convspectra.testing import naive_dense
 
 EPS = float(np.finfo(float).eps)
+"""The relative spacing of doubles."""
 WORST_ERROR = 1e-8
+"""Relative error of a value above which a way has failed. A choice."""
 SMALLEST_COMPARED = 1e-7
+"""Parts of sigma_max: below, a dense SVD itself is not sure of the digits that are compared."""
 DOUBTFUL_ERROR = 1e-9
+"""Relative error above which the dense SVD is done again with more digits before anybody is
+blamed. A choice."""
 WORST_VECTORS = 1e-10
+"""Residual of vectors, in parts of sigma_max, above which a way has failed. A choice."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way gave for one layer; `error` is the worst relative error of its values."""
+    """The answer of one way for one layer; `error` is the worst relative error of its values."""
 
     index: int
     way: str

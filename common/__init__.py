@@ -1,1 +1,1 @@
-"""What benchmarks and experiments share: measuring, peers in training, images and networks."""
+"""Shared by benchmarks and experiments: measuring, peers in training, images and networks."""

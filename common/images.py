@@ -15,16 +15,22 @@ from torch.nn.functional import avg_pool2d
 from convspectra.paper.images import ImageSet, load_mnist_format
 
 LARGEST_SIDE = 16
+"""Pixels a side after pooling. A choice: twice as many are four times the work of a step."""
 SUFFIXES = (".jpg", ".jpeg", ".png")
+"""Endings of the image files that are read."""
 WHAT_TO_GIVE = (
     "--data takes Fashion-MNIST in IDX files (Debian: apt install dataset-fashion-mnist, then "
     "--data /usr/share/datasets/fashion-mnist), CIFAR-10's binary version (data_batch_1.bin, ..., "
     "test_batch.bin), or a folder of images a class (train/airplane/0001.jpg, test/...)"
 )
+"""The advice of every error about a folder."""
 
 _CIFAR_SIDE = 32
+"""Pixels a side of CIFAR-10."""
 _CIFAR_RECORD = 1 + 3 * _CIFAR_SIDE**2
+"""Bytes of an image with its label in CIFAR-10's binary version."""
 _CIFAR_CLASSES = 10
+"""Classes of CIFAR-10: a larger label is another file's."""
 
 
 def load(folder: Path, train_images: int | None = None, test_images: int | None = None) -> ImageSet:

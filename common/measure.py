@@ -22,7 +22,9 @@ import torch
 from convspectra.auditing._environment import processor, versions
 
 T = TypeVar("T")
+"""The result of a timed function."""
 ROOT = Path(__file__).resolve().parents[1]
+"""The folder that a fresh interpreter starts in."""
 
 
 def call(

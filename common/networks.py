@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+"""Activations by name."""
 HEADS = ("flatten", "pool")
+"""What the linear layer may see."""
 NETWORKS = ("plain", "residual")
+"""The two kinds of networks."""
 
 
 class Residual(nn.Module):

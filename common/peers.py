@@ -1,4 +1,4 @@
-"""What people use instead of penalties on the layer's own matrix, one small function each.
+"""Stand-ins that people use for penalties on the layer's own matrix, one small function each.
 
 All are written from their papers. A weight has PyTorch's shape (h, g, *taps); W is that weight
 reshaped to (h, g * taps). W is not the matrix of the layer: that of a convolution has one copy of

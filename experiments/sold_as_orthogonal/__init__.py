@@ -1,1 +1,1 @@
-"""What is sold as orthogonal or spectrally normalized, audited as zero-padded layers."""
+"""Layers that are sold as orthogonal or spectrally normalized, audited as zero-padded layers."""

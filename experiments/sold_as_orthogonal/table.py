@@ -16,7 +16,7 @@ SMALLEST = 1e-18
 
 @dataclass(frozen=True)
 class Row:
-    """What was found; all numbers are NaN where the layer could not be made.
+    """The findings about one layer; all numbers are NaN where the layer could not be made.
 
     Attributes
     ----------

@@ -34,7 +34,7 @@ class Group:
 
     @property
     def depths(self) -> list[int]:
-        """Those of the full table, and any others there are."""
+        """The depths of the full table, and any others there are."""
         return sorted({*FULL.depths, *(row.run.depth for row in self.rows)})
 
     def records(self, arm: str, depth: int, activation: str) -> list[Record]:
@@ -135,7 +135,7 @@ QUANTITIES: dict[str, Callable[[Sequence[Record]], str]] = {
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of values that are not negative; 0 if one of them is."""
+    """The geometric mean of values that are not negative; 0 if one of them is."""
     if min(values) == 0:
         return 0.0
     return math.exp(statistics.mean(math.log(value) for value in values))
@@ -154,7 +154,7 @@ def _range(values: Sequence[float], style: str) -> str:
 
 
 def _known(values: Sequence[float]) -> list[float]:
-    """Those that converged; nan alone if none did."""
+    """The values of runs that converged; nan alone if none did."""
     return [value for value in values if not math.isnan(value)] or [math.nan]
 
 

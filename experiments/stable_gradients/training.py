@@ -38,7 +38,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share.
+    """The settings that all runs share.
 
     Attributes
     ----------
@@ -108,7 +108,7 @@ class Run:
 
 @dataclass
 class Record:
-    """What a run gave.
+    """The outcome of a run.
 
     Attributes
     ----------

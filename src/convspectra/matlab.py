@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 __all__ = ["rand"]
 
 _BITS = 53  # binary digits of a double; every state value is a multiple of 2**-53
+"""Binary digits of a double; every state value is a multiple of 2**-53."""
 _LAG_LONG, _LAG_SHORT, _LENGTH = 20, 5, 32
+"""Lags and length of the subtract-with-borrow generator, as in MATLAB."""
 _WORD = 0xFFFF_FFFF
+"""A 32-bit word with all bits set: the register's size."""
 
 
 def rand(

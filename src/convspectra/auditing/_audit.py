@@ -231,7 +231,7 @@ def _named(layer: LayerAudit, named: NamedOperator) -> LayerAudit:
 
 
 def _key(named: NamedOperator, options: AuditOptions) -> str:
-    """What decides the numbers of a layer, hashed."""
+    """The hash of all that decides the numbers of a layer."""
     digest = hashlib.sha256(repr(options).encode())
     op = named.operator
     if op is None:

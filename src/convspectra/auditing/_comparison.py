@@ -11,12 +11,18 @@ from convspectra.auditing._record import Certified, Conditioning, LayerAudit
 from convspectra.text import sizes
 
 Key: TypeAlias = tuple[str, tuple[int, ...], int]
+"""Name, input size, and how many layers before it share both."""
 
 EXTREMES = ("sigma_min", "sigma_max")
+"""The numbers of each side that have an enclosure, and so a verdict."""
 SAME = "none"
+"""Verdict on two numbers that agree in value and interval."""
 BEYOND = "beyond the enclosures"
+"""Verdict on two intervals without a common number: a change for certain."""
 WITHIN = "within the enclosures"
+"""Verdict on two intervals that share numbers: perhaps no change at all."""
 UNKNOWN = "not known: no enclosure"
+"""Verdict where one side has no interval that says anything."""
 CHANGE_TEXTS = (*(f"{fold}{name} change" for fold in ("", "folded ") for name in EXTREMES), "note")
 """The columns of words, which may be wrapped."""
 CHANGE_IMPORTANCE = (

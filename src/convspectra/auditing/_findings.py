@@ -1,4 +1,4 @@
-"""What an audit's numbers say in words, and what they give together."""
+"""The numbers of an audit in sentences, and what they give together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from convspectra.auditing._shape_rank import rank_by_shape
 PURPOSES = ("training", "lipschitz", "invertible")
 """What a network is judged for."""
 LARGEST_NORM = 10.0
-"""A layer whose sigma_max is above is said to explode in training. A choice: normalized networks
-that train well have layers of norm 2 to 8, and twice or half of it only moves what is listed."""
+"""A layer whose sigma_max is above is said to explode in training. A choice: half or double of it
+only moves what is listed."""
 GAINS = (0.5, 2.0)
 """Typical gains that a layer may have in training. A choice: at 0.5 or 2 a gradient changes by
 three orders of magnitude over ten plain layers."""
@@ -25,12 +25,14 @@ leaves about three digits."""
 BAND = (0.1, 10.0)
 """What the gain along the layers is meant to stay between. A choice, `band` replaces it."""
 NOTHING = "not known: nothing was audited"
+"""The text of every fact about a network without any audited layer."""
 REGULARIZE = 'cs.SpectralRegularizer(model, example_input, penalty="conditioning")'
+"""The call that several findings advise."""
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is said of all layers with one trait.
+    """The line about all layers with one trait.
 
     Attributes
     ----------
@@ -56,6 +58,7 @@ _LOST_IN_TRAINING = (
     "matters in invertible and in plain deep networks: there cs.precondition(model, example_input) "
     "before training; with skips or normalization nothing needs to be done"
 )
+"""The advice about small values where training is the purpose."""
 KINDS = (
     _Kind(
         "exploding",

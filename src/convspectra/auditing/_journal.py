@@ -11,10 +11,12 @@ from pathlib import Path
 from convspectra.auditing._record import LayerAudit, decode, encode
 
 _FIELDS = {"key", "layer", "checksum"}
+"""The fields of a line."""
 _START = b'{"key": "'
+"""How the first line begins, so that one that was cut short is known."""
 _LONGEST_LINE = 2**26
-"""Bytes of the first line that are read to tell a journal from another file: a choice, about a
-thousand times the longest line that an audit writes."""
+"""Bytes of the first line that are read to tell a journal from another file. A choice, far above
+any line that an audit writes."""
 
 
 def journal_files(journal: Path) -> list[Path]:

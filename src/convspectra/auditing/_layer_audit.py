@@ -32,11 +32,13 @@ TOLERANCE = 1e-6
 then is told from it no better. The enclosures hold in any case.
 """
 _FAILURES = (ValueError, ArithmeticError, RuntimeError)
+"""Errors of one layer that become its reason for being skipped; others are faults of the
+program."""
 
 
 @dataclass(frozen=True)
 class AuditOptions:
-    """What is computed of each layer.
+    """The choice of numbers that are computed of each layer.
 
     Attributes
     ----------
@@ -74,7 +76,7 @@ def audit_layer(
 
 
 def described(layer: NamedOperator) -> LayerAudit:
-    """What is known of a layer before anything is computed."""
+    """The facts of a layer that are known before anything is computed."""
     blank = LayerAudit(
         layer.name, layer.type, skipped=layer.skipped, notes=layer.notes, uses=layer.uses
     )

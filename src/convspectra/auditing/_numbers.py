@@ -10,11 +10,18 @@ from convspectra.auditing._record import Certified, Conditioning, LayerAudit
 from convspectra.text import sizes
 
 DIGITS = 4
+"""Significant digits of a number. A choice: with fewer, near layers look alike; with more, tables
+grow."""
 MOST_DIGITS = 17
+"""Digits that tell any two doubles apart: more of them would say nothing."""
 ABSENT = "-"
+"""The text of a number that a layer cannot have."""
 NOT_COMPUTED = "not computed"
+"""The text of a number that was left out."""
 NOT_KNOWN = "not known"
+"""The text of a number that was tried in vain."""
 SINGULAR = " (singular)"
+"""The remark on a matrix whose sigma_min is 0 to working precision."""
 
 
 def number(value: float | None, digits: int = DIGITS) -> str:
@@ -71,14 +78,14 @@ def _telling_digits(lower: float, upper: float) -> int:
 
 
 def flag(certified: Certified) -> str:
-    """What is wrong with a number: "not converged", "no enclosure", or ""."""
+    """The flaw of a number: "not converged", "no enclosure", or ""."""
     if certified.enclosed:
         return ""
     return "no enclosure" if certified.converged else "not converged"
 
 
 def smallest_flag(numbers: Conditioning) -> str:
-    """What is wrong with sigma_min; nothing where it is known to be 0 to working precision."""
+    """The flaw of sigma_min; nothing where it is known to be 0 to working precision."""
     return "" if numbers.sigma_min.converged and numbers.singular else flag(numbers.sigma_min)
 
 
@@ -107,7 +114,7 @@ def condition_within(numbers: Conditioning) -> str:
 
 
 def condition_flag(numbers: Conditioning) -> str:
-    """What is wrong with a condition number: that of its two parts, or ""."""
+    """The flaw of a condition number: that of its two parts, or ""."""
     return smallest_flag(numbers) or flag(numbers.sigma_max)
 
 

@@ -1,4 +1,4 @@
-"""What an audit found, as plain values with a JSON form: no torch, no drawing."""
+"""The numbers of an audit as plain values with a JSON form: no torch, no drawing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+"""The record that is read."""
 
 NAMES_SHOWN = 5
 """Layers that the line of a finding names. A choice: more of them fill a terminal's line."""
@@ -95,7 +96,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Circular:
-    """What the same weight gives with circular padding, as most tools compute it.
+    """The numbers of the same weight with circular padding, as most tools compute it.
 
     Attributes
     ----------
@@ -274,7 +275,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Network:
-    """What the layers give together, as if in series and without what stands between them.
+    """The layers together, as if in series and without what stands between them.
 
     A layer that is called several times counts as often, all at the place of its first call.
 
@@ -313,7 +314,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Of which model, when, where and how.
+    """The model, the time, the machine and the command of an audit.
 
     Attributes
     ----------

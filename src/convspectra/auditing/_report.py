@@ -16,14 +16,16 @@ from convspectra.auditing._rules import Violation, parse_rule, violations
 from convspectra.text import comma_separated, plain, text_table, write_whole
 
 SCHEMA = "convspectra.audit"
+"""The name by which a file is known to be an audit."""
 SCHEMA_VERSION, SCHEMA_MINOR = 1, 2
 """Another version cannot be read; a minor one has more fields than those before it."""
 INCOMPLETE = "incomplete: the audit was interrupted, and layers are missing"
+"""The remark on an audit that was cut short."""
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What `audit` found.
+    """The answer of `audit`.
 
     Attributes
     ----------

@@ -16,6 +16,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
 }
+"""The comparisons that a rule may make."""
 QUANTITIES: dict[str, Callable[[Conditioning, int], Certified | float | None]] = {
     "sigma_max": lambda c, rows: c.sigma_max,
     "sigma_min": lambda c, rows: c.sigma_min,
@@ -27,7 +28,9 @@ QUANTITIES: dict[str, Callable[[Conditioning, int], Certified | float | None]] =
     "log_growth": lambda c, rows: c.log_growth,
     "gain": lambda c, rows: c.frobenius_norm / math.sqrt(rows),
 }
+"""What a rule may ask: from the numbers of a matrix and its rows to a value, None if not known."""
 _RULE = re.compile(r"\s*(folded\.)?([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*")
+"""The form of a rule: NAME COMPARISON NUMBER."""
 
 
 @dataclass(frozen=True)

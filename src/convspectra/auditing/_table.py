@@ -170,6 +170,7 @@ def _note(layer: LayerAudit) -> str:
 
 
 EXTREMES = (*_extremes("applied"), *_extremes("folded"))
+"""The columns whose numbers may lack an enclosure."""
 COLUMNS = (
     Column("name", lambda layer: layer.label),
     Column("type", lambda layer: layer.type),
@@ -202,6 +203,7 @@ COLUMNS = (
     ),
     Column("note", _note),
 )
+"""All columns, in the order in which they stand."""
 COLUMN_IMPORTANCE = (
     "name",
     "sigma_max",

@@ -14,8 +14,11 @@ from typing import TypeAlias, TypeVar
 import torch
 
 Argument = TypeVar("Argument")
+"""One call's argument."""
 Answer = TypeVar("Answer")
+"""One call's answer."""
 Device: TypeAlias = str | torch.device | None
+"""Where a call computes; None leaves the choice to the function."""
 
 
 def answers(

@@ -36,9 +36,13 @@ Exact singular values of every convolution and linear layer as it is applied, pa
 the interval that holds each. FILE is an ONNX model, a TorchScript or torch.export archive, or, with
 --factory, a safetensors or weights-only checkpoint. A TorchScript archive runs its own code when it
 is loaded, and so does the factory: audit only those that you trust."""
+"""The help's first lines."""
 RULE_VIOLATED = 1
+"""Exit status if a rule fails, and for nothing else."""
 INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
 OUTPUTS = {"json": "the report", "csv": "one line a layer", "html": "a page"}
+"""The files that can be written, with what the help says of each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

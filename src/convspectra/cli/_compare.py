@@ -14,6 +14,7 @@ from convspectra.text import comma_separated, write_whole
 DESCRIPTION = """Two audits that were written as JSON, layer by layer.
 
 A difference is said to be beyond the enclosures where the two intervals do not meet."""
+"""The help's first lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from convspectra.paper import images, stable_gradients
 from convspectra.paper import stable_gradients_figure as report
 
 DESCRIPTION = stable_gradients.__doc__ or ""
+"""The help's first lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,9 @@ COMMANDS = {
 }
 """Each is a module of this package, imported when it is called: see Note [Lazy names]."""
 FAILED = 2
+"""Exit status for what went wrong, with one line that says what."""
 INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

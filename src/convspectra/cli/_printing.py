@@ -1,4 +1,4 @@
-"""What several commands print with and take as arguments."""
+"""Tables, bars and sentences that several commands print, and arguments that they share."""
 
 from __future__ import annotations
 
@@ -34,11 +34,15 @@ from convspectra.auditing import (
 from convspectra.text import plain
 
 BARS_KEPT = 8
+"""Progress bars on the screen. A choice: more push the latest ones off a small terminal."""
 FINDINGS_SHOWN = 12
+"""Lines of findings. A choice: each stands for a kind, and more than ten kinds are rare."""
 SEPARATION = 3
+"""Cells between two columns, as rich draws them; another number cuts the last column off."""
 LEAST_NAME, LEAST_TEXT = 24, 14
 """Widths down to which a name is shortened and a text wrapped."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+"""The mark of what was left out."""
 
 
 class PipedConsole(Console):

@@ -11,6 +11,7 @@ from convspectra.paper import reproduction
 from convspectra.paper import reproduction_figures as report
 
 DESCRIPTION = reproduction.__doc__ or ""
+"""The help's first lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from convspectra.cli._audit import write
 from convspectra.cli._printing import print_report
 
 DESCRIPTION = "An audit that was written as JSON, as a table, a page or a line a layer."
+"""The help's first lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def missing(package: str, extra: str) -> ImportError:
-    """What to raise where an optional package is missing."""
+    """The error to raise where an optional package is missing."""
     return ImportError(
         f"expected the package {package!r}, which is not installed: "
         f"pip install 'convspectra[{extra}]'",

@@ -18,6 +18,7 @@ except ModuleNotFoundError:
         raise shared.missing("lightning", "lightning") from error
 
 SHARDING = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+"""Strategies that leave no process a whole weight: a layer's matrix needs it."""
 
 
 class SpectralCallback(Callback):

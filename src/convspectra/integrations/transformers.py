@@ -20,6 +20,7 @@ for _package in ("transformers", "accelerate"):  # Trainer itself asks for the s
 from transformers import Trainer  # noqa: E402
 
 STATE_NAME = "spectral_regularizer.pt"
+"""The file in a checkpoint that holds the regularizer's state."""
 
 
 class SpectralTrainerMixin:

@@ -21,14 +21,18 @@ Progress = Callable[[str, int, int], None]
 """Called with (kernel, steps done, steps in all) as the six runs on a kernel go on."""
 
 PAPER_CHANNELS = ((3, 1), (1, 3))
+"""Input and output channels of the paper's Figures 4.1 to 4.3."""
 TAPS = (3, 3)
+"""Size of the paper's kernels."""
 STATE = 1
+"""State of MATLAB's generator in the paper."""
 STEP_RULES = ("paper", "auto")
+"""The fixed step of the paper, and one that is tuned."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; the defaults are those of ``convspectra reproduce``.
+    """The choice of runs; the defaults are those of ``convspectra reproduce``.
 
     Attributes
     ----------
@@ -123,5 +127,5 @@ def _on_kernel(
 
 
 def _floor(algorithm: str, smaller_side: int) -> float | None:
-    """What the objective cannot go below; None for the one that has no such bound."""
+    """A bound that the objective cannot go below; None for the one that has no such bound."""
     return {"3.1": 0.0, "3.2": None, "3.3": -0.5 * smaller_side}[algorithm]

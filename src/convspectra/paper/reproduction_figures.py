@@ -11,24 +11,34 @@ from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from convspectra.text import comma_separated, markdown_table
 
 Results: TypeAlias = dict[str, Any]
+"""What `reproduction.run` gives."""
 Run: TypeAlias = dict[str, Any]
+"""One descent in it."""
 
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#444444"
+"""Colors that the color-blind tell apart."""
 SIZE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+"""Colors of the further sizes, told apart by the color-blind."""
 SIGMA_MAX, SIGMA_MIN = r"$\sigma_{\max}(M)$", r"$\sigma_{\min}(M)$"
+"""Labels of the axes."""
 STYLES: dict[str, Any] = {"paper": "-", "auto": "--"}
+"""Lines of the step rules."""
 LABELS = {"paper": "the paper's step", "auto": "tuned step"}
+"""Names of the step rules in legends."""
 
 HISTORY_COLUMNS = (
     "algorithm", "kernel", "step_rule", "iteration", "sigma_max", "sigma_min", "objective", "gap",
     "step",
 )  # fmt: skip
+"""Columns of the file with every iteration."""
 SUMMARY_COLUMNS = (
     "algorithm", "kernel", "floor", "paper_step", "paper_status", "paper_iterations", "paper_best",
     "tuned_status", "tuned_iterations", "tuned_best", "tuned_iterations_to_paper_best",
     "iterations_saved",
 )  # fmt: skip
+"""Columns of the file with one line a run."""
 TABLE_COLUMNS = ("alg.", "kernel", "steps", "paper's best", "tuned best", "reached at", "saved")
+"""Columns of the table in the terminal."""
 
 
 def write(results: Results, folder: Path) -> list[Path]:

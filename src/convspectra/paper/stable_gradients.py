@@ -36,12 +36,14 @@ ARMS: dict[str, str | None] = {
     "stein": "stein",
     "batch normalization": None,
 }
+"""The runs of the demo by name: the penalty of each."""
 FULL_SPECTRUM = "stein"
+"""The penalty that is about all singular values, and needs them all for its figure."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share; the defaults are those of ``convspectra demo``."""
+    """The settings that all runs share; the defaults are those of ``convspectra demo``."""
 
     depth: int = 20
     channels: int = 16
@@ -190,7 +192,7 @@ def _observe(run: Run, network: nn.Sequential, images: ImageSet) -> None:
 
 
 def _gradient_norms(network: nn.Sequential, images: ImageSet) -> list[float]:
-    """Of each kernel, for the loss on the first 256 training images."""
+    """The gradient's norm of each kernel, for the loss on the first 256 training images."""
     network.eval()
     kernels = [module.weight for module in network if isinstance(module, nn.Conv2d)]
     loss = cross_entropy(network(images.train_images[:256]), images.train_labels[:256])

@@ -10,6 +10,7 @@ from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from convspectra.text import comma_separated, markdown_table
 
 Results: TypeAlias = dict[str, Any]
+"""What `stable_gradients.compare` gives."""
 
 COLORS = {
     "plain": "#444444",
@@ -19,6 +20,7 @@ COLORS = {
     "stein": "#009E73",
     "batch normalization": "#0072B2",
 }
+"""Colors of the runs, told apart by the color-blind."""
 COLUMNS = (
     "run",
     "gradient, first / last layer, before training",
@@ -27,6 +29,7 @@ COLUMNS = (
     "largest singular value at the end, median over layers",
     "test accuracy",
 )
+"""Columns of the table of runs."""
 
 
 def table(results: Results) -> list[dict[str, str]]:

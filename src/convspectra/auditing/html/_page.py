@@ -20,8 +20,11 @@ from convspectra.auditing._table import Column, columns_for
 from convspectra.auditing.html._plot import histogram, overview
 
 FINDINGS_SHOWN = 12
+"""Findings on the page before the others are folded away. A choice: they fill one screen."""
 FIRST_NUMBER = "sigma_max"
+"""The column from which on a skipped layer has its reason instead of numbers."""
 NOT_ENCLOSED = "no enclosure"
+"""The filter for layers with a number that has no enclosure."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _source(name: str) -> markupsafe.Markup:
 
 
 def _hash(text: str) -> str:
-    """What a content security policy calls an inline text by."""
+    """The hash by which a content security policy names an inline text."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -194,7 +197,7 @@ def _token(kind: str) -> str:
 
 
 def _key(column: Column, layer: LayerAudit) -> str:
-    """What a cell is sorted by, as text; empty for what sorts last."""
+    """The key that a cell is sorted by, as text; empty for what sorts last."""
     if column.key is None:
         return column.text(layer)
     value = column.key(layer)

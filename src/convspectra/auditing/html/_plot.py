@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from convspectra.auditing._record import Certified, LayerAudit, Spectrum
 
 OVERVIEW_SIZE = (1120.0, 330.0)
+"""Width and height of the overview in pixels of its own. A choice: the page scales it."""
 SPECTRUM_SIZE = (720.0, 260.0)
+"""Width and height of a histogram in pixels of its own. A choice: the page scales it."""
 MOST_TICKS = 7
+"""Powers of ten on an axis. A choice: twice as many touch each other at the plot's height."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+"""Digits of an exponent."""
 
 
 @dataclass(frozen=True)

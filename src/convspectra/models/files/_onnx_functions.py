@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from onnx import AttributeProto, ModelProto, NodeProto
 
 MOST_NODES = 200_000
-"""Nodes that the calls of functions may come to. A choice: exported networks have at most some
-10,000, a node takes about a kilobyte, and each function that calls another one twice doubles it."""
+"""Nodes that the calls of functions may come to. A choice, meant to lie above what exporters write:
+each function that calls another one twice doubles the number."""
 
 _Key = tuple[str, str, str]
 
