@@ -30,6 +30,7 @@ PAGES = [
     ROOT / "README.md",
     DOCS / "tutorial.md",
     DOCS / "certainty.md",
+    DOCS / "network.md",
     *sorted((DOCS / "howto").glob("*.md")),
 ]
 MOST_LINES_OF_README = 100

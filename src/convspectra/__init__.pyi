@@ -1,5 +1,6 @@
 from . import matlab, penalties
 from .auditing import AuditReport, audit
+from .network import JacobianOperator
 from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
@@ -43,6 +44,7 @@ __all__ = [
     "CountResult",
     "DescentResult",
     "Explanation",
+    "JacobianOperator",
     "LayerReport",
     "PreconditionedLayer",
     "PreparationReport",

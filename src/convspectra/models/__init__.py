@@ -1,6 +1,6 @@
 """From a module or a file to named operators: one tracer, one reader a file format."""
 
-from convspectra.models._forward_pass import signal_flow
+from convspectra.models._forward_pass import signal_flow, slow_attention
 from convspectra.models._layers import Layer, find_layers, named
 from convspectra.models._named_operators import NamedOperator, named_operators
 from convspectra.models._rank_division import (
@@ -28,5 +28,6 @@ __all__ = [
     "refuse_sharded",
     "selected",
     "signal_flow",
+    "slow_attention",
     "unwrapped",
 ]

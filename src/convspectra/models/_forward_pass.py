@@ -30,7 +30,7 @@ def recorded_pass(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     recorder = Recorder(stored_tensors(model), lazy)
     recorder.depend(inputs)
-    with recorder.hooked(model), torch.no_grad(), _slow_attention(), recorder:
+    with recorder.hooked(model), torch.no_grad(), slow_attention(), recorder:
         output = model(*inputs)
     recorder.returned(output)
     return recorder
@@ -80,7 +80,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _slow_attention() -> Iterator[None]:
+def slow_attention() -> Iterator[None]:
     """Attention by its single operations: the fused ones call no module."""
     fast = torch.backends.mha.get_fastpath_enabled()
     try:

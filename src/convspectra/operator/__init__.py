@@ -23,7 +23,12 @@ from convspectra.operator._convolution import (
     scaled_outputs,
     weight_to_kernel,
 )
-from convspectra.operator._explicit import DEFAULT_MAX_BYTES, FloatArray, check_bytes
+from convspectra.operator._explicit import (
+    DEFAULT_MAX_BYTES,
+    FloatArray,
+    check_bytes,
+    scipy_operator,
+)
 from convspectra.operator._frobenius import (
     frobenius_form,
     squared_frobenius_norm,
@@ -43,6 +48,7 @@ from convspectra.operator._isometric import (
     isometric_target,
     seen_operator,
 )
+from convspectra.operator._linear_operator import LinearOperatorLike
 from convspectra.operator._modules import CONVOLUTION_TYPES, LAYER_TYPES, convolution_options
 from convspectra.operator._polyphase import (
     from_grid,
@@ -78,6 +84,7 @@ __all__ = [
     "ConvOperator",
     "FloatArray",
     "IntArray",
+    "LinearOperatorLike",
     "Place",
     "Product",
     "add_weight_gradient",
@@ -120,6 +127,7 @@ __all__ = [
     "rounding_of",
     "scaled_outputs",
     "scatter",
+    "scipy_operator",
     "seen_operator",
     "split_phases",
     "squared_frobenius_norm",
