@@ -336,3 +336,28 @@ def test_the_result_is_frozen():
     found = cs.spectral_density(OP)
     with pytest.raises(FrozenInstanceError, match="cannot assign to field"):
         found.method = "other"
+
+
+# --- counted at the edges -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2}])
+def test_counts_at_the_edges_are_exact(monkeypatch, options):
+    monkeypatch.setattr(density, "AFFORDABLE_FLOPS", 0.0)  # stands for a layer of hours
+    groups = options.get("groups", 1)
+    layer = Layer(random(12, 6 * 2 // (2 * groups), 3, 3), (18, 21), options)
+    values = dense_values(layer)
+    edges = [0.0, 1.0, 4.0, 9.0, 14.0]
+    found = cs.spectral_density(layer.operator(), edges=edges, method="count")
+    assert found.method == "count"
+    assert set(found.errors) == {0.0}
+    assert found.fractions == pytest.approx(histogram(values, found.edges).tolist(), abs=1e-12)
+    assert abs(found.mean_log - np.log(values).mean()) <= 4 * found.mean_log_error
+
+
+def test_an_edge_at_a_repeated_value_is_said_to_be_open(monkeypatch):
+    monkeypatch.setattr(density, "AFFORDABLE_FLOPS", 0.0)
+    op = ConvOperator(torch.eye(3, dtype=torch.float64)[:, :, None], 40)
+    found = cs.spectral_density(op, edges=[0.0, 1.0, 2.0], method="count")
+    assert found.fractions == (0.5, 0.5)
+    assert found.errors == (0.5, 0.5)

@@ -173,10 +173,7 @@ class Counter:
     def __init__(self, op: ConvOperator, max_bytes: int) -> None:
         found, zeros = parts(op)
         self._total = min(op.shape)
-        self._counters = [
-            (ByInertia(part, max_bytes) if _is_counted(part) else ByValues(part, max_bytes))
-            for part in found
-        ]
+        self._counters = [counter_of(part, max_bytes) for part in found]
         self._zeros = zeros
 
     @property
@@ -255,6 +252,11 @@ def proven_by_counts(
         ),
         residuals=None if triplets.residuals is None else triplets.residuals[:k],
     )
+
+
+def counter_of(part: Part, max_bytes: int) -> ByInertia | ByValues:
+    """Counts of a block in the cheaper way."""
+    return ByInertia(part, max_bytes) if _is_counted(part) else ByValues(part, max_bytes)
 
 
 def _is_counted(part: Part) -> bool:

@@ -34,12 +34,13 @@ from convspectra.solvers import (
     tridiagonals,
 )
 from convspectra.spectra._circular_padding import circular_operator
+from convspectra.spectra._count import ByInertia, ByValues, counter_of
 from convspectra.spectra._parts import Part, parts
 from convspectra.torus import half_frequencies, symbols_at
 
 FloatArray = npt.NDArray[np.float64]
 
-METHODS = ("auto", "exact", "quadrature", "circular")
+METHODS = ("auto", "exact", "count", "quadrature", "circular")
 AFFORDABLE_FLOPS = 2e10
 """About two seconds of one core, for all singular values by dense decompositions."""
 SAMPLE_FLOPS = 1e10
@@ -60,16 +61,17 @@ class SpectralDensity:
     fractions : tuple of float
         Part of the singular values in each bin; they sum to 1.
     errors : tuple of float
-        Standard error of each fraction; 0 where they were counted.
+        Standard error of each fraction; 0 where they were counted, except where a singular value
+        lies within rounding of an edge: half of what that leaves open.
     mean_log : float
         Mean of log s; -inf where one is 0, to working precision.
     mean_log_error : float
         Its standard error; inf where the quadrature cannot tell values from 0.
     method : str
-        "exact", "quadrature" or "sampled" (some frequencies of a circulant), several joined by "+"
-        where blocks of the layer differ; with "circular: " before it for the circular layer.
+        "exact", "count", "quadrature" or "sampled" (some frequencies of a circulant), several
+        joined by "+" where blocks of the layer differ; with "circular: " before it for the circular layer.
     probes : int
-        Random vectors; 0 without quadrature.
+        Random vectors of a quadrature, of which the mean logarithm is with "count"; else 0.
     products : int
         Applications of M and M' taken together.
 
@@ -113,10 +115,12 @@ def spectral_density(
         least 1e-4 of the largest, to the largest.
     edges : sequence of float, optional
         In the place of `bins`: non-negative, ascending.
-    method : {"auto", "exact", "quadrature", "circular"}
+    method : {"auto", "exact", "count", "quadrature", "circular"}
         "exact" computes all singular values of the independent blocks of the layer, or of the
-        symbols of a circulant; "quadrature" runs stochastic Lanczos quadrature on the smaller Gram
-        matrix; "auto" takes the first where it is a matter of two seconds (of a large circulant,
+        symbols of a circulant; "count" does that where it is a matter of two seconds, and else
+        counts the values below each edge as `count` does, exactly: for a few edges of a large
+        layer; "quadrature" runs stochastic Lanczos quadrature on the smaller Gram
+        matrix; "auto" takes "exact" where it is a matter of two seconds (of a large circulant,
         some symbols). "circular" is for another layer: that of the same weight with circular
         padding on the torus of the input.
     probes : int
@@ -146,7 +150,8 @@ def spectral_density(
     The mean log lies between two quadrature rules if no singular value is below 2e-16 of the
     norm. For square layers with zero padding and stride 1 ``logabsdet(op) / op.shape[0]`` is
     exact. Cost: "exact" ``4 m n min(m, n)`` flops a block, 16 for a symbol; "quadrature" 2 probes
-    steps convolutions, and ``8 probes steps min(m, n)`` bytes.
+    steps convolutions, "count" as much, for the mean log, and two factorizations for each edge
+    between two bins; quadrature takes ``8 probes steps min(m, n)`` bytes.
 
     Examples
     --------
@@ -176,7 +181,9 @@ def spectral_density(
         elif method != "quadrature" and affordable:
             spectra.append(_counted(part, max_bytes))
         else:
-            spectra.append(_estimated(part, probes, steps, max_bytes, random))
+            estimate = _estimated(part, probes, steps, max_bytes, random)
+            by_count = method == "count"
+            spectra.append(_ByCounts.of(part, estimate, max_bytes) if by_count else estimate)
     shift = exponent or 0
     points = _default_edges(spectra, bins) if given is None else np.ldexp(given, -shift)
     fractions, variances = np.zeros(len(points) - 1), np.zeros(len(points) - 1)
@@ -197,7 +204,7 @@ def spectral_density(
         mean_log=logs,
         mean_log_error=0.0 if math.isinf(logs) else math.sqrt(log_variance),
         method=("circular: " if method == "circular" else "") + ("+".join(used) or "exact"),
-        probes=probes if "quadrature" in used else 0,
+        probes=probes if {"quadrature", "count"} & set(used) else 0,
         products=sum(spectrum.products for spectrum in spectra),
     )
 
@@ -277,6 +284,39 @@ class _Estimate:
     def mean_log(self) -> tuple[float, float]:
         mean, error = mean_log(self.runs, self.order)
         return 0.5 * mean, 0.5 * error
+
+
+@dataclass(frozen=True)
+class _ByCounts:
+    """Counts at the edges; the ends and the mean logarithm are those of an estimate."""
+
+    counter: ByInertia | ByValues
+    count: int
+    estimate: _Estimate
+    method: str = "count"
+
+    @classmethod
+    def of(cls, part: Part, estimate: _Estimate, max_bytes: int) -> _ByCounts:
+        return cls(counter_of(part, max_bytes), part.count, estimate)
+
+    @property
+    def products(self) -> int:
+        return self.estimate.products
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.estimate.ends
+
+    def bins(self, edges: FloatArray) -> tuple[FloatArray, FloatArray]:
+        inner = [self.counter.at_least(edge) for edge in edges[1:-1].tolist()]
+        least = np.array([self.count, *(bounds.least for bounds in inner), 0.0])
+        most = np.array([self.count, *(bounds.most for bounds in inner), 0.0])
+        fractions = -np.diff((least + most) / 2) / self.count
+        open_ = (most - least) / 2
+        return np.clip(fractions, 0.0, None), (open_[1:] + open_[:-1]) / self.count
+
+    def mean_log(self) -> tuple[float, float]:
+        return self.estimate.mean_log()
 
 
 def _counted(part: Part, max_bytes: int) -> _Values:
