@@ -128,8 +128,10 @@ def test_a_singular_layer_says_so() -> None:
     assert numbers.rank == 50
     assert numbers.condition == math.inf
     assert numbers.log_growth == -math.inf
-    assert report.findings[0].kind == "singular"
-    assert "25 directions lost in each" in report.findings[0].text
+    (found,) = (finding for finding in report.findings if finding.kind == "singular")
+    assert "25 directions lost in each" in found.text
+    assert not found.alarm
+    assert report.judged_for("invertible").findings[0].kind == "singular"
 
 
 def test_the_rank_of_a_large_layer_is_counted_in_its_blocks() -> None:

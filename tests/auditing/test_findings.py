@@ -94,6 +94,14 @@ def test_a_line_a_kind_with_its_layers_the_worst_ones_first() -> None:
     assert found.line == "typical gradients grow 3.00 times, in 2 layers: a, b"
 
 
+def test_the_default_initialization_of_a_deep_plain_network_is_said_to_vanish() -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+    report = cs.audit(nn.Sequential(*convolutions), torch.zeros(1, 8, 6, 6))
+    (alarm,) = (finding for finding in report.findings if finding.alarm)
+    assert (alarm.kind, sorted(alarm.layers)) == ("vanishing", ["0", "1", "2", "3"])
+
+
 def test_circular_padding_is_mentioned_where_it_hides_the_smallest_value() -> None:
     circular = Circular(2.0, 0.5, 0.0, "")
     found = one(layer("ill", conditioning(sigma_min=1e-6), circular=circular))
