@@ -1,12 +1,12 @@
 """Every way to singular values, compared with a dense SVD on random layers of all options.
 
 ``python -m benchmarks.truth --layers 2000 --seed 0 [--workers 2] [--out docs/benchmarks]``;
-``--only I`` reruns one layer and prints every value. The reference is LAPACK's SVD of the layer
-applied to the identity, in float64, scaled by a power of two; where it disagrees with a value by
-more than 1e-9 it is recomputed by one-sided Jacobi rotations in extended precision. Enclosures,
-and the bound on the values not asked for, are allowed the reference's own error,
-max(m, n) eps sigma_max. Values under 1e-7 sigma_max count for the enclosures only. Exit code 1
-for an error over 1e-8, an enclosure missed, vectors that are wrong, or an unexpected exception.
+``--only I`` reruns one layer and prints every value. The last row is that of `count`. The reference
+is LAPACK's SVD of the layer applied to the identity, in float64, scaled by a power of two; where it
+disagrees with a value by more than 1e-9 it is recomputed by one-sided Jacobi rotations in extended
+precision. Enclosures, and the bound on the values not asked for, are allowed the reference's own
+error, max(m, n) eps sigma_max. Values under 1e-7 sigma_max count for the enclosures only. Exit code
+1 for an error over 1e-8, an enclosure missed, vectors that are wrong, or an unexpected exception.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rich.table import Table
 import convspectra as cs
 from benchmarks.random_layers import RandomLayer, random_layer
 from convspectra.spectra import _auto as auto
+from convspectra.spectra import _count as counting
 from convspectra.testing import naive_dense
 
 EPS = float(np.finfo(float).eps)
@@ -153,11 +154,46 @@ def outcomes(index: int, seed: int, small_work: float | None = None) -> list[Out
     layer = random_layer(seed, index)
     op, truth = layer.operator(), Truth(layer)
     k = 1 + index % min(4, min(op.shape))
-    return [
+    by_svds = [
         _outcome(index, op, truth, which, method, k)
         for which in ("LM", "SM")
         for method in auto.METHODS[which]
     ]
+    return [*by_svds, _counts(index, op, truth, small_work is not None)]
+
+
+def _counts(index: int, op: cs.ConvOperator, truth: Truth, by_inertia: bool) -> Outcome:
+    """Counts at the exact middle between neighboring values, and at the values themselves.
+
+    `missed` says how many bounds do not hold; it has converged where all counts at middles are
+    exact. Middles whose neighbors rounding does not tell apart are left out.
+    """
+    if by_inertia:
+        counting.DENSE_WORK = 0.0
+    start = time.perf_counter()
+    values = truth.values
+    places = sorted({0, len(values) // 3, len(values) - 1, index % len(values)})
+    asked = missed = inexact = 0
+    for place in places:
+        below = values[place + 1] if place + 1 < len(values) else 0.0
+        middle, distance = (values[place] + below) / 2, (values[place] - below) / 2
+        for s in (values[place], middle):
+            near = np.abs(values - s) <= 2 * truth.error
+            if s <= 2 * truth.error or (s == middle and distance <= 2 * truth.error):
+                continue
+            result = cs.count(op, math.ldexp(s, truth.exponent))
+            sure = int((values[~near] > s).sum())
+            asked += 1
+            missed += not (result.least <= sure + int(near.sum()) and sure <= result.most)
+            inexact += s == middle and not result.exact
+    return Outcome(
+        index,
+        "count",
+        "not converged" if inexact else "converged",
+        values=asked,
+        missed=missed,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _outcome(

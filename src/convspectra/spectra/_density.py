@@ -69,7 +69,8 @@ class SpectralDensity:
         Its standard error; inf where the quadrature cannot tell values from 0.
     method : str
         "exact", "count", "quadrature" or "sampled" (some frequencies of a circulant), several
-        joined by "+" where blocks of the layer differ; with "circular: " before it for the circular layer.
+        joined by "+" where blocks of the layer differ; with "circular: " before it for the circular
+        layer.
     probes : int
         Random vectors of a quadrature, of which the mean logarithm is with "count"; else 0.
     products : int
