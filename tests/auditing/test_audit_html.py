@@ -305,7 +305,7 @@ def test_the_method_of_a_spectrum_is_told(method, text):
 def test_an_overview_without_zeros_has_no_line_for_them():
     plot = overview([layer("a")])
     assert plot.zero is None
-    assert [tick.label for tick in plot.x_ticks] == ["1"]
+    assert [tick.label for tick in plot.x_ticks] == ["a"]
     assert {"0.1", "1"} <= {tick.label for tick in plot.y_ticks}
 
 
@@ -313,6 +313,15 @@ def test_an_overview_without_zeros_has_no_line_for_them():
 def test_layers_are_numbered_sparsely(count):
     ticks = overview([layer("a")] * count).x_ticks
     assert (count > 0) <= len(ticks) <= 25
+
+
+def test_names_stand_on_the_axis_where_there_is_room():
+    names = [f"backbone.stage{i}.block.conv{i}" for i in range(10)]
+    labels = [tick.label for tick in overview([layer(name) for name in names]).x_ticks]
+    assert all(name.endswith(label[1:]) for name, label in zip(names, labels, strict=True))
+    assert all(label.endswith(f"conv{i}") for i, label in enumerate(labels))
+    many = overview([layer(names[0])] * 25).x_ticks
+    assert [tick.label for tick in many] == [str(i) for i in range(1, 26)]
 
 
 def test_equal_singular_values_can_be_drawn():

@@ -127,7 +127,7 @@ def _environment() -> jinja2.Environment:
         "times": _times,
         "token": _token,
         "key": _key,
-        "sentence": lambda text: text[:1].upper() + text[1:],
+        "sentence": _sentence,
     }
     environment.globals |= {
         "words": words,
@@ -189,6 +189,11 @@ def _anchors(layers: Sequence[LayerAudit]) -> dict[str, int]:
 def _times(text: str) -> str:
     """Sizes with a multiplication sign."""
     return re.sub(r"(?<=\d)x(?=\d)", "\N{MULTIPLICATION SIGN}", text)
+
+
+def _sentence(text: str) -> str:
+    """A text that begins with a capital, or with the name of a quantity as it is."""
+    return text if text.startswith("sigma_") else text[:1].upper() + text[1:]
 
 
 def _token(kind: str) -> str:

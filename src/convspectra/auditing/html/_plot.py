@@ -14,6 +14,10 @@ SPECTRUM_SIZE = (720.0, 260.0)
 """Width and height of a histogram in pixels of its own. A choice: the page scales it."""
 MOST_TICKS = 7
 """Powers of ten on an axis. A choice: twice as many touch each other at the plot's height."""
+CHARACTER = 7.5
+"""Pixels of a character below the axis. A choice: at the font's 12 pixels names do not touch."""
+LEAST_NAME = 6
+"""Characters of a name worth showing. A choice: the ends of most names are "conv1" or longer."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 """Digits of an exponent."""
 
@@ -151,7 +155,9 @@ def overview(layers: Sequence[LayerAudit]) -> Overview:
     axis = _axis(values, bottom - (34.0 if zero_needed else 0.0), top, bottom - 8.0)
     slot = (right - left) / max(len(layers), 1)
     marks = tuple(_mark(layer, left + (i + 0.5) * slot, axis) for i, layer in enumerate(layers))
-    numbers = range(_step(len(layers)), len(layers) + 1, _step(len(layers)))
+    step = _step(len(layers))
+    width_of_label = int(step * slot / CHARACTER)
+    numbers = range(step, len(layers) + 1, step)
     return Overview(
         width,
         height,
@@ -161,7 +167,10 @@ def overview(layers: Sequence[LayerAudit]) -> Overview:
         bottom,
         axis.zero if zero_needed else None,
         max(1.2, min(4.5, slot / 3)),
-        tuple(Tick(left + (n - 0.5) * slot, str(n)) for n in numbers),
+        tuple(
+            Tick(left + (n - 0.5) * slot, _tick_label(n, layers[n - 1], width_of_label))
+            for n in numbers
+        ),
         axis.ticks(),
         marks,
     )
@@ -171,6 +180,14 @@ def _step(count: int) -> int:
     """Every how many layers one is numbered: 1, 2 or 5 times a power of ten, at most 25 numbers."""
     steps = (factor * 10**n for n in range(20) for factor in (1, 2, 5))
     return next(step for step in steps if count <= 25 * step)
+
+
+def _tick_label(number: int, layer: LayerAudit, width: int) -> str:
+    """The end of the layer's name, where names differ most; its number where there is no room."""
+    if width < LEAST_NAME:
+        return str(number)
+    name = layer.label
+    return name if len(name) <= width else "\N{HORIZONTAL ELLIPSIS}" + name[1 - width :]
 
 
 def _drawn(layer: LayerAudit) -> list[float]:
