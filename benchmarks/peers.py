@@ -23,9 +23,14 @@ from benchmarks.layers import find
 from common.measure import timed
 
 DENSE_BYTES = 2**30
+"""Largest dense matrix that a peer may form. A choice: larger ones do not end within the time
+limit."""
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
+"""Relative tolerances of the largest and the smallest value. A choice, the same for all peers."""
 QUANTITY = {"LM": "sigma_max", "SM": "sigma_min"}
+"""Names of the largest and the smallest value in the table."""
 SEVERAL = {"LM": "largest", "SM": "smallest"}
+"""Names of several of them in the table."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def _with_k(function: Callable[..., Answer], which: str, k: int) -> Peer:
 
 
 BOTH = ("sigma_max", "sigma_min")
+"""What a peer gives that computes all values."""
 PEERS = {
     "dense SVD": Peer(dense_svd, BOTH),
     "circular FFT": Peer(circular, BOTH),
@@ -171,12 +177,14 @@ PEERS = {
     "Lanczos, float64": Peer(lanczos, ("sigma_max",)),
     "Lanczos, float32, 200 steps": Peer(lanczos_float32, ("sigma_max",)),
 }
+"""The peers for one value, by name."""
 PEERS_OF_TEN = {
     "scipy svds LM, k=10": _with_k(scipy_svds, "LM", 10),
     "scipy svds SM, k=10": _with_k(scipy_svds, "SM", 10),
     "PRIMME LM, k=10": _with_k(primme_svds, "LM", 10),
     "PRIMME SM, k=10": _with_k(primme_svds, "SM", 10),
 }
+"""The peers for ten values, by name."""
 
 
 def run(layer: str, peer: str, seed: int = 0) -> dict[str, Any]:

@@ -80,3 +80,4 @@ PRETRAINED = {
         "facenet-pytorch", "data/onet.pt", (3, 48, 48), "benchmarks.architectures:onet"
     ),
 }
+"""Trained networks that pip ships, by package."""

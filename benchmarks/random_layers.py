@@ -31,8 +31,11 @@ KERNELS = {
     "integer": 0.12,
     "zero": 0.02,
 }
+"""Kinds of kernels with the part of the layers that have them. A choice."""
 DTYPES = (torch.float64, torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights; float64 twice as often, since all its digits are compared."""
 LARGEST_SCALE = {torch.float64: 150, torch.float32: 30, torch.float16: 2, torch.bfloat16: 30}
+"""Powers of ten that weights are scaled by, so that they stay finite in their type."""
 MOST_SINGULAR_VALUES = 300
 """Size of the largest dense SVD: a choice, twice of it takes eight times as long."""
 MOST_ENTRIES = 200_000

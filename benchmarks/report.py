@@ -16,6 +16,7 @@ from convspectra.figures import new_figure, plain_axes
 from convspectra.text import markdown_table
 
 OURS = "convspectra"
+"""The name of this package among those of peers."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 WIDTHS = ((64, 1), (128, 2), (256, 2), (512, 2))
+"""Channels and first stride of the four stages."""
 
 
 class Block(nn.Module):

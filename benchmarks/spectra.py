@@ -43,6 +43,7 @@ class Plan:
 
 
 SIZES, CHANNELS = "16 channels, N grows", "N = 16, channels grow"
+"""Names of the two series of layers that grow."""
 FULL = Plan(
     layers.SQUARE,
     layers.STRIDED + layers.SMOOTH,
@@ -56,6 +57,7 @@ FULL = Plan(
     },
     fresh=True,
 )
+"""The plan of the published figures."""
 QUICK = Plan(
     layers.SMALL_SQUARE,
     layers.SMALL_STRIDED,
@@ -67,6 +69,7 @@ QUICK = Plan(
     },
     fresh=False,
 )
+"""The plan of the tests: every branch, in seconds."""
 
 
 class Run:

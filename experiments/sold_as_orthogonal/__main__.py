@@ -24,6 +24,7 @@ from experiments.sold_as_orthogonal.layers import (
 )
 
 OUT = Path("docs/experiments/sold_as_orthogonal")
+"""Where the page is written."""
 
 
 def audit(candidate: Candidate, channels: int, size: int, seed: int) -> table.Row:

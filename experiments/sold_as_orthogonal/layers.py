@@ -173,3 +173,4 @@ CANDIDATES = (
     Candidate("delta-orthogonal", "the middle tap is orthogonal, the others are 0", _delta, middle),
     Candidate("cs.precondition", "condition at most 2 as it is applied", _preconditioned, None),
 )
+"""The layers, each with its claim."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common import peers
 
 PeerPenalty = Callable[[nn.Conv2d, torch.Generator], Tensor]
+"""From a convolution and a generator to a penalty."""
 
 OUR_PENALTIES: dict[str, Mapping[str, float]] = {
     "frobenius": {},
@@ -27,6 +28,7 @@ OUR_PENALTIES: dict[str, Mapping[str, float]] = {
 """Names of `cs.SpectralRegularizer`'s penalties, with their options."""
 
 PRECONDITION = "precondition"
+"""The name of the arm that starts from preconditioned kernels."""
 GAINS = {"relu": math.sqrt(2), "tanh": 1.0}
 """Of delta-orthogonal kernels: what keeps the size of a signal through each activation."""
 
@@ -78,7 +80,9 @@ def _ocnn(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:
 
 
 PLAIN = "plain"
+"""The name of the arm without anything."""
 BATCH_NORMALIZATION = "batch normalization"
+"""The name of the arm with batch normalization."""
 PEERS: dict[str, Arm] = {
     PLAIN: Arm(),
     "weight decay": Arm(weight_decay=True),
@@ -90,6 +94,7 @@ PEERS: dict[str, Arm] = {
     "spectral_norm": Arm(spectral_norm=True),
     "circular projection": Arm(project=True),
 }
+"""What people use, by name."""
 OURS: dict[str, Arm] = {
     PRECONDITION: Arm(start=PRECONDITION),
     **{name: Arm(penalty=name, penalty_options=options) for name, options in OUR_PENALTIES.items()},
@@ -98,7 +103,9 @@ OURS: dict[str, Arm] = {
         for name, options in OUR_PENALTIES.items()
     },
 }
+"""What this package offers, by name."""
 ARMS: dict[str, Arm] = {**PEERS, **OURS}
+"""All arms by name."""
 
 
 def arms_for(network: str) -> tuple[str, ...]:

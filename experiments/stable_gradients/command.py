@@ -25,6 +25,7 @@ from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.training import Record, Run, Settings, train
 
 OUT = Path("docs/experiments/stable_gradients")
+"""Where the page is written."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Plan:
 
 
 FULL = Plan((10, 20, 50, 100), tuple(ACTIVATIONS), (0, 1, 2), Settings())
+"""The plan of the published tables."""
 QUICK = Plan(
     (4,),
     ("relu",),
@@ -53,6 +55,7 @@ QUICK = Plan(
         test_images=20,
     ),
 )
+"""The plan of the tests: every branch, in seconds."""
 
 
 def runs(network: str, arms: Sequence[str], plan: Plan) -> list[Run]:

@@ -46,6 +46,7 @@ SMALLEST = 1e-40
 """What smaller gradients are drawn at."""
 
 Panel = Callable[[Any, Group, str, int, str, str], None]
+"""What draws one panel of a figure."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

@@ -14,10 +14,12 @@ from experiments.stable_gradients.table import Row
 from experiments.stable_gradients.training import FINISHED, Record
 
 NOT_RUN = "not run"
+"""The text of a cell without any run."""
 TITLES = {
     "plain": "Plain networks",
     "residual": "Residual networks with batch normalization",
 }
+"""Titles of the two kinds of networks."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ QUANTITIES: dict[str, Callable[[Sequence[Record]], str]] = {
     "Smallest singular value at the end, median over layers": _smallest,
     "Time of training": _seconds,
 }
+"""Rows of the page, with what gives their text."""
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -17,11 +17,13 @@ DIGITS = 6
 """Significant digits kept of every number: a row of 100 layers stays at a few kilobytes."""
 
 CIRCUMSTANCES = ("images", "settings", "machine", "command")
+"""Columns about the machine and the settings."""
 COLUMNS = (
     *(field.name for field in fields(Run)),
     *CIRCUMSTANCES,
     *(field.name for field in fields(Record)),
 )
+"""All columns of the file, a line a run."""
 
 
 @dataclass(frozen=True)

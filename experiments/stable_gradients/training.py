@@ -23,6 +23,7 @@ from convspectra.paper.threads import one_thread
 from experiments.stable_gradients.arms import ARMS, GAINS, PRECONDITION, Arm
 
 FINISHED, DIVERGED, STOPPED = "finished", "diverged", "stopped"
+"""How a run may end."""
 
 _COUNTS = (
     "channels",
@@ -34,6 +35,7 @@ _COUNTS = (
     "train_images",
     "test_images",
 )
+"""Settings that are counts, and must be positive."""
 
 
 @dataclass(frozen=True)
