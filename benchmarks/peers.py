@@ -23,8 +23,7 @@ from benchmarks.layers import find
 from common.measure import timed
 
 DENSE_BYTES = 2**30
-"""Largest dense matrix that a peer may form. A choice: larger ones do not end within the time
-limit."""
+"""Bytes of the largest dense matrix that a peer may form. A choice: larger ones take too long."""
 TOLERANCE = {"LM": 1e-6, "SM": 1e-8}
 """Relative tolerances of the largest and the smallest value. A choice, the same for all peers."""
 QUANTITY = {"LM": "sigma_max", "SM": "sigma_min"}

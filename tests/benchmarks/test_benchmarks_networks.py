@@ -188,7 +188,7 @@ def test_one_audit_in_full_is_a_page_with_spectra(tmp_path: Path) -> None:
     page = (tmp_path / "silero-vad-onnx.md").read_text()
     assert "- command: python -m benchmarks.audits --full silero-vad-onnx" in page
     assert "- layers: 2 audited, 2 skipped" in page
-    assert "- `singular`: sigma_min is 0 to working precision" in page
+    assert "- singular: sigma_min is 0 to working precision" in page
     report = AuditReport.from_json(tmp_path / "silero-vad-onnx.json")
     assert all(layer.spectrum for layer in report.layers if not layer.skipped)
     assert report.circumstances.input_shape == "1x576"
