@@ -116,7 +116,7 @@ def test_a_circulant_that_knows_smaller_values_is_kept_from_amplifying_them(monk
 
 
 def test_a_trial_of_davidson_in_vain_is_followed_by_the_factors(monkeypatch):
-    monkeypatch.setattr(preconditioned, "TRIAL_STEPS", 5)
+    monkeypatch.setattr(preconditioned, "DAVIDSON_TRIAL_STEPS", 5)
     op = smooth_layer("wide")
     assert cs.svds(op, 1, "SM").method == "augmented"
 

@@ -12,7 +12,7 @@ from convspectra.auditing._record import Conditioning, Finding, LayerAudit, Netw
 from convspectra.auditing._shape_rank import rank_by_shape
 
 PURPOSES = ("training", "lipschitz", "invertible")
-"""What a network is judged for."""
+"""The purposes that a network can be judged for."""
 LARGEST_NORM = 10.0
 """A layer whose sigma_max is above is said to explode in training. A choice: half or double of it
 only moves what is listed."""
@@ -24,7 +24,8 @@ LARGEST_CONDITION = 1e4
 """Condition numbers above are listed. A choice: solving with such a layer in single precision
 leaves about three digits."""
 BAND = (0.1, 10.0)
-"""What the gain along the layers is meant to stay between. A choice, `band` replaces it."""
+"""The limits between which the gain along the layers is meant to stay. A choice, `band` replaces
+it."""
 NOTHING = "not known: nothing was audited"
 """The text of every fact about a network without any audited layer."""
 REGULARIZE = 'cs.SpectralRegularizer(model, example_input, penalty="conditioning")'

@@ -18,7 +18,7 @@ NAMES_SHOWN = 5
 """Layers that the line of a finding names. A choice: more of them fill a terminal's line."""
 
 ADDED_LATER = {"added later": True}
-"""Of a field that the first files do not have: its default is taken for them."""
+"""The mark of a field that the first files do not have: its default is taken for them."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ QUANTITIES: dict[str, Callable[[Conditioning, int], Certified | float | None]] =
     "log_growth": lambda c, rows: c.log_growth,
     "gain": lambda c, rows: c.frobenius_norm / math.sqrt(rows),
 }
-"""What a rule may ask: from the numbers of a matrix and its rows to a value, None if not known."""
+"""The quantities of rules: from the numbers of a matrix and its rows to a value, None if not
+known."""
 _RULE = re.compile(r"\s*(folded\.)?([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*")
 """The form of a rule: NAME COMPARISON NUMBER."""
 

@@ -65,7 +65,7 @@ def answers(
 
 
 _device: Device
-"""Of this worker process, from its start on."""
+"""The device of this worker process, from its start on."""
 
 
 def _begin(threads: int, free: Queue[Device]) -> None:

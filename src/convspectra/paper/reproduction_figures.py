@@ -11,7 +11,7 @@ from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from convspectra.text import comma_separated, markdown_table
 
 Results: TypeAlias = dict[str, Any]
-"""What `reproduction.run` gives."""
+"""The results of `reproduction.run`."""
 Run: TypeAlias = dict[str, Any]
 """One descent in it."""
 

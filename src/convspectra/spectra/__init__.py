@@ -1,4 +1,4 @@
-"""What is asked of one operator: singular values, bounds, counts, solutions, densities."""
+"""The answers for one operator: singular values, bounds, counts, solutions, densities."""
 
 from convspectra.spectra._bounds import norm_bound, tap_norm_bound
 from convspectra.spectra._circular_padding import circular_extremes, circular_operator, is_circular

@@ -121,7 +121,7 @@ class _Block:
 
     @cached_property
     def factors(self) -> float:
-        """As many products with M as the factors of M or K cost; inf if they cannot be had."""
+        """The cost of the factors of M or K in products with M; inf if they cannot be had."""
         way = CAPACITANCE if self.square else AUGMENTED
         if not way.admits(self.op, "SM"):
             return math.inf

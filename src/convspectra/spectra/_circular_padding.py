@@ -34,17 +34,23 @@ from convspectra.spectra._parts import Part, parts
 from convspectra.torus import symbol_shape
 
 DIRECT_FLOPS = 1.5e9
+"""Flops up to which all singular values of all symbols are computed at once: 0.2 s on one core.
+Half of it sends layers to Lanczos that a dense SVD answers sooner."""
 DIRECT_ORDER = 64
-"""Singular values of matrices up to this order, or this work, are computed at once."""
+"""The order of symbols up to which that is done whatever the flops: a choice."""
 FIRST_STEPS = 6
+"""Lanczos steps for all symbols; twice as many for those that may be extreme, and so on: a
+choice."""
 ACCURACY = 1e-5
-"""Relative, of squares of singular values."""
+"""Relative accuracy of squares of singular values: the numbers stand beside others in a report,
+with four digits. It is a choice."""
 DEFINITE = 1e-8
-"""An LU factor with a pivot below this part of the norm does not tell the smallest value."""
+"""An LU factor with a pivot below this part of the norm does not tell the smallest value: the
+square root of eps, about. A smaller limit would trust factors that have lost it."""
 
 
 class CircularExtremes(NamedTuple):
-    """What `circular_extremes` gives."""
+    """The answer of `circular_extremes`."""
 
     sigma_max: float
     sigma_min: float
@@ -177,7 +183,7 @@ def _directly(matrices: Tensor, copies: Tensor) -> CircularExtremes:
 
 
 def _by_lu(part: Part, largest: float, max_bytes: int) -> CircularExtremes | None:
-    """Of square matrices; None where a pivot says that they may be singular."""
+    """The extremes of square matrices; None where a pivot says that they may be singular."""
     matrices, copies = part.matrices(max_bytes)
     factors, pivots = lu_factor(matrices)
     diagonal = factors.diagonal(dim1=1, dim2=2).abs()
@@ -200,7 +206,7 @@ def _by_lu(part: Part, largest: float, max_bytes: int) -> CircularExtremes | Non
 
 
 def _by_cholesky(part: Part, largest: float, max_bytes: int) -> CircularExtremes | None:
-    """Of rectangular matrices; None where their Gram matrices do not tell the smallest value."""
+    """The extremes of rectangular matrices; None where Gram matrices do not tell the smallest."""
     grams, copies = part.grams(max_bytes)
     factors, failed = torch.linalg.cholesky_ex(grams)
     diagonal = factors.diagonal(dim1=1, dim2=2).real

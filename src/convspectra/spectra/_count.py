@@ -149,7 +149,7 @@ def count(
 
 
 class Bounds(NamedTuple):
-    """What is known of a number of singular values."""
+    """The knowledge of a number of singular values."""
 
     least: int
     most: int

@@ -41,12 +41,16 @@ from convspectra.torus import half_frequencies, symbols_at
 FloatArray = npt.NDArray[np.float64]
 
 METHODS = ("auto", "exact", "count", "quadrature", "circular")
+"""The names that `spectral_density(method=...)` takes."""
 AFFORDABLE_FLOPS = 2e10
 """About two seconds of one core, for all singular values by dense decompositions."""
 SAMPLE_FLOPS = 1e10
+"""Flops for a random sample of symbols of a large circulant: a second of one core; a choice. Half
+of it makes errors larger by the square root of 2."""
 LOWEST_EDGE = 1e-4
 """Where the first bin of all ends at the lowest, relative to the largest value."""
 LEAST_FREQUENCIES = 8
+"""The smallest sample of symbols: fewer give no error that means anything; a choice."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def spectral_density(
 
 
 class _Spectrum(Protocol):
-    """What is known of the singular values of one part of a layer."""
+    """The knowledge of the singular values of one part of a layer."""
 
     @property
     def method(self) -> str: ...

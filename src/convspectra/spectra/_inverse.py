@@ -1,4 +1,4 @@
-"""What needs the inverse of a convolution: linear systems and the log-determinant."""
+"""Linear systems with a convolution, and its log-determinant."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
 
 
 def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
-    """That of one block by the cheapest way that fits and can say."""
+    """The log-determinant of one block by the cheapest way that fits and can say."""
     *others, last = direct_ways(op, "logabsdet", max_bytes)
     for way in others:
         with contextlib.suppress(ArithmeticError):

@@ -117,7 +117,7 @@ class InertiaTorus:
         self.norm = float(self._values.amax())
 
     def rounding(self, s: float) -> float:
-        """What `count` leaves at least: that of the symbols; they are at hand."""
+        """The least that `count` leaves open: the rounding of the symbols, which are at hand."""
         sizes = self._inverse_norms(s)
         sizes = sizes.reshape(*sizes.shape[:2], -1).amax(-1)
         return self._rounding(s, sizes, 0.0) if self._are_certain(s, sizes, sizes) else math.inf
@@ -286,7 +286,7 @@ class _Cut:
         return inside - (self.halves * signs) @ self.halves.mH
 
     def sizes(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """What was rounded and the inverse itself, at most, at every frequency left."""
+        """Bounds on the rounding and on the inverse itself, at every frequency left."""
         to_border = torch.minimum(before, self.norms_to_border)
         halves = torch.linalg.vector_norm(self.halves, dim=(-2, -1))
         if self.border_values.shape[-1] == 0:
@@ -344,7 +344,7 @@ def _positive(symmetric: Tensor) -> int:
 
 
 class InertiaCost(NamedTuple):
-    """What `InertiaTorus` and one `count` take: flops of both, and bytes.
+    """The cost of `InertiaTorus` and of one `count`: flops of both, and bytes.
 
     The symbols of all groups are kept; the border matrices are those of few groups at once.
     """

@@ -27,15 +27,21 @@ from convspectra.spectra.ways._preconditioned import (
 from convspectra.spectra.ways._way import Cost, Question, Way, product_flops
 from convspectra.torus import CirculantGram, gram_cost
 
-STEPS = 300
-TRIAL_STEPS = 400
-"""Most steps for the smallest values where another way is next."""
-SINGLE_TOLERANCE = 1e-7
-"""Least tolerance on a norm for which single precision finds the vector."""
+DAVIDSON_STEPS = 300
+"""Most block steps for largest values: a choice, ten times what layers of
+docs/benchmarks/spectra.md take."""
+DAVIDSON_TRIAL_STEPS = 400
+"""Most block steps for the smallest values where another way is next: a choice, two thirds of
+all."""
+SINGLE_NORM_TOLERANCE = 1e-7
+"""Least tolerance on a norm for which single precision finds the vector: eps of single precision,
+since the error of a Rayleigh quotient is the square of that of its vector."""
 SINGLE_RESIDUAL = 5e-6
-"""Residual down to which single precision goes when double is to follow."""
+"""Residual down to which single precision goes when double is to follow: forty eps of it; a
+choice."""
 MUCH_SMALLER = 10.0
-"""Where the circulant's smallest eigenvalue is so many times smaller than G's, it says nothing."""
+"""Where the circulant's smallest eigenvalue is so many times smaller than the layer's, its inverse
+amplifies functions that the layer does not know, and is regularized: a choice."""
 
 
 class Davidson(Way):
@@ -65,7 +71,7 @@ class Davidson(Way):
 
     def trial(self, request: Request) -> SingularTriplets:
         """The same where there is another way: not many steps."""
-        return self.run(replace(request, maxiter=request.most_steps(TRIAL_STEPS)))
+        return self.run(replace(request, maxiter=request.most_steps(DAVIDSON_TRIAL_STEPS)))
 
 
 def davidson_largest(request: Request) -> SingularTriplets:
@@ -75,7 +81,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
     of a Rayleigh quotient is the square of that of its vector; otherwise double precision goes on.
     """
     op, k = request.op, request.k
-    norm_only = k == 1 and request.values_only and request.tol >= SINGLE_TOLERANCE
+    norm_only = k == 1 and request.values_only and request.tol >= SINGLE_NORM_TOLERANCE
     single = op.with_weight(op.weight.float())
     gram = CirculantGram(single if norm_only else op, fast=True)
     precondition, norm_bound = gram.inverse_near_norm()
@@ -87,7 +93,7 @@ def davidson_largest(request: Request) -> SingularTriplets:
             layer.gram,
             min(op.shape),
             k,
-            stop=Stop(tol, request.most_steps(STEPS), values_only),
+            stop=Stop(tol, request.most_steps(DAVIDSON_STEPS), values_only),
             like=layer.op.weight,
             generator=request.generator,
             start=start,

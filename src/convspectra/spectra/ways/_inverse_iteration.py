@@ -25,14 +25,18 @@ from convspectra.torus import REFINEMENT_THRESHOLD
 INVERSE_RESOLUTION = 1e-6
 """Squared singular values of the inverse that are smaller than this part of its largest one are
 computed apart from it."""
-ENCLOSURE = 2e-2
-"""Relative width of an enclosure of the inverse's values that is gone on for, within reason."""
-STEPS = 300
+INVERSE_ENCLOSURE = 2e-2
+"""Relative width of an enclosure of the inverse's values that Lanczos goes on for: a choice."""
+INVERSE_STEPS = 300
+"""Most steps with the inverse: a choice; some ten are enough for one value."""
 ROUNDING_UNITS = 64
+"""Rounding error of the inverse in eps of its norm: an allowance. Too small a one misses the
+enclosures that `benchmarks.truth` checks."""
 RESIDUAL_UNITS = 100
-"""Residuals with M may be so many times the tolerance of an iteration with the inverse."""
+"""Residuals with M may be so many times the tolerance of an iteration with the inverse: a
+choice."""
 SOLVED = 0.1
-"""Residuals of the last solves, relative to what they solve for, in tolerances."""
+"""Residuals of the last solves, relative to the data, in tolerances: a choice."""
 
 
 class Factorization(Protocol):
@@ -134,9 +138,9 @@ def _largest_of_inverse(
         largest=True,
         stop=DeflationStop(
             request.tol,
-            request.most_steps(STEPS),
+            request.most_steps(INVERSE_STEPS),
             request.values_only,
-            enclosure=ENCLOSURE,
+            enclosure=INVERSE_ENCLOSURE,
             separation=request.separation and 1 - (1 + request.separation) ** -2,
             alone=request.alone,
         ),

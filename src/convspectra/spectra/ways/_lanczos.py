@@ -24,24 +24,34 @@ from convspectra.solvers import (
 from convspectra.spectra._request import Request, refined
 from convspectra.spectra.ways._way import Cost, Question, Way, product_flops
 
-ENCLOSURE = 2e-2
-"""Relative width of an enclosure that is gone on for, within reason."""
+LANCZOS_ENCLOSURE = 2e-2
+"""Relative width of an enclosure that Lanczos goes on for: a choice. `auto` takes a largest value
+with an upper bound up to 5% above it."""
 LOWER_ENCLOSURE = 0.1
-"""The same for a smallest value, where every step is dear."""
-STEPS = 7500
-"""Most steps for the largest values, where they are cheap."""
-STEPS_FOR_SMALLEST = 1500
-TRIAL_STEPS = 500
-"""Most steps for the smallest values of a layer that seems well-conditioned."""
-SINGLE_TOLERANCE = 1e-6
-"""Least tolerance that vectors in single precision come up to."""
+"""The same for a smallest value, where every step is dear: a choice."""
+LANCZOS_STEPS = 7500
+"""Most steps for the largest values, where they are cheap: a choice, far above the 200 of most
+layers."""
+LANCZOS_STEPS_FOR_SMALLEST = 1500
+"""Most steps for the smallest values: a choice. A value that takes more is looked for in another
+way."""
+LANCZOS_TRIAL_STEPS = 500
+"""Most steps for the smallest values of a layer that seems well-conditioned: the 128 -> 256 layer
+of stride 2 at 28 x 28 points takes 669 products, 335 steps (docs/benchmarks/spectra.md). Half of it
+sends that layer to its factors."""
+SINGLE_VECTOR_TOLERANCE = 1e-6
+"""Least tolerance that vectors in single precision come up to: eight eps of single precision."""
 STEPS_IN_DOUBLE = 3
-"""Most block steps by which vectors that nearly do are brought there."""
+"""Most block steps by which vectors that nearly do are brought there: a choice."""
 GRAM_UNITS = 64
-"""Rounding error of a Gram matrix in eps of its norm."""
+"""Rounding error of a product with a Gram matrix in eps of its norm: an allowance. Too small a one
+misses the enclosures that `benchmarks.truth` checks."""
 LOST_UNITS = 1024
-"""Eigenvectors of a Gram matrix are known to so many eps of its norm, over the gap."""
+"""Eigenvectors of a Gram matrix are known to so many eps of its norm, over the gap: an
+allowance."""
 PROBE_STEPS = 24
+"""Steps of Lanczos that glimpse the ends of a spectrum: a choice; the two limits below go with
+it."""
 WELL_CONDITIONED = 0.1
 """Least singular value that a few steps see, relative to the norm, from which on Lanczos takes a
 few hundred steps at most."""
@@ -104,8 +114,8 @@ class Lanczos(Way):
 
     def trial(self, request: Request) -> SingularTriplets:
         """Smallest triplets where steps are cheap: few of them, and a narrower enclosure."""
-        steps = min(TRIAL_STEPS, request.most_steps(TRIAL_STEPS))
-        return lanczos_triplets(replace(request, maxiter=steps), lower_enclosure=ENCLOSURE)
+        steps = min(LANCZOS_TRIAL_STEPS, request.most_steps(LANCZOS_TRIAL_STEPS))
+        return lanczos_triplets(replace(request, maxiter=steps), lower_enclosure=LANCZOS_ENCLOSURE)
 
 
 def lanczos_triplets(
@@ -114,9 +124,9 @@ def lanczos_triplets(
     """The largest or smallest triplets, all copies of repeated ones."""
     tall, wide = Product.tall(request.op, fast=True)
     size = min(request.op.shape)
-    steps = request.most_steps(STEPS if request.largest else STEPS_FOR_SMALLEST)
+    steps = request.most_steps(LANCZOS_STEPS if request.largest else LANCZOS_STEPS_FOR_SMALLEST)
     most_kept = request.max_bytes // (8 * size)
-    enclosure = ENCLOSURE if request.largest else lower_enclosure
+    enclosure = LANCZOS_ENCLOSURE if request.largest else lower_enclosure
     separation = request.separation
     if separation is not None:
         separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1
@@ -126,7 +136,7 @@ def lanczos_triplets(
     most_steps = steps if request.largest else min(steps, most_kept)
     several = request.largest and request.k > 1 and separation is None
     first, in_vain = None, 0
-    if several and request.tol >= SINGLE_TOLERANCE:
+    if several and request.tol >= SINGLE_VECTOR_TOLERANCE:
         pairs = _largest_in_single(request, tall, tol, steps)
         first, in_vain = (pairs, 0) if pairs.converged else (None, pairs.products)
     found = extreme_eigenpairs(
