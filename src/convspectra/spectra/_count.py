@@ -39,6 +39,9 @@ border matrices left 30 to 600 times that. At half of it more counts take two fa
 at twice of it values lie within the step more often, which takes two more as well."""
 LONGEST_STEP = 0.25
 """The first step over the number: a choice."""
+MOST_TORI = 3
+"""Tori that are factored for one number, where on the first ones a matrix between the cuts is
+nearly singular: a choice. A random layer, 64 -> 64, on 56 x 56 points took the second."""
 LONGER = 64
 """The most by which a step that was too short grows: a choice."""
 FAR_END_ATTEMPTS = 5
@@ -352,7 +355,9 @@ class ByInertia:
         if s > self._torus.norm:
             return Inertia(0, 0.0)
         best = Inertia(self._count, math.inf)
-        for kind in self._promising_tori(s, allowed):
+        promising = self._promising_tori(s, allowed)
+        others = [kind for kind in TORI if kind not in promising]
+        for kind in (promising + others)[:MOST_TORI]:
             if kind != self._kind:
                 del self._torus  # It holds memory, and the next is to come.
                 self._kind, self._torus = kind, InertiaTorus(self._op, *kind)

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,18 +141,22 @@ class InertiaTorus:
 
     def _count_on_borders(self, s: float, groups: slice, sizes: Tensor) -> Inertia:
         """positive(W) of all cuts, and what rounding leaves open of s."""
-        inverse: Tensor | _Cut = self._inverse(s, groups)
+        inverse: Callable[[], Tensor] = partial(self._inverse, s, groups)
+        cut: _Cut | None = None
         channels = torch.arange(self._lengths.shape[1], device=self._lengths.device)
         positive, inner = 0, 0.0
         for axis in reversed(range(1, len(self._periods))):
-            inverse = cut = self._cut(inverse, axis, channels)
+            cut = self._cut(inverse, axis, channels)
+            inverse = cut.explicit
             positive += self._counted(cut.border_values > 0)
             inner = max(inner, float(sizes.amax()))
             sizes, of_inverse = cut.sizes(sizes.amax(-1))
             if not self._are_certain(s, sizes, of_inverse):
                 return Inertia(positive, math.inf)
             channels = cut.inside.of(channels)
-        positive += _positive(self._last_border(inverse, channels))
+        border = self._last_border(inverse() if cut is None else cut, channels)
+        del inverse, cut  # They hold memory, and a factorization is to come.
+        positive += _positive(border)
         return Inertia(positive, self._rounding(s, sizes, inner))
 
     def _rounding(self, s: float, sizes: Tensor, inner: float) -> float:
@@ -192,11 +197,10 @@ class InertiaTorus:
         above = torch.cat([sides[0], corner], -1)
         return torch.cat([above, torch.cat([corner.mH, sides[1]], -1)], -2)
 
-    def _cut(self, inverse: Tensor | _Cut, axis: int, channels: Tensor) -> _Cut:
+    def _cut(self, inverse: Callable[[], Tensor], axis: int, channels: Tensor) -> _Cut:
         """One axis cut open, from the inverse with the axes before it in Fourier space."""
         period = self._periods[axis]
-        symbol = inverse.explicit() if isinstance(inverse, _Cut) else inverse
-        kernel = torch.fft.ifft(symbol, dim=1 + axis)
+        kernel = torch.fft.ifft(inverse(), dim=1 + axis)
         if self._phase:
             points = torch.arange(period, dtype=torch.float64, device=kernel.device)
             angle = points * (2 * math.pi * self._phase / period)
@@ -307,8 +311,9 @@ def _differences(
             yield _square(_real_sum(wave, inverse), used)
         return
     halves = inverse.halves if used is None else inverse.halves.index_select(2, used)
-    factor = halves.transpose(1, 2) * waves[0].abs().sqrt()[:, None]
-    right = torch.view_as_real(factor.contiguous()).flatten(2)
+    factor = halves.transpose(1, 2).contiguous()
+    factor *= waves[0].abs().sqrt()[:, None]
+    right = torch.view_as_real(factor).flatten(2)
     signs = inverse.border_values.sign().flatten(1).repeat_interleave(2, dim=1)[:, None]
     for step, wave in enumerate(waves):
         kernel = _real_sum(wave, inverse.kernel)
@@ -382,7 +387,7 @@ def inertia_cost(op: ConvOperator) -> InertiaCost:
     kept = 16 * symbols_at_all * rows * shorter
     symbol_flops = 100.0 * symbols_at_all * rows * shorter**2
     flops, now = 8.0 * symbols_at_all * rows**2 * shorter, 16 * symbols_at_all * rows**2
-    most, of_rows = 2 * now, torch.ones_like(lengths[0])
+    most, of_rows = 3 * now, torch.ones_like(lengths[0])
     count, halves = closed[0], 0
     for cut in reversed(range(1, len(closed))):
         along, count = lengths[order[cut]], math.prod(closed[:cut])
@@ -390,7 +395,7 @@ def inertia_cost(op: ConvOperator) -> InertiaCost:
         outside = int((of_rows * (periods[order[cut]] - along)).sum())
         halves = 16 * count * inside * outside
         flops += 8.0 * count * (inside * outside**2 + 30 * outside**3)
-        most = max(most, now + 2 * halves)
+        most = max(most, now + 3 * halves)
         of_rows = of_rows * along
         if cut > 1:
             flops += 8.0 * count * inside**2 * outside
@@ -402,7 +407,7 @@ def inertia_cost(op: ConvOperator) -> InertiaCost:
     if len(closed) > 1:
         products = lines - 0.5 if lines else 0
         flops += products * halves / 4 / max(inside, 1) * float(used) ** 2
-        most = max(most, 2 * halves + 24 * used**2)
+        most = max(most, now + 2 * halves + max(now, (8 * used + 24 * STRIP) * used))
     flops += float(border) ** 3 / 3
     most = max(most, 16 * border**2 + (8 * used**2 if lines > 1 else 0))
     groups = op.groups
