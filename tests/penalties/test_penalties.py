@@ -183,7 +183,7 @@ def test_conditioning_is_the_sum_of_its_parts():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @each_penalty
-def test_narrow_weights_are_penalised_in_float64(name, dtype):
+def test_narrow_weights_are_penalized_in_float64(name, dtype):
     weight = random(3, 2, 3).to(dtype)
     narrow = value_and_gradient(name, Layer(weight, (5,)))
     wide = value_and_gradient(name, Layer(weight.double(), (5,)))
@@ -219,7 +219,7 @@ def test_only_operators_are_taken(name, value):
         getattr(penalties, name)(value)
 
 
-def test_a_value_that_did_not_converge_is_not_penalised(monkeypatch):
+def test_a_value_that_did_not_converge_is_not_penalized(monkeypatch):
     original = extremes.svds
 
     def too_few_steps(op: ConvOperator, k: int, which: str, **options) -> cs.SVDResult:

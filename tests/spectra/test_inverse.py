@@ -16,9 +16,9 @@ from convspectra import ConvOperator
 from convspectra.operator._structure import is_square_toeplitz
 from convspectra.spectra._auto import SMALL_WORK
 
-CENTRE = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
-CENTRE[range(4), range(4), 1, 1] = 1
-LARGE = Layer(random(4, 4, 3, 3) + 3 * CENTRE, (9, 9))  # takes the capacitance method
+CENTER = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+CENTER[range(4), range(4), 1, 1] = 1
+LARGE = Layer(random(4, 4, 3, 3) + 3 * CENTER, (9, 9))  # takes the capacitance method
 # Layers on either side of SMALL_WORK, and one that is square but not Toeplitz.
 SQUARE = {
     "small": Layer(random(2, 2, 3, 3), (4, 3)),
@@ -41,7 +41,7 @@ SINGULAR = {
     "copied output, small": Layer(dead_channel(3, 0, copy=True), (3, 3)),
     "1 0 1": Layer(kernel(1, 0, 1), (291,)),
     "1 0 1, small": Layer(kernel(1, 0, 1), (9,)),
-    "shift": Layer(CENTRE.roll(1, 3), (9, 9)),
+    "shift": Layer(CENTER.roll(1, 3), (9, 9)),
     "circular difference": Layer(kernel(1, -2, 1), (8,), {"padding_mode": "circular"}),
     "kernel 1": Layer((random(12, 6) @ random(6, 12, seed=1))[..., None, None], (5, 5)),
     "zero": Layer(torch.zeros(2, 2, 3).double(), (5,)),
@@ -119,9 +119,9 @@ def test_gradient_of_logabsdet_of_a_rectangular_layer_by_finite_differences():
 
 def test_gradient_is_finite_where_singular_values_are_repeated():
     for layer in (
-        Layer(CENTRE * 2, (9, 9)),
+        Layer(CENTER * 2, (9, 9)),
         Layer(random(3, 3, 1, 1), (2, 2)),
-        Layer(CENTRE * 2, (3, 3), {"padding_mode": "circular"}),
+        Layer(CENTER * 2, (3, 3), {"padding_mode": "circular"}),
     ):
         weight = layer.weight.clone().requires_grad_()
         cs.logabsdet(layer.operator(weight)).backward()

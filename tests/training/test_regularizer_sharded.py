@@ -51,7 +51,7 @@ def test_a_layer_sharded_by_fsdp2_is_refused(gloo):
     assert "c" not in {layer.name for layer in regularizer(model, exclude="c").layers}
 
 
-def test_convolutions_left_out_of_fsdp2_are_penalised(gloo):
+def test_convolutions_left_out_of_fsdp2_are_penalized(gloo):
     """As the message says that they may be."""
     model = net()
     shard(model.head)

@@ -34,7 +34,7 @@ def _draw_values(axes: Any, layers: Sequence[LayerAudit]) -> None:
     numbers = [layer.applied for layer in layers if layer.applied is not None]
     largest = [_positive(n.sigma_max.value) for n in numbers]
     smallest = [math.nan if n.singular else _positive(n.sigma_min.value) for n in numbers]
-    circular = [_circular(layer) for layer in layers]
+    circular = [_circular_value(layer) for layer in layers]
     axes.plot(largest, "o", ms=4, label=r"$\sigma_{\max}$")
     axes.plot(smallest, "D", ms=4, label=r"$\sigma_{\min}$")
     if not all(map(math.isnan, circular)):
@@ -53,7 +53,7 @@ def _draw_gain(axes: Any, network: Network) -> None:
     axes.set_ylabel("typical gain of a gradient,\nthe layers alone")
 
 
-def _circular(layer: LayerAudit) -> float:
+def _circular_value(layer: LayerAudit) -> float:
     value = None if layer.circular is None else layer.circular.sigma_min
     noise = 0.0 if layer.applied is None else layer.applied.rank_tolerance
     return math.nan if value is None or value <= noise else value

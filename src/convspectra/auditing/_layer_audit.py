@@ -121,7 +121,9 @@ def _computed(
     op = op.with_weight(op.weight.detach().double())
     applied = conditioning(op, options)
     torus = circular_operator(op)
-    found = replace(found, applied=applied, circular=_circular(op, torus, applied, options))
+    found = replace(
+        found, applied=applied, circular=_with_circular_padding(op, torus, applied, options)
+    )
     if options.fold and layer.scale is not None:
         try:
             scale = layer.scale.to(op.weight)
@@ -211,7 +213,7 @@ def _log_growth(
     return mean_log_singular_value(op, max_bytes=options.max_bytes)
 
 
-def _circular(
+def _with_circular_padding(
     op: ConvOperator, torus: ConvOperator | str, applied: Conditioning, options: AuditOptions
 ) -> Circular:
     if isinstance(torus, str):

@@ -28,7 +28,7 @@ def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
     units = (max(blocks.shape[1:]) + 32) * torch.finfo(s.dtype).eps
     error = (units * s[:, :1]).expand_as(s)
-    block, place, others = _ends(s, error, k, largest)
+    block, place, others = _chosen_values(s, error, k, largest)
     values, errors = s[block, place], error[block, place]
     return SingularTriplets(
         u=_in_block(u[block, :, place], block, len(blocks)),
@@ -59,7 +59,7 @@ def gram_eigh(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     units = (max(blocks.shape[1:]) + 32) * torch.finfo(squares.dtype).eps
     error = (units * squares[:, :1]).expand_as(squares)
     resolved = bool((error <= GRAM_LOGARITHM * squares).all())
-    block, place, others = _ends(squares, error, k, largest)
+    block, place, others = _chosen_values(squares, error, k, largest)
     chosen, errors = squares[block, place], error[block, place]
     u = vectors[block, :, place]
     images = torch.stack([row @ blocks[i] for row, i in zip(u, block.tolist(), strict=True)])
@@ -83,7 +83,9 @@ def gram_eigh(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     )
 
 
-def _ends(values: Tensor, errors: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor, float]:
+def _chosen_values(
+    values: Tensor, errors: Tensor, k: int, largest: bool
+) -> tuple[Tensor, Tensor, float]:
     """Block and place of the k values wanted, best first, and a bound on all the other values.
 
     Where there are no others the bound is one on nothing: 0 or inf.

@@ -115,7 +115,11 @@ class _Joined:
         like, missing = self.op.weight, self.k - self.wanted
         s, lower, upper = (
             self._with_zeros(like.new_tensor(values))
-            for values in ([v.s for v in self._chosen], self._ends("lower"), self._ends("upper"))
+            for values in (
+                [v.s for v in self._chosen],
+                self._bounds_in_order("lower"),
+                self._bounds_in_order("upper"),
+            )
         )
         u, v = self._side("u"), self._side("v")
         null = _NullVectors.none(missing, self.op)
@@ -154,7 +158,7 @@ class _Joined:
     def _chosen(self) -> list[_Value]:
         return self._values[: self.wanted]
 
-    def _ends(self, end: str) -> list[float]:
+    def _bounds_in_order(self, end: str) -> list[float]:
         """Lower or upper ends in order: the i-th best bounds the i-th best value."""
         ends = [float(getattr(self.results[v.block], end)[v.i]) for v in self._values]
         return sorted(ends, reverse=self.largest)[: self.wanted]

@@ -82,11 +82,13 @@ def circular_operator(op: ConvOperator) -> ConvOperator | str:
     for n, stride, reach in zip(g.input_size, g.stride, g.reach, strict=True):
         if n % stride:
             return f"the stride {stride} does not divide the input size {n}"
-        if max(_ends(reach, stride)) > n:
+        if max(_balanced_padding(reach, stride)) > n:
             return f"the kernel reaches over {reach} points, more than twice around {n}"
     if g.ndim == 0:
         return ConvOperator(op.weight[:, :, None], 1)
-    padding = [_ends(reach, stride) for reach, stride in zip(g.reach, g.stride, strict=True)]
+    padding = [
+        _balanced_padding(reach, stride) for reach, stride in zip(g.reach, g.stride, strict=True)
+    ]
     torus = ConvOperator(
         op.weight,
         g.input_size,
@@ -154,7 +156,7 @@ def circular_extremes(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -
     return CircularExtremes(math.ldexp(largest, exponent), math.ldexp(smallest, exponent), mean)
 
 
-def _ends(reach: int, stride: int) -> tuple[int, int]:
+def _balanced_padding(reach: int, stride: int) -> tuple[int, int]:
     """Padding before and after that leaves one output per stride."""
     total = max(reach - stride, 0)
     return total // 2, total - total // 2

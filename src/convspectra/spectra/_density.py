@@ -173,7 +173,7 @@ def spectral_density(
     for name, value in (("bins", bins), ("probes", probes), ("steps", steps)):
         check_positive_integer(name, value)
     given = None if edges is None else _checked(edges)
-    layer = _circular(op) if method == "circular" else op
+    layer = _on_its_torus(op) if method == "circular" else op
     count = min(layer.shape)
     scaled, exponent = normalized(layer)
     random = generator or torch.Generator(device=op.device).manual_seed(0)
@@ -359,7 +359,7 @@ def _estimated(
     return _Estimate(runs, order, 2 * probes * runs.steps)
 
 
-def _circular(op: ConvOperator) -> ConvOperator:
+def _on_its_torus(op: ConvOperator) -> ConvOperator:
     torus = circular_operator(op)
     if isinstance(torus, str):
         raise ValueError(

@@ -191,7 +191,7 @@ def _tick_label(number: int, layer: LayerAudit, width: int) -> str:
 
 
 def _drawn(layer: LayerAudit) -> list[float]:
-    circular = _circular(layer)
+    circular = _circular_sigma_min(layer)
     drawn = [] if circular is None else [circular]
     if layer.applied is not None:
         for entry in (layer.applied.sigma_max, layer.applied.sigma_min):
@@ -204,13 +204,13 @@ def _cleared(layer: LayerAudit, value: float) -> float:
     return 0.0 if layer.applied and value <= layer.applied.rank_tolerance else value
 
 
-def _circular(layer: LayerAudit) -> float | None:
+def _circular_sigma_min(layer: LayerAudit) -> float | None:
     value = layer.circular.sigma_min if layer.circular else None
     return None if value is None else _cleared(layer, value)
 
 
 def _mark(layer: LayerAudit, x: float, axis: LogAxis) -> Mark:
-    circular = _circular(layer)
+    circular = _circular_sigma_min(layer)
     height = None if circular is None else axis.at(circular)
     if layer.applied is None:
         return Mark(x, None, None, height, "")

@@ -71,7 +71,7 @@ def glimpsed_ends(
     largest is given as 0: a Gram matrix loses digits of it. Without a generator the vector is
     always the same. Cost: M and M' on one array a step; memory of a few arrays.
     """
-    least, largest = _ends(op, steps, generator)
+    least, largest = _glimpse(op, steps, generator)
     return least if least > WELL_CONDITIONED * largest else 0.0, largest
 
 
@@ -80,11 +80,13 @@ def glimpsed_least(request: Request) -> float:
 
     They see a small one where there are many; a single one may be missed.
     """
-    least, largest = _ends(request.op, PROBE_STEPS, request.generator)
+    least, largest = _glimpse(request.op, PROBE_STEPS, request.generator)
     return least / largest if largest > 0 else 0.0
 
 
-def _ends(op: ConvOperator, steps: int, generator: torch.Generator | None) -> tuple[float, float]:
+def _glimpse(
+    op: ConvOperator, steps: int, generator: torch.Generator | None
+) -> tuple[float, float]:
     tall, _ = Product.tall(op, fast=True)
     generator = generator or torch.Generator(device=op.device).manual_seed(0)
     least, largest = ritz_ends(tall.gram, min(op.shape), steps, like=op.weight, generator=generator)
