@@ -113,9 +113,9 @@ def count(
     -------
     CountResult
         ``int(result)`` is the number where it is exact. It is not where a singular value lies
-        within rounding of an end: about 1e-13 of the norm for small layers, and 1e-7 for 64 channels
-        on 32 x 32 points. Small values of a layer of more outputs than inputs, or the other way about, are
-        told from 0 down to about 1e-7 of the norm.
+        within rounding of an end: about 1e-13 of the norm for small layers, and 1e-7 for 64
+        channels on 32 x 32 points. Small values of a layer of more outputs than inputs, or the
+        other way about, are told from 0 down to about 1e-7 of the norm.
 
     Raises
     ------
