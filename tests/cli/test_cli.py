@@ -7,7 +7,7 @@ import pytest
 import convspectra
 from convspectra.cli._main import main
 
-SMALL = ["--depth", "2", "--channels", "2", "--epochs", "1", "--penalty-steps", "1"]
+SMALL = ["--depth", "2", "--deep", "3", "--channels", "2", "--steps", "2", "--penalty-steps", "1"]
 
 
 def test_version(capsys):

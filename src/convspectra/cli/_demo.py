@@ -1,4 +1,4 @@
-"""``convspectra demo``: train a deep plain CNN on real images with and without each penalty."""
+"""``convspectra demo``: deep plain CNNs on real images, from several starts."""
 
 from __future__ import annotations
 

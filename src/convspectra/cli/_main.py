@@ -13,7 +13,7 @@ from convspectra.text import plain
 COMMANDS = {
     "audit": "which layers of a network blow gradients up or let them vanish",
     "compare": "two audits side by side",
-    "demo": "train a deep plain CNN on real images with and without each penalty",
+    "demo": "train deep plain CNNs on real images, from several starts and with each penalty",
     "reproduce": "the figures and numbers of the paper's Section 4",
     "show": "an audit that was written as JSON, as a table or a page",
 }

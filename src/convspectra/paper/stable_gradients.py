@@ -1,11 +1,10 @@
-"""The claim of the paper's title on real images: a deep plain CNN with and without the penalty.
+"""The claim of the paper's title on real images: deep plain CNNs from several starts.
 
-A network of 3 x 3 convolutions and ReLU, with no normalization and no skip connections, in
-PyTorch's default initialization, is trained several times from the same start: as it is, with each
-penalty, and with batch normalization as the ceiling. With a penalty, the kernels first take some
-steps on the penalty alone (the gradient of the loss is too small at first to share a step with),
-then train on ``loss + reg()``, where the penalty enters every few steps only, with as much more
-weight, so that a solve per layer costs less than the training.
+Networks of 3 x 3 convolutions and ReLU, with no shortcuts and no normalization, of two depths, are
+trained from PyTorch's default initialization, with each of the paper's penalties, with isometry
+steps, after `prepare`, from He's initialization, and with batch normalization. The penalties act by
+`SpectralRegularizer.step`, apart from the optimizer; the learning rate is the same for every arm
+without normalization, 3 over the sum of the fan-ins.
 """
 
 from __future__ import annotations
@@ -13,47 +12,43 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from convspectra import penalties
-from convspectra.models import find_layers
+from convspectra.models import Layer, find_layers
+from convspectra.operator import ConvOperator, seen_operator
 from convspectra.paper.images import ImageSet
 from convspectra.paper.threads import one_thread
-from convspectra.spectra import sigma_max, sigma_min, svdvals
-from convspectra.training import Schedule, SpectralRegularizer
+from convspectra.spectra import sigma_max, sigma_min
+from convspectra.training import Schedule, SpectralRegularizer, prepare
 
 Progress = Callable[[str, int, int], None]
 """Called with (name of the run, steps done, steps in all)."""
-
-ARMS: dict[str, str | None] = {
-    "plain": None,
-    "frobenius": "frobenius",
-    "sigma_min": "sigma_min",
-    "conditioning": "conditioning",
-    "stein": "stein",
-    "batch normalization": None,
-}
-"""The runs of the demo by name: the penalty of each."""
-FULL_SPECTRUM = "stein"
-"""The penalty that is about all singular values, and needs them all for its figure."""
+PAPER_PENALTIES = ("frobenius", "sigma_min", "conditioning")
+"""The penalties of the paper, arXiv:2102.04294."""
+ARMS = ("default", "He", "batch normalization", *PAPER_PENALTIES, "isometry", "prepare")
+"""The runs at each depth."""
+OBSERVATIONS = 5
+"""Times at which accuracy and gradients are recorded, start and end included: a choice."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that all runs share; the defaults are those of ``convspectra demo``."""
+    """The common settings of all runs; the defaults are those of ``convspectra demo``."""
 
     depth: int = 20
-    channels: int = 16
-    epochs: int = 8
+    deep: int = 100
+    channels: int = 12
+    steps: int = 160
     batch_size: int = 64
-    learning_rate: float = 1e-3
-    penalty_steps: int = 50
-    penalty_learning_rate: float = 1e-2
-    penalty_weight: float = 1e-2
-    penalty_interval: int = 16
+    rate_budget: float = 3.0
+    normalized_learning_rate: float = 1e-3
+    penalty_rate: float = 0.1
+    penalty_steps: int = 60
+    penalty_interval: int = 10
     seed: int = 0
 
 
@@ -63,127 +58,144 @@ class Run:
 
     Attributes
     ----------
+    name : str
+        The arm.
+    depth : int
+    learning_rate : float
+        Adam's.
+    steps : list of int
+        When the following were recorded.
     gradient_norms : list of list of float
-        Norm of the gradient of the loss for the kernel of each layer: before training (after the
-        steps on the penalty alone), then after each epoch.
+        Norm of the gradient of the loss for the kernel of each layer.
     accuracy : list of float
-        Fraction of the test images classified right, at the same times.
+        Fraction of the test images classified right.
     extreme_singular_values : list of (float, float)
-        Smallest and largest singular value of each layer at the end.
-    singular_values : list of list of float
-        Of each layer at the end: minimum, lower quartile, median, upper quartile and maximum over
-        all its singular values. Only for the run that the figure shows, FULL_SPECTRUM.
+        Smallest and largest singular value at the end of some layers, as signals see them: of M(H)
+        for mirrored kernels.
     """
 
     name: str
+    depth: int
+    learning_rate: float
+    steps: list[int] = field(default_factory=list)
     gradient_norms: list[list[float]] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     extreme_singular_values: list[list[float]] = field(default_factory=list)
-    singular_values: list[list[float]] = field(default_factory=list)
 
 
 def plain_network(
-    settings: Settings, image_shape: tuple[int, ...], classes: int, *, normalize: bool = False
+    depth: int, settings: Settings, image_shape: tuple[int, ...], classes: int, arm: str
 ) -> nn.Sequential:
-    """``depth`` 3 x 3 convolutions with ReLU, then one linear layer.
+    """``depth`` 3 x 3 convolutions with ReLU, average pooling to 2 x 2 and one linear layer.
 
-    The kernels start the same whether normalized or not.
+    The kernels start the same whether normalized or not; those of He's initialization do not.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         layers: list[nn.Module] = []
         channels = image_shape[0]
-        for _ in range(settings.depth):
-            layers.append(nn.Conv2d(channels, settings.channels, 3, padding=1))
-            if normalize:
-                layers.append(nn.BatchNorm2d(settings.channels))
-            layers.append(nn.ReLU())
+        for _ in range(depth):
+            conv = nn.Conv2d(channels, settings.channels, 3, padding=1)
+            if arm == "He":
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             channels = settings.channels
-        features = channels * math.prod(image_shape[1:])
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
+            normalization = [nn.BatchNorm2d(channels)] if arm == "batch normalization" else []
+            layers += [conv, *normalization, nn.ReLU()]
+        head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)]
+        return nn.Sequential(*layers, *head)
 
 
 @one_thread()
 def compare(
     images: ImageSet, settings: Settings, progress: Progress = lambda name, done, total: None
-) -> dict[str, object]:
-    """Train every arm. The result holds numbers and strings only, so that it can be JSON."""
-    shape = tuple(images.train_images.shape[1:])
-    classes = int(images.train_labels.max()) + 1
-    start = plain_network(settings, shape, classes)
-    runs = []
-    for name, penalty in ARMS.items():
-        normalize = name == "batch normalization"
-        network = plain_network(settings, shape, classes, normalize=normalize)
-        runs.append(_train(name, penalty, network, images, settings, progress))
+) -> dict[str, Any]:
+    """Train every arm at both depths. The result is numbers and strings only, as JSON holds."""
+    runs = [
+        _train(arm, depth, images, settings, progress)
+        for depth in (settings.depth, settings.deep)
+        for arm in ARMS
+    ]
     return {
         "images": images.name,
         "train_images": len(images.train_images),
         "test_images": len(images.test_images),
         "settings": asdict(settings),
-        "gradient_norms_at_start": _gradient_norms(start, images),
-        "singular_values_at_start": _singular_values(start, images),
         "runs": [asdict(run) for run in runs],
     }
 
 
-def _train(
-    name: str,
-    penalty: str | None,
-    network: nn.Sequential,
-    images: ImageSet,
-    settings: Settings,
-    progress: Progress,
-) -> Run:
-    run = Run(name)
-    batches = math.ceil(len(images.train_images) / settings.batch_size)
-    total = batches * settings.epochs + (settings.penalty_steps if penalty else 0)
-    done = 0
-    progress(name, done, total)
-    regularizer = None
-    if penalty is not None:
-        exact = getattr(penalties, penalty)  # anew at every call: nothing is followed here
-        example = images.train_images[:1]
-        alone = SpectralRegularizer(network, example, penalty=exact, weight=1.0)
-        kernels = [module.weight for module in network if isinstance(module, nn.Conv2d)]
-        optimizer = torch.optim.Adam(kernels, lr=settings.penalty_learning_rate)
-        for _ in range(settings.penalty_steps):
-            optimizer.zero_grad()
-            alone().backward()
-            optimizer.step()
-            done += 1
-            progress(name, done, total)
-        regularizer = SpectralRegularizer(
-            network,
-            example,
-            penalty=exact,
-            weight=settings.penalty_weight,
-            schedule=Schedule(every=settings.penalty_interval),
-        )
-    _observe(run, network, images)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+def _train(arm: str, depth: int, images: ImageSet, settings: Settings, progress: Progress) -> Run:
+    shape, classes = tuple(images.train_images.shape[1:]), int(images.train_labels.max()) + 1
+    network = plain_network(depth, settings, shape, classes, arm)
+    fan_ins = sum(conv.weight[0].numel() for conv in _convolutions(network))
+    rate = settings.rate_budget / fan_ins
+    if arm == "batch normalization":
+        rate = settings.normalized_learning_rate
+    run, name = Run(arm, depth, rate), f"{depth} layers, {arm}"
+    progress(name, 0, settings.steps)
+    if arm == "prepare":
+        prepare(network, images.train_images[:8])
+    regularizer = _regularizer(arm, network, images, settings)
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(settings.seed)
-    for _ in range(settings.epochs):
+    last = OBSERVATIONS - 1
+    times = {round(settings.steps * i / last) for i in range(OBSERVATIONS)}
+    _observe(run, network, images, 0)
+    for step in range(1, settings.steps + 1):
         network.train()
-        order = torch.randperm(len(images.train_images), generator=generator)
-        for batch in order.split(settings.batch_size):
-            loss = cross_entropy(network(images.train_images[batch]), images.train_labels[batch])
-            if regularizer is not None:
-                loss = loss + regularizer()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-            progress(name, done, total)
-        _observe(run, network, images)
-    ops = [layer.operator() for layer in find_layers(network, images.train_images[:1])]
-    run.extreme_singular_values = [[sigma_min(op), sigma_max(op)] for op in ops]
-    if name == FULL_SPECTRUM:
-        run.singular_values = _singular_values(network, images)
+        chosen = torch.randint(
+            len(images.train_images), (settings.batch_size,), generator=generator
+        )
+        loss = cross_entropy(network(images.train_images[chosen]), images.train_labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if regularizer is not None:
+            regularizer.step(settings.penalty_rate)
+        if step in times:
+            _observe(run, network, images, step)
+        progress(name, step, settings.steps)
+    mirrored = arm in ("isometry", "prepare")
+    layers = find_layers(network, images.train_images[:1])
+    every = max(1, len(layers) // 10)
+    run.extreme_singular_values = [
+        [sigma_min(op), sigma_max(op)]
+        for op in (_seen(layer, layers, mirrored) for layer in layers[::every])
+    ]
     return run
 
 
-def _observe(run: Run, network: nn.Sequential, images: ImageSet) -> None:
+def _regularizer(
+    arm: str, network: nn.Module, images: ImageSet, settings: Settings
+) -> SpectralRegularizer | None:
+    """The penalty of the arm, for the first steps; the paper's enter every few of them."""
+    if arm not in (*PAPER_PENALTIES, "isometry"):
+        return None
+    every = 1 if arm == "isometry" else settings.penalty_interval
+    return SpectralRegularizer(
+        network,
+        images.train_images[:1],
+        penalty=arm,
+        weight=1.0,
+        schedule=Schedule(stop=settings.penalty_steps, every=every),
+    )
+
+
+def _seen(layer: Layer, layers: list[Layer], mirrored: bool) -> ConvOperator:
+    """The layer that signals see: H where isometry has made mirrored kernels."""
+    op = layer.operator()
+    if not mirrored or op.output_shape[0] % 2:
+        return op
+    return seen_operator(op, mirrored_input=layer is not layers[0], mirrored_output=True)
+
+
+def _convolutions(network: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+
+
+def _observe(run: Run, network: nn.Sequential, images: ImageSet, step: int) -> None:
+    run.steps.append(step)
     run.gradient_norms.append(_gradient_norms(network, images))
     network.eval()
     with torch.no_grad():
@@ -192,19 +204,11 @@ def _observe(run: Run, network: nn.Sequential, images: ImageSet) -> None:
 
 
 def _gradient_norms(network: nn.Sequential, images: ImageSet) -> list[float]:
-    """The gradient's norm of each kernel, for the loss on the first 256 training images."""
+    """The norm for each kernel, of the loss on the first 256 training images."""
     network.eval()
-    kernels = [module.weight for module in network if isinstance(module, nn.Conv2d)]
+    kernels = [conv.weight for conv in _convolutions(network)]
     loss = cross_entropy(network(images.train_images[:256]), images.train_labels[:256])
     # In float64: the norm of gradients near 1e-20 squares to nothing in float32.
     gradients = torch.autograd.grad(loss, kernels)
-    return [float(torch.linalg.vector_norm(g.double())) for g in gradients]
-
-
-def _singular_values(network: nn.Sequential, images: ImageSet) -> list[list[float]]:
-    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    with torch.no_grad():
-        return [
-            torch.quantile(svdvals(layer.operator()), quantiles).tolist()
-            for layer in find_layers(network, images.train_images[:1])
-        ]
+    norms = [float(torch.linalg.vector_norm(g.double())) for g in gradients]
+    return [norm if math.isfinite(norm) else 0.0 for norm in norms]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,26 +12,35 @@ from convspectra.figures import new_figure, plain_axes, save_figure, write_texts
 from convspectra.text import comma_separated, markdown_table
 
 Results: TypeAlias = dict[str, Any]
-"""What `stable_gradients.compare` gives."""
-
+"""The result of `stable_gradients.compare`."""
 COLORS = {
-    "plain": "#444444",
-    "frobenius": "#E69F00",
-    "sigma_min": "#56B4E9",
-    "conditioning": "#CC79A7",
-    "stein": "#009E73",
+    "default": "#444444",
+    "He": "#E69F00",
     "batch normalization": "#0072B2",
+    "frobenius": "#999999",
+    "sigma_min": "#CC79A7",
+    "conditioning": "#D55E00",
+    "isometry": "#56B4E9",
+    "prepare": "#009E73",
 }
-"""Colors of the runs, told apart by the color-blind."""
+"""Okabe and Ito's colors, which readers with any color vision tell apart."""
+DRAWN_BY_LAYER = ("default", "He", "batch normalization", "prepare")
+"""The arms of the panels by layer: more lines would hide one another."""
 COLUMNS = (
     "run",
+    "layers",
+    "test accuracy",
     "gradient, first / last layer, before training",
     "gradient, first / last layer, at the end",
     "smallest singular value at the end, median over layers",
     "largest singular value at the end, median over layers",
-    "test accuracy",
+    "learning rate",
 )
-"""Columns of the table of runs."""
+"""The columns of the table."""
+FLOOR = 1e-30
+"""The least gradient norm that is drawn; what vanishes altogether lies on it."""
+LABEL_GAP = 6.0
+"""The least distance of two labels, in percent of the axis."""
 
 
 def table(results: Results) -> list[dict[str, str]]:
@@ -40,11 +51,13 @@ def table(results: Results) -> list[dict[str, str]]:
                 COLUMNS,
                 (
                     run["name"],
+                    str(run["depth"]),
+                    f"{100 * run['accuracy'][-1]:.1f}%",
                     _ratio(run["gradient_norms"][0]),
                     _ratio(run["gradient_norms"][-1]),
-                    f"{_median(low for low, _ in run['extreme_singular_values']):.1e}",
-                    f"{_median(high for _, high in run['extreme_singular_values']):.2g}",
-                    f"{100 * run['accuracy'][-1]:.1f}%",
+                    f"{statistics.median(low for low, _ in run['extreme_singular_values']):.1e}",
+                    f"{statistics.median(high for _, high in run['extreme_singular_values']):.2g}",
+                    f"{run['learning_rate']:.1e}",
                 ),
                 strict=True,
             )
@@ -57,13 +70,14 @@ def markdown(results: Results) -> str:
     """The table as Markdown, with a sentence on what was trained."""
     settings = results["settings"]
     sentence = (
-        f"{settings['depth']} layers of {settings['channels']} channels, 3 x 3, ReLU, no "
-        f"normalization, no skips; {results['train_images']} training images "
-        f"({results['images']}), {settings['epochs']} epochs of Adam at "
-        f"{settings['learning_rate']}; penalties: {settings['penalty_steps']} steps on the penalty "
-        f"alone at {settings['penalty_learning_rate']}, then weight "
-        f"{settings['penalty_weight']} in the loss, every {settings['penalty_interval']} steps; "
-        f"seed {settings['seed']}."
+        f"{settings['depth']} and {settings['deep']} layers of {settings['channels']} channels, "
+        f"3 x 3, ReLU, no shortcuts, no normalization except in the arm of that name; "
+        f"{results['train_images']} training images ({results['images']}), {settings['steps']} "
+        f"steps of Adam in batches of {settings['batch_size']}. Penalties act for "
+        f"{settings['penalty_steps']} steps at the rate {settings['penalty_rate']}, the paper's at "
+        f"every {settings['penalty_interval']}th of them with as many times the rate; seed "
+        f"{settings['seed']}. Singular values are those that signals see: of H for mirrored "
+        "kernels."
     )
     return f"{sentence}\n\n{markdown_table(COLUMNS, table(results))}"
 
@@ -85,77 +99,67 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def draw(results: Results) -> Any:
-    """The figure: gradient norms by layer, singular values by layer, and test accuracy.
+    """The figure: accuracy by step at both depths, and gradient norms by layer at the greater one.
 
     Raises
     ------
     ImportError
         Without Matplotlib: install ``convspectra[demo]``.
     """
-    figure = new_figure(11, 7.2)
+    figure = new_figure(11, 7.6)
     axes = figure.subplots(2, 2)
-    runs = {run["name"]: run for run in results["runs"]}
-    _draw_gradients(axes[0, 0], runs["plain"], "Gradient norm by layer: plain")
-    _draw_gradients(axes[0, 1], runs["stein"], "Gradient norm by layer: with Stein's loss")
-    low = min(ax.get_ylim()[0] for ax in axes[0])
-    high = max(ax.get_ylim()[1] for ax in axes[0])
-    for ax in axes[0]:
-        ax.set_ylim(low, high)
-    _draw_singular_values(axes[1, 0], results, runs)
-    _draw_accuracy(axes[1, 1], results["runs"])
+    depths = sorted({run["depth"] for run in results["runs"]})
+    for ax, depth in zip(axes[0], (depths[0], depths[-1]), strict=True):
+        _draw_accuracy(ax, [run for run in results["runs"] if run["depth"] == depth], depth)
+    deep = [run for run in results["runs"] if run["depth"] == depths[-1]]
+    chosen = [run for run in deep if run["name"] in DRAWN_BY_LAYER]
+    for ax, at, when in ((axes[1, 0], 0, "before training"), (axes[1, 1], -1, "at the end")):
+        _draw_gradients(ax, chosen, at, f"Gradient norm by layer, {depths[-1]} layers, {when}")
     for ax in axes.flat:
         plain_axes(ax)
     return figure
 
 
-def _draw_gradients(ax: Any, run: Results, title: str) -> None:
-    from matplotlib import colormaps
+def _draw_accuracy(ax: Any, runs: Sequence[Results], depth: int) -> None:
+    ends = []
+    for run in runs:
+        percent = [100 * value for value in run["accuracy"]]
+        ax.plot(run["steps"], percent, "o-", markersize=3, color=COLORS[run["name"]])
+        ends.append((percent[-1], run["name"]))
+    last = runs[0]["steps"][-1]
+    height = -LABEL_GAP
+    for percent, name in sorted(ends):
+        height = max(percent, height + LABEL_GAP)
+        ax.text(1.03 * last, height, name, color=COLORS[name], va="center", fontsize=9)
+    ax.set_xlim(0, 1.5 * last)
+    ax.set_xticks(runs[0]["steps"])
+    ax.set_ylim(0, 105)
+    ax.set_xlabel("step")
+    ax.set_ylabel("test accuracy (%)")
+    ax.set_title(f"Test accuracy, {depth} layers")
 
-    colors = colormaps["viridis"].resampled(len(run["gradient_norms"]) + 1)
-    for epoch, norms in enumerate(run["gradient_norms"]):
-        floor = [max(norm, 1e-30) for norm in norms]
-        label = "before training" if epoch == 0 else f"after epoch {epoch}"
-        last = len(run["gradient_norms"]) - 1
-        shown = label if epoch in (0, last // 2, last) else None
-        ax.semilogy(range(1, len(norms) + 1), floor, color=colors(epoch), label=shown)
+
+def _draw_gradients(ax: Any, runs: Sequence[Results], at: int, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ends = []
+    for run in runs:
+        norms = [max(norm, FLOOR) for norm in run["gradient_norms"][at]]
+        ax.semilogy(range(1, len(norms) + 1), norms, color=COLORS[run["name"]])
+        ends.append((norms[0], run["name"]))
+    low, high = ax.get_ylim()
+    height = 0.0
+    for norm, name in sorted(ends):
+        height = max(norm, height * (high / low) ** (LABEL_GAP / 100))
+        ax.text(-1, height, name, color=COLORS[name], va="center", ha="right", fontsize=9)
+    layers = len(runs[0]["gradient_norms"][at])
+    ax.set_xlim(-0.45 * layers, layers + 1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.set_xticks([tick for tick in ax.get_xticks() if 0 <= tick <= layers])
     ax.set_xlabel("layer")
     ax.set_ylabel("norm of the kernel's gradient")
     ax.set_title(title)
-    ax.legend(frameon=False)
-
-
-def _draw_singular_values(ax: Any, results: Results, runs: dict[str, Results]) -> None:
-    shown = {
-        "at the start": (results["singular_values_at_start"], "#444444"),
-        "with Stein's loss, at the end": (runs["stein"]["singular_values"], COLORS["stein"]),
-    }
-    for offset, (label, (summaries, color)) in enumerate(shown.items()):
-        layers = [layer + 1 + 0.3 * (offset - 0.5) for layer in range(len(summaries))]
-        low, lower, middle, upper, high = (list(column) for column in zip(*summaries, strict=True))
-        ax.vlines(layers, low, high, color=color, linewidth=1)
-        ax.vlines(layers, lower, upper, color=color, linewidth=4)
-        ax.plot(layers, middle, "o", color=color, markersize=3, label=label)
-    ax.set_yscale("log")
-    ax.set_xlabel("layer")
-    ax.set_ylabel("singular values (range, quartiles, median)")
-    ax.set_title("Singular values by layer")
-    ax.legend(frameon=False)
-
-
-def _draw_accuracy(ax: Any, runs: list[Results]) -> None:
-    for run in runs:
-        percent = [100 * value for value in run["accuracy"]]
-        ax.plot(percent, color=COLORS[run["name"]], label=run["name"])
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("test accuracy (%)")
-    ax.set_title("Test accuracy")
-    ax.legend(frameon=False)
 
 
 def _ratio(norms: list[float]) -> str:
     return f"{norms[0] / norms[-1]:.1e}" if norms[-1] > 0 else "no gradient left"
-
-
-def _median(values: Any) -> float:
-    ordered = sorted(values)
-    return float(ordered[len(ordered) // 2])
