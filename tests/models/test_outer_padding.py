@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.onnx_graphs import array, evaluated, model, saved
 from helpers.strategies import one_thread as one_thread
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from onnx import helper
 from torch import Tensor, nn
@@ -288,6 +288,68 @@ def test_tables_are_those_of_numpy(sizes, mode, rows):
     # Several modes and amounts may give one table: what counts is the table.
     again = np.pad(index, [(0, 0), *found.padding], mode=MODES[found.mode])
     np.testing.assert_array_equal(again, np.pad(index, [(0, 0), *pads], mode=MODES[mode]))
+
+
+# --- programs by chance ---------------------------------------------------------------------------
+
+
+def copied(x: Tensor, a: int, b: int) -> Tensor:
+    y = x.new_zeros(1, 3, x.shape[2] + a + b, x.shape[3])
+    y[:, :, a : a + x.shape[2]] = x
+    return y
+
+
+MOVES = {
+    "crop or pad": lambda x, a, b: F.pad(x, (a - 1, b, b - 1, a)),
+    "reflect": lambda x, a, b: F.pad(x, (a, b, 0, a), mode="reflect"),
+    "replicate": lambda x, a, b: F.pad(x, (a, b, b, a), mode="replicate"),
+    "circular": lambda x, a, b: F.pad(x, (a, b, b, 0), mode="circular"),
+    "slice": lambda x, a, b: x[:, :, a : x.shape[2] - b, ::2],
+    "zeros": lambda x, a, b: torch.cat([x.new_zeros(*x.shape[:3], a), x], 3),
+    "itself": lambda x, a, b: torch.cat([x[:, :, -1:], x, x[:, :, :a]], 2),
+    "flip": lambda x, a, b: x.flip(2 + a % 2),
+    "roll": lambda x, a, b: x.roll(a, 3),
+    "copy": copied,
+    "relu_": lambda x, a, b: x.clone().relu_(),
+    "times two": lambda x, a, b: x * 2,
+    "view": lambda x, a, b: x.reshape(3, *x.shape[2:]).view(x.shape),
+    "channels": lambda x, a, b: x[:, [1, 0, 2]].contiguous(memory_format=torch.channels_last),
+}
+steps = st.lists(
+    st.tuples(st.sampled_from(sorted(MOVES)), st.integers(0, 2), st.integers(0, 2)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(program=steps, own=st.integers(0, 1), stride=st.integers(1, 2))
+def test_programs_by_chance(program, own, stride):
+    """The layer is the matrix from the distinct pixels that it reads, whatever moved them."""
+
+    def moved(x: Tensor) -> Tensor:
+        for name, a, b in program:
+            x = MOVES[name](x, a, b)
+        return x
+
+    layer = nn.Conv2d(3, 2, (2, 3), stride, own, bias=False, dtype=torch.float64)
+    x = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    try:
+        read = moved(x)
+        layer(read)
+    except (RuntimeError, ValueError):
+        assume(False)  # nothing is left to read, or too little to reflect
+    named = of(Given(lambda c, x: c(moved(x)), layer), x)
+    assume("judged as if" not in "".join(named.notes))
+    # Entries are distinct by chance, so that equal ones are copies of one pixel.
+    pixels, place = torch.unique(read, return_inverse=True)
+    copies = F.one_hot(place.flatten(), len(pixels)).double()[:, pixels != 0]
+    every = torch.eye(read.numel(), dtype=torch.float64).view(-1, *read.shape[1:])
+    expected = torch.linalg.svdvals(layer(every).flatten(1).T @ copies)
+    found = torch.linalg.svdvals(named.operator.to_dense())
+    count = max(len(expected), len(found))
+    torch.testing.assert_close(
+        F.pad(found, (0, count - len(found))), F.pad(expected, (0, count - len(expected)))
+    )
 
 
 # --- ONNX -----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def recorded_pass(
 
 
 def signal_flow(model: nn.Module, example_input: Any) -> dict[str, LayerFlow]:
-    """What surrounds every layer of a model in one forward pass, by the layers' names.
+    """Surroundings of every layer of a model in one forward pass, by the layers' names.
 
     Parameters
     ----------

@@ -25,12 +25,19 @@ _INEXPRESSIBLE = (
     "its input is padded or copied by a separate operation ({}) in a way that no padding of a "
     "convolution does; judged as if it were not"
 )
+"""Note where the layer is judged on the array that it reads, with the operations in braces."""
+
 _TRANSPOSED = (
     "its input is padded by a separate operation ({}), which transposed convolutions cannot do; "
     "judged without it"
 )
+"""Note where zeros stand around the input of a transposed layer: they would make it crop less."""
+
 _ABSORBED = "its padding is that of a separate operation before it ({})"
+"""Note where the padding became that of the layer."""
+
 _CONSTANT = ", whose border of another value than 0 counts as a part of the bias"
+"""End of this note where the border is not 0."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class OuterPadding:
 
 @dataclass(frozen=True)
 class Gather:
-    """What an array holds: indices of an earlier array's entries, and how they came there.
+    """The content of an array: indices of an earlier array's entries, and how they came there.
 
     Attributes
     ----------

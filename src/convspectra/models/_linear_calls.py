@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 CONVOLUTIONS = ("aten::convolution", "aten::_convolution")
+"""Operations of ATen that every convolution ends in, transposed or not."""
+
 _PRODUCTS = {  # operation: its two factors
     "aten::mm": ("self", "mat2"),
     "aten::addmm": ("mat1", "mat2"),
@@ -17,6 +19,8 @@ _PRODUCTS = {  # operation: its two factors
     "aten::bmm": ("self", "mat2"),
     "aten::baddbmm": ("batch1", "batch2"),
 }
+"""Matrix products of ATen, with the names of their two factors."""
+
 _NORMALIZATIONS = (
     "aten::native_batch_norm",
     "aten::cudnn_batch_norm",
@@ -24,6 +28,7 @@ _NORMALIZATIONS = (
     "aten::_native_batch_norm_legit",
     "aten::_native_batch_norm_legit_no_training",
 )
+"""Batch normalization as ATen calls it on various devices."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def product_call(left: Tensor, right: Tensor, weight_is_left: bool) -> LinearCal
 
 
 def normalization_scale(name: str, arguments: dict[str, Any]) -> Tensor | None:
-    """What batch normalization with running statistics multiplies each channel by, float64."""
+    """The factor of each channel in batch normalization with running statistics, float64."""
     if name not in _NORMALIZATIONS or arguments.get("training", False):
         return None
     variance, weight = arguments["running_var"], arguments["weight"]

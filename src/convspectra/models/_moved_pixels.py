@@ -54,7 +54,7 @@ View = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 @dataclass
 class _Storage:
-    """What is known of the memory behind arrays that share it.
+    """Facts about the memory behind arrays that share it.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ class MovedPixels:
         self._storages: dict[int, _Storage] = {}
 
     def gather(self, x: object) -> Gather | None:
-        """What is known of an array; None where nothing moved its pixels."""
+        """The pixels of an array; None where nothing moved its pixels."""
         if not isinstance(x, Tensor):
             return None
         storage, index = self._known(x)

@@ -16,7 +16,10 @@ from convspectra.models._selection import modules_of, unwrapped
 from convspectra.operator import LAYER_TYPES, ConvOperator
 
 _UNREACHED = "the forward pass of the example input does not reach it"
+"""Reason for a layer that the pass does not come to."""
+
 _UNREAD = "no convolution or product with a matrix reads its {}"
+"""Reason for a module with a matrix that nothing multiplies by; the parameters are in braces."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]
 def traced_operators(
     model: nn.Module, example_input: Any, lazy: Mapping[str, str] = MappingProxyType({})
 ) -> list[NamedOperator]:
-    """As `named_operators`, in the mode that the model is in and without its checks.
+    """The same as `named_operators`, in the mode that the model is in and without its checks.
 
     The modules named in `lazy`, with their types, are passed over. Takes TorchScript and exported
     programs too.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 DEFAULT_GROUP = "default"
+"""A word for the group that ``torch.distributed`` was started with, if it was."""
 
 
 @dataclass(frozen=True)

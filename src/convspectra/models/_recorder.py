@@ -44,12 +44,15 @@ _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ..
     (nn.Bilinear, "it is linear in each of two inputs, not in one"),
     ((nn.Embedding, nn.EmbeddingBag), "a table that is looked up, not a map of an array"),
 )
+"""Modules with weights that are listed without an operator, and why."""
+
 LAZY = "it is lazy and has no weight yet; run one forward pass first"
+"""Reason for a module that gets its weight from a forward pass."""
 
 
 @dataclass
 class Reader:
-    """What reads a layer's output: a batch normalization if it has a scale."""
+    """Something that reads a layer's output: a batch normalization if it has a scale."""
 
     name: str
     scale: Tensor | None = None

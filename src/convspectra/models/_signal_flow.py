@@ -49,9 +49,11 @@ NORMALIZATIONS = (
     "native_layer_norm",
     "_fused_rms_norm",
 )
+"""Normalizations as ATen calls them."""
 
 
 _CONCATENATIONS = ("cat", "stack")
+"""Operations that put arrays beside each other."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class _Origin:
 
 @dataclass(frozen=True)
 class LayerFlow:
-    """What surrounds one layer in the network.
+    """Surroundings of one layer in the network.
 
     Attributes
     ----------

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from convspectra.text import plain
 
 _LONGEST = 200
+"""Characters of a cause in a message; a choice: one line of it, two at most, on a wide terminal."""
+
 _IN_TORCHSCRIPT = "The following operation failed in the TorchScript interpreter"
+"""How TorchScript begins its errors, whose last line is the one that tells something."""
 
 
 class LoadError(ValueError):
@@ -49,7 +52,7 @@ def _unlogged() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length: the first that tells something."""
+    """The message of an error in one line of bounded length: the first that tells something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
     text = f"{kind}: {_telling(lines).removeprefix(f'{kind}: ')}" if lines else kind

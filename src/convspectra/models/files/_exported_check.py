@@ -20,19 +20,38 @@ import torch
 from convspectra.models.files._errors import LoadError, refusing
 
 _PROGRAMS = ("models/", "serialized_exported_program.json")
-_PICKLED = ("data/sample_inputs/", "serialized_")
-_PICKLED_TENSORS = ("weight_", "tensor_")
-_LIBRARIES = "data/aotinductor/"
+"""Members that hold a program, as JSON."""
 
-_UNEVALUATED = {"metadata", "as_string", "as_strings", "guards_code"}  # guards: left out on loading
+_PICKLED = ("data/sample_inputs/", "serialized_")
+"""Members that ``torch.export.load`` unpickles."""
+
+_PICKLED_TENSORS = ("weight_", "tensor_")
+"""Beginnings of the names under which weights and constants are stored as tensors."""
+
+_LIBRARIES = "data/aotinductor/"
+"""Folder of compiled code, which is loaded as it is."""
+
+_UNEVALUATED = {"metadata", "as_string", "as_strings", "guards_code"}
+"""Keys whose texts nobody evaluates; guards are left out on loading."""
+
 _OPERATOR = re.compile(
     r"(torch\.ops\.[A-Za-z]\w*\.\w+(\.[A-Za-z]\w*)?|(_operator|math)\.[a-z]\w*|torch\.sym_\w+)?"
 )
+"""Names of operators: of PyTorch's own libraries, of comparison, of sizes."""
+
 _SIZE = re.compile(  # calls of classes such as Mul(...), and no call of what a call returned
     r"([A-Z]\w*\b|[a-z]\w*\b(?!\s*\()|'[\w.]+'|\d+(\.\d+)?\b|\)(?!\s*\()|[\s(,+\-*/%<>=&|~])*"
 )
+"""Sizes as SymPy writes them: calls of classes such as Mul(...), none of what a call returned."""
+
 _TREE = re.compile(r"(?!.*(__enum__|default_factory|\\u))[\w\s.,:\"\[\]{}\\/-]*")
+"""Structures of inputs and outputs, without enumerations and factories, which name Python
+objects.
+"""
+
 _NAME = re.compile(r"[\w.:+/-]*")
+"""Plain names, for every other text."""
+
 _PATTERNS = {
     "target": _OPERATOR,
     "as_operator": _OPERATOR,
@@ -40,6 +59,7 @@ _PATTERNS = {
     "in_spec": _TREE,
     "out_spec": _TREE,
 }
+"""Patterns that the texts under a key must match."""
 
 
 def check_export(path: Path) -> None:
@@ -64,7 +84,7 @@ def check_export(path: Path) -> None:
 
 
 def _reasons(archive: zipfile.ZipFile) -> Iterator[str]:
-    """What more than tensors and a program the archive has."""
+    """All that the archive has besides tensors and a program."""
     names = archive.namelist()
     for name, times in Counter(names).items():
         if times > 1:  # readers differ in which one they take

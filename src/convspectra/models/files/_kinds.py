@@ -9,11 +9,22 @@ from pathlib import Path
 from convspectra.models.files._errors import LoadError, refusing
 
 MAX_BYTES = 8 * 2**30
-_LARGEST_RATIO = 200  # PyTorch stores its archives uncompressed
+"""Largest file, and largest tensor in it; a choice: 8 GiB, above the audits that a workstation's
+memory allows.
+"""
+
+_LARGEST_RATIO = 200
+"""Most that an archive may say it unpacks to, over its size. PyTorch stores without compression,
+ratio 1; deflate reaches 1000, so that half or double of this refuses bombs as well.
+"""
+
 _CHUNK = 2**20
+"""Bytes that are read at once; a choice."""
+
 _KNOWN = (
     "expected ONNX, TorchScript, a torch.export archive, safetensors or a torch.save checkpoint"
 )
+"""End of messages about files of other kinds."""
 
 
 def model_kind(path: Path, max_bytes: int) -> str:

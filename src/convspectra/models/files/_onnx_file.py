@@ -21,13 +21,21 @@ from convspectra.models.files._onnx_constants import FOLDED, Array, FoldingError
 from convspectra.models.files._onnx_functions import written_out
 
 ONNX_DOMAINS = ("", "ai.onnx")
+"""The names of ONNX's own domain."""
+
 _FLOATING: dict[int, int] = {  # bytes of one entry
     TensorProto.FLOAT: 4,
     TensorProto.DOUBLE: 8,
     TensorProto.FLOAT16: 2,
     TensorProto.BFLOAT16: 2,
 }
+"""Floating types, with the bytes of one entry."""
+
 _KEPT_ENTRIES = 1024  # of an initializer, in shape inference: what Reshape and Resize may need
+"""Entries of a value up to which shape inference gets it, and it is folded at once: amounts of
+Pad, shapes of Reshape and sizes of Resize have some ten. A choice: half or double of it
+changes nothing known.
+"""
 
 
 @dataclass(frozen=True)

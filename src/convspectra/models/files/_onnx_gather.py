@@ -60,7 +60,7 @@ class _Traced:
 
 
 def gather_before(scope: Scope, name: str) -> Gather | None:
-    """What moves pixels between the last computed value and this one; None for nothing.
+    """Moves of pixels between the last computed value and this one; None for nothing.
 
     Notes
     -----
@@ -182,7 +182,7 @@ def _of_doubles(node: NodeProto) -> NodeProto:
 
 
 def _at_zero(scope: Scope, node: NodeProto) -> float:
-    """What a function of each entry makes of 0."""
+    """The value of a function of each entry at 0."""
     zero = np.zeros(1, dtype=np.float32)
     try:
         values = {i: scope.constant(i) for i in node.input[1:] if i}

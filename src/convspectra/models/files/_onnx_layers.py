@@ -30,7 +30,11 @@ from convspectra.models.files._onnx_options import convolution_options
 from convspectra.operator import ConvOperator
 
 _QUANTIZED = "its weight is quantized; give the floating model"
+"""Reason for operators with integer weights."""
+
 _RECURRENT = "a recurrence is not a linear map of its input"
+"""Reason for recurrent layers."""
+
 _WEIGHTED = {  # operators with a stored weight that are not taken, and why
     "QLinearConv": _QUANTIZED,
     "ConvInteger": _QUANTIZED,
@@ -42,6 +46,7 @@ _WEIGHTED = {  # operators with a stored weight that are not taken, and why
     "Einsum": "Einsum with a stored factor is not supported",
     "DeformConv": "its taps move with its input",
 }
+"""Operators with a stored weight that are not taken, and why."""
 
 
 class _PassedOverError(Exception):

@@ -18,13 +18,22 @@ from convspectra.models.files._exported_check import check_export
 from convspectra.text import sizes
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which checkpoints keep the state dict."""
+
 _PREFIX = "module."
+"""In front of every name after (Distributed)DataParallel."""
+
 _SHOWN = 3
+"""Names of keys in a message; a choice: enough to see a pattern."""
+
 _UNGUARDED = {  # the guards of an exported program are Python in its file
     option: False
     for option in inspect.signature(torch.export.ExportedProgram.module).parameters
     if option == "check_guards"
 }
+"""Option against the guards of an exported program, which are Python in its file; where PyTorch
+has it.
+"""
 
 
 def script_operators(path: Path, shapes: Sequence[tuple[int, ...]]) -> list[NamedOperator]:
