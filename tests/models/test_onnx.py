@@ -395,6 +395,16 @@ def test_an_unknown_size(tmp_path):
     assert "input size could not be inferred" in named.skipped
 
 
+def test_the_node_at_which_sizes_end_is_named(tmp_path):
+    nodes = [
+        helper.make_node("Own", ["x"], ["u"], name="own", domain="com.microsoft"),
+        helper.make_node("Relu", ["u"], ["v"]),
+        helper.make_node("Conv", ["v", "w"], ["y"]),
+    ]
+    (named,) = loaded(tmp_path, model(nodes, {"w": array(2, 3, 3)}, (3, 5)), (3, 5))
+    assert "past the Own node 'own' of the domain com.microsoft; give" in named.skipped
+
+
 def test_attention_and_tables_are_no_layers(tmp_path):
     nodes = [
         helper.make_node("Gather", ["w", "i"], ["t"]),

@@ -141,7 +141,10 @@ def _convolution(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
     shape = scope.shapes.get(node.input[0], ())
     size = shape[2:]
     if len(shape) != weight.ndim or min(size, default=1) < 1:
-        raise _PassedOverError("its input size could not be inferred; give every input shape")
+        raise _PassedOverError(
+            f"its input size could not be inferred{_where_sizes_end(scope, node.input[0])}; "
+            "give every input shape"
+        )
     try:
         options = convolution_options(attributes(node), size, tuple(weight.shape[2:]), transposed)
         op = ConvOperator(weight, size, **options)
@@ -149,6 +152,24 @@ def _convolution(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
         raise _PassedOverError(str(error)) from error
     _check_sizes(scope, node, op, shape)
     return with_outer_padding(op, gather_before(scope, node.input[0]))
+
+
+def _where_sizes_end(scope: Scope, name: str) -> str:
+    """The first node before a value whose output has no known size, in words."""
+
+    def known(value: str) -> bool:
+        sizes = scope.shapes.get(value, ())
+        return scope.is_constant(value) or min(sizes, default=0) > 0
+
+    seen: set[str] = set()
+    while (node := scope.producers.get(name)) is not None and name not in seen:
+        seen.add(name)
+        unknown = [value for value in node.input if value and not known(value)]
+        if not unknown:
+            domain = f" of the domain {node.domain}" if node.domain not in ONNX_DOMAINS else ""
+            return f" past the {node.op_type} node {label(node)!r}{domain}"
+        name = unknown[0]
+    return ""
 
 
 def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[int, ...]) -> None:
