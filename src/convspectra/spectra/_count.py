@@ -41,7 +41,7 @@ LONGEST_STEP = 0.25
 """The first step over the number: a choice."""
 MOST_TORI = 3
 """Tori that are factored for one number, where on the first ones a matrix between the cuts is
-nearly singular: a choice. A random layer, 64 -> 64, on 56 x 56 points took the second."""
+nearly singular: a choice, for other steps follow."""
 LONGER = 64
 """The most by which a step that was too short grows: a choice."""
 FAR_END_ATTEMPTS = 5
@@ -363,7 +363,7 @@ class ByInertia:
                 self._kind, self._torus = kind, InertiaTorus(self._op, *kind)
             best = min(best, self._torus.count(s), key=lambda inertia: inertia.rounding)
             self.factorizations += 1
-            if best.rounding < math.inf:
+            if best.rounding < LONGER * allowed:
                 break
         return best
 

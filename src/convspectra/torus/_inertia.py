@@ -121,7 +121,7 @@ class InertiaTorus:
         """The least that `count` leaves open: the rounding of the symbols, which are at hand."""
         sizes = self._inverse_norms(s)
         sizes = sizes.reshape(*sizes.shape[:2], -1).amax(-1)
-        return self._rounding(s, sizes, 0.0) if self._are_certain(s, sizes, sizes) else math.inf
+        return self._rounding(s, sizes, 0.0) if self._are_certain(s, sizes) else math.inf
 
     def is_between(self, s: float) -> bool:
         """Whether a symbol value is nearer to s than 0 is, so that another torus may do better."""
@@ -130,7 +130,7 @@ class InertiaTorus:
     def count(self, s: float) -> Inertia:
         """The singular values of M above s > 0; its cost is `inertia_cost`."""
         above, sizes = self._counted(self._values > s), self._inverse_norms(s)
-        if not self._are_certain(s, sizes, sizes):
+        if not self._are_certain(s, sizes):
             return Inertia(above, math.inf)
         rounding = 0.0
         for first in range(0, len(sizes), self._at_once):
@@ -150,8 +150,8 @@ class InertiaTorus:
             inverse = cut.explicit
             positive += self._counted(cut.border_values > 0)
             inner = max(inner, float(sizes.amax()))
-            sizes, of_inverse = cut.sizes(sizes.amax(-1))
-            if not self._are_certain(s, sizes, of_inverse):
+            sizes = cut.sizes(sizes.amax(-1))
+            if not self._are_certain(s, sizes):
                 return Inertia(positive, math.inf)
             channels = cut.inside.of(channels)
         border = self._last_border(inverse() if cut is None else cut, channels)
@@ -168,9 +168,12 @@ class InertiaTorus:
         scale, mean = self.norm + s, sizes @ (self._copies / self._periods[0])
         return ROUNDING * scale * (1 + scale * (inner + float(mean.amax())))
 
-    def _are_certain(self, s: float, rounded: Tensor, inverse: Tensor) -> bool:
-        """Whether matrices with inverses of these sizes, rounded so, have the inertia found."""
-        return bool((ROUNDING * (self.norm + s) ** 2 * rounded * inverse < 1).all())
+    def _are_certain(self, s: float, sizes: Tensor) -> bool:
+        """Whether rounding of these sizes leaves the inertia of an inverse as it is.
+
+        The least eigenvalue of the inverse of a part of A is 1 / ||A|| or more.
+        """
+        return bool((ROUNDING * (self.norm + s) * sizes < 0.5).all())
 
     def _counted(self, positive: Tensor) -> int:
         """How many are true of (groups, half of the frequencies, ...), with the other half."""
@@ -289,14 +292,14 @@ class _Cut:
         signs = self.border_values.sign()[..., None, :]
         return inside - (self.halves * signs) @ self.halves.mH
 
-    def sizes(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds on the rounding and on the inverse itself, at every frequency left."""
+    def sizes(self, before: Tensor) -> Tensor:
+        """The size of what was rounded, at most, at every frequency left."""
         to_border = torch.minimum(before, self.norms_to_border)
         halves = torch.linalg.vector_norm(self.halves, dim=(-2, -1))
         if self.border_values.shape[-1] == 0:
-            return before, before
+            return before
         of_inverse_border = self.border_values.abs().amin(-1).rsqrt()
-        return before + to_border * of_inverse_border * halves, before + halves.square()
+        return before + to_border * of_inverse_border * halves
 
 
 def _differences(
