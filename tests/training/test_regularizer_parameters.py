@@ -49,9 +49,12 @@ def test_frozen_layers_are_left_out_until_they_are_unfrozen(name):
 
 def test_a_model_frozen_as_a_whole_costs_nothing_and_can_be_trained_with_all_the_same():
     model = net().requires_grad_(False)
-    value = regularizer(model, "conditioning")()
+    reg = regularizer(model, "conditioning")
+    with pytest.warns(UserWarning, match="^all layers of the regularizer are frozen"):
+        value = reg()
     assert float(value) == 0
     assert not value.requires_grad
+    assert float(reg()) == 0  # Said once: a second warning would be an error here.
 
 
 @each_penalty

@@ -30,7 +30,7 @@ BAD_OPTIONS = [
     ({"include": 3}, "expected a selection of layers to be a name pattern.*got 3"),
     ({"include": [3]}, "expected a selection of layers to be a name pattern"),
     ({"exclude": "*"}, "expected layers to include in Net, got none"),
-    ({"penalty_options": {"k": 2}}, "no penalty_options for 'stein', got {'k': 2}"),
+    ({"penalty_options": {"k": 2}}, "penalty_options of 'stein': expected gain alone, got ..k.."),
     ({"penalty": "band", "penalty_options": {"n": 2}}, "penalty_options of 'band': .*'n'"),
     ({"penalty": "band", "penalty_options": {"lower": 9}}, "0 <= lower <= upper, got lower=9"),
     ({"penalty": "sigma_min", "penalty_options": {"k": 0}}, "k to be a positive integer, got 0"),

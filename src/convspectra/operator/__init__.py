@@ -12,6 +12,7 @@ from convspectra.operator._checks import (
     check_array,
     check_band,
     check_choice,
+    check_gain,
     check_positive_integer,
     check_type,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "check_band",
     "check_bytes",
     "check_choice",
+    "check_gain",
     "check_halves",
     "check_positive_integer",
     "check_type",

@@ -5,6 +5,7 @@ Every message says what was expected, what was given and, where it is not plain,
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 
 import torch
@@ -86,6 +87,12 @@ def check_type(name: str, value: object, expected: type) -> None:
     """Raise a ValueError unless the value is of the expected type."""
     if not isinstance(value, expected):
         raise ValueError(f"expected {name} to be a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_gain(gain: object) -> None:
+    """Raise a ValueError unless the gain is a finite number above 0."""
+    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
+        raise ValueError(f"expected gain to be a finite number above 0, got {gain!r}")
 
 
 def check_band(lower: float, upper: float) -> None:

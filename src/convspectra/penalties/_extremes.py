@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, check_band, check_type
+from convspectra.operator import ConvOperator, check_band, check_gain, check_type
 from convspectra.penalties._spectrum import frobenius
 from convspectra.solvers import differentiable_once
 from convspectra.spectra import ConvergenceError, check_count, svds
@@ -85,14 +85,21 @@ def sigma_max(op: ConvOperator, k: int = 1) -> Tensor:
     return _extreme_values(op, k, "LM").mean()
 
 
-def conditioning(op: ConvOperator) -> Tensor:
-    """1/2 ||M||_F^2 - n sigma_min(M) with n = min(rows, columns), at least -n / 2.
+def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
+    """1/2 ||M||_F^2 - n gain sigma_min(M) with n = min(rows, columns), at least -n gain^2 / 2.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    gain : float
+        The singular value to reach, above 0; 1 in the paper.
 
     Returns
     -------
     Tensor
-        0-dim, float64; equal to ``-n / 2`` exactly where all singular values are 1. The gradient
-        is that of Theorem 2.3: the sum of those of `frobenius` and n times `sigma_min`.
+        0-dim, float64; equal to ``-n gain^2 / 2`` exactly where all singular values are the gain.
+        The gradient is that of Theorem 2.3: the sum of those of `frobenius` and n gain times
+        `sigma_min`.
 
     Notes
     -----
@@ -106,7 +113,8 @@ def conditioning(op: ConvOperator) -> Tensor:
     >>> cs.penalties.conditioning(cs.ConvOperator(torch.eye(2)[:, :, None], 10)).item()
     -10.0
     """
-    return frobenius(op) + min(op.shape) * sigma_min(op)
+    check_gain(gain)
+    return frobenius(op) + gain * min(op.shape) * sigma_min(op)
 
 
 def cond(op: ConvOperator) -> Tensor:
@@ -143,7 +151,9 @@ def cond(op: ConvOperator) -> Tensor:
     return (_extreme_values(op, 1, "LM").log() - smallest.log()).sum()
 
 
-def band(op: ConvOperator, lower: float = 0.5, upper: float = 2.0, k: int = 1) -> Tensor:
+def band(
+    op: ConvOperator, lower: float = 0.5, upper: float = 2.0, k: int = 1, gain: float = 1.0
+) -> Tensor:
     """Hinge on the k values at each end: ``1/2 mean (lower - s)_+^2 + 1/2 mean (s - upper)_+^2``.
 
     Parameters
@@ -153,6 +163,8 @@ def band(op: ConvOperator, lower: float = 0.5, upper: float = 2.0, k: int = 1) -
         The band in which nothing is penalized, ``0 <= lower <= upper``.
     k : int
         How many of the smallest and of the largest singular values, 1 to min(op.shape).
+    gain : float
+        Both ends of the band are multiplied by it.
 
     Returns
     -------
@@ -177,6 +189,8 @@ def band(op: ConvOperator, lower: float = 0.5, upper: float = 2.0, k: int = 1) -
     0.4962
     """
     check_band(lower, upper)
+    check_gain(gain)
+    lower, upper = gain * lower, gain * upper
     below = (lower - _extreme_values(op, k, "SM")).clamp_min(0)
     above = (_extreme_values(op, k, "LM") - upper).clamp_min(0)
     return 0.5 * (below.square().mean() + above.square().mean())

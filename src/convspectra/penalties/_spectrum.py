@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, IntArray, check_type, squared_frobenius_norm
+from convspectra.operator import (
+    ConvOperator,
+    IntArray,
+    check_gain,
+    check_type,
+    squared_frobenius_norm,
+)
 from convspectra.spectra import logabsdet
 from convspectra.torus import angles, half_count, half_multiplicity, symbols
 
@@ -39,12 +45,19 @@ def frobenius(op: ConvOperator) -> Tensor:
     return 0.5 * squared_frobenius_norm(op.weight.double(), op.geometry)
 
 
-def stein(op: ConvOperator) -> Tensor:
-    """Stein's loss ``sum_i (s_i^2 / 2 - log s_i - 1/2)``: the LogDet divergence of M'M from I.
+def stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
+    """Stein's loss ``sum_i (t_i^2 / 2 - log t_i - 1/2)``, t = s / gain, of the singular values s.
 
-    Equal to ``1/2 ||M||_F^2 - logabsdet(M) - n / 2`` with n = min(rows, columns): non-negative, and
-    0 exactly where all singular values are 1, as for `conditioning`; but smooth wherever M has full
-    rank, and lifting every small singular value at once.
+    The LogDet divergence of M'M / gain^2 from I. Equal to ``1/2 ||M||_F^2 - logabsdet(M) - n / 2``
+    for gain 1, with n = min(rows, columns): non-negative, and 0 exactly where all singular values
+    are the gain, as for `conditioning`, except that it is smooth wherever M has full rank and
+    lifts every small singular value at once.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    gain : float
+        The singular value to reach, above 0.
 
     Returns
     -------
@@ -56,7 +69,8 @@ def stein(op: ConvOperator) -> Tensor:
     ArithmeticError
         If M is rank deficient to working precision: the loss is infinite there and has no gradient.
     ValueError
-        If the layer needs a matrix over the size limit of `logabsdet`.
+        If the layer needs a matrix over the size limit of `logabsdet`, or for a gain that cannot
+        be.
 
     Notes
     -----
@@ -69,18 +83,25 @@ def stein(op: ConvOperator) -> Tensor:
     0.0
     """
     check_type("op", op, ConvOperator)
+    check_gain(gain)
     log_det = logabsdet(op)
     if math.isinf(float(log_det.detach())):
         raise _rank_deficient(op)
-    return frobenius(op) - log_det - 0.5 * min(op.shape)
+    return frobenius(op) / gain**2 - log_det - (0.5 - math.log(gain)) * min(op.shape)
 
 
-def circular_stein(op: ConvOperator) -> Tensor:
+def circular_stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
     """Stein's loss of the layer wrapped around a torus: an approximation of `stein`.
 
     The singular vectors of a zero-padded layer that live at its border are not seen (Note [Border
     modes] in `torus/_capacitance.py`), so this can be small where `stein` is large. Scaled to the
     number of singular values of the layer itself.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    gain : float
+        The singular value to reach, above 0.
 
     Returns
     -------
@@ -105,6 +126,7 @@ def circular_stein(op: ConvOperator) -> Tensor:
     0.0
     """
     check_type("op", op, ConvOperator)
+    check_gain(gain)
     weight, geometry = op.weight.double(), op.geometry
     axes = list(enumerate(geometry.output_size))
     counts = [half_count(n, 0.0) if axis == geometry.ndim - 1 else None for axis, n in axes]
@@ -121,22 +143,30 @@ def circular_stein(op: ConvOperator) -> Tensor:
         log_dets = log_dets * half_multiplicity(geometry.output_size[-1], 0.0).to(log_dets)
     points = math.prod(geometry.output_size)
     count = points * blocks.shape[-2] * op.groups
-    loss = 0.5 * points * weight.square().sum() - log_dets.sum() - 0.5 * count
+    squares = 0.5 * points * weight.square().sum() / gain**2
+    loss = squares - log_dets.sum() - (0.5 - math.log(gain)) * count
     return loss * (min(op.shape) / count)
 
 
-def orthogonality(op: ConvOperator) -> Tensor:
-    """||M'M - I||_F^2 of the smaller Gram matrix: ``sum_i (s_i^2 - 1)^2``.
+def orthogonality(op: ConvOperator, gain: float = 1.0) -> Tensor:
+    """||M'M - gain^2 I||_F^2 of the smaller Gram matrix: ``sum_i (s_i^2 - gain^2)^2``.
 
     Exact for every padding, stride and dilation: ``M'M = sum_pq (K_p' K_q) (x) (S_p' S_q)`` with
     K_p the channels by channels matrix of tap p and S_p the 0/1 matrix of its index set, so that
     ``||M'M||_F^2`` is a quadratic form in the products ``K_p' K_q``, with integers that are
     products over the axes.
 
+    Parameters
+    ----------
+    op : ConvOperator
+    gain : float
+        The singular value to reach, above 0; its square is the alpha of Guo and Ye (On
+        regularization of convolutional kernel tensors in neural networks), ||M'M - alpha I||.
+
     Returns
     -------
     Tensor
-        0-dim, float64. Its gradient is ``4 M (M'M - I)`` summed over the index sets Omega.
+        0-dim, float64. Its gradient is ``4 M (M'M - gain^2 I)`` summed over the index sets Omega.
         Differentiable twice.
 
     Notes
@@ -153,6 +183,7 @@ def orthogonality(op: ConvOperator) -> Tensor:
     180.0
     """
     check_type("op", op, ConvOperator)
+    check_gain(gain)
     weight = op.weight.double()
     count = math.prod(weight.shape[2:])
     per_group = weight.reshape(op.groups, -1, weight.shape[1], count)
@@ -162,7 +193,8 @@ def orthogonality(op: ConvOperator) -> Tensor:
     for axis in range(op.geometry.ndim):
         form = _interleaved(form, op.geometry.tap_product_gram(axis))
     fourth_powers = (inner * torch.from_numpy(form).to(inner)).sum()
-    return fourth_powers - 2 * squared_frobenius_norm(weight, op.geometry) + min(op.shape)
+    squares = squared_frobenius_norm(weight, op.geometry)
+    return fourth_powers - 2 * gain**2 * squares + gain**4 * min(op.shape)
 
 
 def _interleaved(outer: IntArray, inner: IntArray) -> IntArray:

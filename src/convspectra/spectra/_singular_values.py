@@ -50,6 +50,10 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.result = result
 
+    def __reduce__(self) -> tuple[type[ConvergenceError], tuple[str, SVDResult]]:
+        """Both arguments: a pickle of an exception has the message alone."""
+        return type(self), (str(self), self.result)
+
 
 @dataclass(frozen=True)
 class SVDResult:

@@ -15,7 +15,8 @@ from convspectra.training._followed_values import Stack
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient
 from convspectra.training._report import LayerReport
 
-Penalty: TypeAlias = Callable[[ConvOperator], Tensor]
+Penalty: TypeAlias = Callable[..., Tensor]
+"""A function of a `ConvOperator`, with options."""
 
 EXACT_PENALTIES: dict[str, Penalty] = {
     "stein": penalties.stein,
@@ -33,8 +34,10 @@ class ExactPenalties:
 
     gradient_needs_value = True
 
-    def __init__(self, layers: Sequence[Layer], penalty: Penalty) -> None:
-        self._layers, self._penalty = layers, penalty
+    def __init__(
+        self, layers: Sequence[Layer], penalty: Penalty, options: Mapping[str, Any]
+    ) -> None:
+        self._layers, self._penalty, self._options = layers, penalty, dict(options)
         self._stacks = [Stack([layer], 1, 1, 1) for layer in layers]
 
     def sizes(
@@ -107,7 +110,7 @@ class ExactPenalties:
 
     def _value(self, op: ConvOperator, count: int) -> Tensor:
         """The penalty, per singular value of one layer."""
-        return self._penalty(op) / (1 if self._penalty in PER_LAYER else count)
+        return self._penalty(op, **self._options) / (1 if self._penalty in PER_LAYER else count)
 
     def refresh(self, index: int, step: int) -> None:
         """See `LayerPenalties`. For the reports: the penalty reads nothing of it."""

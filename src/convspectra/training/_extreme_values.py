@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from convspectra.operator import check_band, check_positive_integer
+from convspectra.operator import check_band, check_gain, check_positive_integer
 
 Function: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,37 +37,61 @@ class ExtremePenalty:
 
 
 def _frobenius() -> ExtremePenalty:
-    return ExtremePenalty(0, 0, lambda low, high, mean_square: 0.5 * mean_square)
+    return ExtremePenalty(0, 0, _half_mean_square)
+
+
+def _half_mean_square(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
+    return 0.5 * mean_square
 
 
 def _sigma_min(k: int = 1) -> ExtremePenalty:
     check_positive_integer("k", k)
-    return ExtremePenalty(k, 0, lambda low, high, mean_square: -low[:, :k].mean(1))
+    return ExtremePenalty(k, 0, partial(_minus_smallest, k=k))
+
+
+def _minus_smallest(low: Tensor, high: Tensor, mean_square: Tensor, k: int) -> Tensor:
+    return -low[:, :k].mean(1)
 
 
 def _sigma_max(k: int = 1) -> ExtremePenalty:
     check_positive_integer("k", k)
-    return ExtremePenalty(0, k, lambda low, high, mean_square: high[:, :k].mean(1))
+    return ExtremePenalty(0, k, partial(_largest, k=k))
 
 
-def _conditioning() -> ExtremePenalty:
-    return ExtremePenalty(1, 0, lambda low, high, mean_square: 0.5 * mean_square - low[:, 0])
+def _largest(low: Tensor, high: Tensor, mean_square: Tensor, k: int) -> Tensor:
+    return high[:, :k].mean(1)
+
+
+def _conditioning(gain: float = 1.0) -> ExtremePenalty:
+    check_gain(gain)
+    return ExtremePenalty(1, 0, partial(_square_less_smallest, gain=gain))
+
+
+def _square_less_smallest(low: Tensor, high: Tensor, mean_square: Tensor, gain: float) -> Tensor:
+    return 0.5 * mean_square - gain * low[:, 0]
 
 
 def _cond() -> ExtremePenalty:
-    return ExtremePenalty(1, 1, lambda low, high, mean_square: high[:, 0].log() - low[:, 0].log())
+    return ExtremePenalty(1, 1, _log_ratio)
 
 
-def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1) -> ExtremePenalty:
+def _log_ratio(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
+    return high[:, 0].log() - low[:, 0].log()
+
+
+def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1, gain: float = 1.0) -> ExtremePenalty:
     check_band(lower, upper)
     check_positive_integer("k", k)
+    check_gain(gain)
+    return ExtremePenalty(k, k, partial(_hinge, lower=gain * lower, upper=gain * upper, k=k))
 
-    def hinge(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
-        below = (lower - low[:, :k]).clamp_min(0)
-        above = (high[:, :k] - upper).clamp_min(0)
-        return 0.5 * (below.square().mean(1) + above.square().mean(1))
 
-    return ExtremePenalty(k, k, hinge)
+def _hinge(
+    low: Tensor, high: Tensor, mean_square: Tensor, lower: float, upper: float, k: int
+) -> Tensor:
+    below = (lower - low[:, :k]).clamp_min(0)
+    above = (high[:, :k] - upper).clamp_min(0)
+    return 0.5 * (below.square().mean(1) + above.square().mean(1))
 
 
 EXTREME_PENALTIES: dict[str, Callable[..., ExtremePenalty]] = {

@@ -255,7 +255,8 @@ class Stack:
         mean_square = torch.stack(list(squares.values()))
         scale = mean_square.new_tensor(factors)
         assert self.ends is not None
-        if self.ends.vectors.device != weights[0].device:
+        like = self.ends.vectors
+        if (like.device, like.dtype) != (weights[0].device, working_dtype(weights[0].dtype)):
             self.to(weights[0].device)
         tall = _tall(self.template)
         # The vectors that the penalty reads, without those for the report.
@@ -424,12 +425,22 @@ class Stack:
         return dict(vars(last)) | ends
 
     def load(self, index: int, state: dict[str, Any] | None) -> None:
-        """Take up what `state` gave; a ValueError if it follows other singular values."""
+        """Take up what `state` gave; a ValueError if it is that of another penalty or layer."""
         if state is None:
             self.last_exact[index] = None
             return
+        expected = {*ENDS, *(field.name for field in fields(LastExact))}
+        if set(state) != expected:
+            raise ValueError(
+                f"expected a state with {sorted(expected)}, got one with {sorted(state)}"
+            )
         state = dict(state)
         weight = self.template.weight
+        if state["weight"].shape != weight.shape:
+            raise ValueError(
+                f"expected the state of a weight of shape {tuple(weight.shape)}, got one of "
+                f"{tuple(state['weight'].shape)}; it is that of another model"
+            )
         tensors = {name: state.pop(name).to(weight.device) for name in ENDS}
         vectors = tensors["vectors"]
         if len(vectors) != self.smallest + self.largest:
@@ -444,10 +455,11 @@ class Stack:
             getattr(self.ends, name)[index] = value
 
     def to(self, device: torch.device) -> None:
-        """Move the vectors and the weights of the last exact computations."""
+        """Move the vectors and the weights of the last exact computations, in the dtype of now."""
         self.template = self.layers[0].operator()
         if self.ends is not None:
-            self.ends = Ends(*(value.to(device) for value in vars(self.ends).values()))
+            dtype = working_dtype(self.template.dtype)
+            self.ends = Ends(*(value.to(device, dtype) for value in vars(self.ends).values()))
         for last in self.last_exact:
             if last is not None:
                 last.weight = last.weight.to(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convspectra.models import Layer, LayerFlow
+from convspectra.operator import check_gain
 from convspectra.training._exact_penalties import EXACT_PENALTIES, ExactPenalties, Penalty
 from convspectra.training._extreme_values import EXTREME_PENALTIES, extreme_penalty
 from convspectra.training._followed_penalties import FollowedPenalties
@@ -118,20 +119,24 @@ def layer_penalties(
         if unknown:
             raise ValueError(f"expected penalty_options among {OPTIONS}, got {unknown}")
         return IsometryPenalties(layers, flows(), **(options or {}))
-    if options:
-        raise ValueError(
-            f"expected no penalty_options for {penalty!r}, got {dict(options)!r}; give a function, "
-            "for example functools.partial of one in convspectra.penalties"
-        )
     if isinstance(penalty, str):
         if penalty not in EXACT_PENALTIES:
             raise ValueError(
                 f"expected penalty to be one of {PENALTIES} or a function of a ConvOperator, got "
                 f"{penalty!r}"
             )
-        penalty = EXACT_PENALTIES[penalty]
+        unknown = sorted(set(options or {}) - {"gain"})
+        if unknown:
+            raise ValueError(f"penalty_options of {penalty!r}: expected gain alone, got {unknown}")
+        check_gain((options or {}).get("gain", 1.0))
+        return ExactPenalties(layers, EXACT_PENALTIES[penalty], options or {})
     if not callable(penalty):
         raise ValueError(
             f"expected penalty to be a name or a function, got {type(penalty).__name__}"
         )
-    return ExactPenalties(layers, penalty)
+    if options:
+        raise ValueError(
+            f"expected no penalty_options for {penalty!r}, got {dict(options)!r}; give a function, "
+            "for example functools.partial of one in convspectra.penalties"
+        )
+    return ExactPenalties(layers, penalty, {})

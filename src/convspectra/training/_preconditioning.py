@@ -20,7 +20,8 @@ goes on from there; after a few times it is in the basin of a delta kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from convspectra import penalties
 from convspectra.models import Layer, Selection, find_layers, is_convolution, named, unwrapped
@@ -127,7 +129,9 @@ def precondition(
     Parameters
     ----------
     model : nn.Module
-        Its chosen weights are changed, nothing else; it may be compiled or wrapped.
+        Its chosen weights are changed, nothing else; it may be compiled or wrapped. Frozen weights
+        are left out, with a warning; weights that an invertible parametrization computes, such as
+        ``torch.nn.utils.parametrizations.weight_norm``, are written through it.
     example_input : Tensor, or tuple of positional arguments
         One forward pass of it finds the input size of each layer.
     algorithm : {"stein", "3.3"}
@@ -153,7 +157,8 @@ def precondition(
     Raises
     ------
     ValueError
-        For a layer that cannot be handled, which is named, or an option that cannot be.
+        For a layer that cannot be handled, which is named, or an option that cannot be. A weight
+        that is computed by something that cannot be inverted is refused before any is changed.
     ArithmeticError
         If a layer is rank deficient from the start: Stein's loss is infinite there.
 
@@ -179,19 +184,89 @@ def precondition(
         if not above < value < math.inf:
             raise ValueError(f"expected {name} to be finite and above {above:g}, got {value!r}")
     check_positive_integer("max_iter", max_iter)
-    first_use: dict[Tensor, Layer] = {}
-    for layer in find_layers(unwrapped(model), example_input, include, exclude):
-        first_use.setdefault(convolution_options(layer.module)[0], layer)
     results = []
-    for weight, layer in first_use.items():
+    for layer in _layers_to_write(find_layers(unwrapped(model), example_input, include, exclude)):
         with named(layer):
-            result, found = _preconditioned(layer, algorithm, condition, gain, max_iter)
-        with torch.no_grad():
-            weight.copy_(found)
+            weight = convolution_options(layer.module)[0]
+            with torch.autocast(weight.device.type, enabled=False):
+                result, found = _preconditioned(layer, algorithm, condition, gain, max_iter)
+            _write(layer.module, found.to(weight))
         results.append(result)
         if callback is not None:
             callback(result)
     return tuple(results)
+
+
+def _layers_to_write(layers: Sequence[Layer]) -> list[Layer]:
+    """One layer a weight, without the frozen ones, of which a warning tells.
+
+    Raises
+    ------
+    ValueError
+        For a layer whose weight is computed in a way that cannot be inverted.
+    """
+    first_use: dict[Tensor | nn.Module, Layer] = {}
+    frozen = []
+    for layer in layers:
+        with torch.enable_grad():
+            weight = convolution_options(layer.module)[0]
+        own = isinstance(weight, nn.Parameter)
+        kept = own or parametrize.is_parametrized(layer.module, "weight")
+        if kept and not weight.requires_grad:
+            frozen.append(layer.name)
+            continue
+        if not own and layer.module not in first_use:
+            with named(layer):
+                _refuse_unless_invertible(layer.module, weight.detach())
+        first_use.setdefault(weight if own else layer.module, layer)
+    if frozen:
+        warnings.warn(
+            f"precondition leaves out the layers {sorted(set(frozen))}, which are frozen: "
+            "requires_grad of their weights is False",
+            stacklevel=3,
+        )
+    return list(first_use.values())
+
+
+@torch.no_grad()
+def _write(module: nn.Module, weight: Tensor) -> None:
+    """Make this the weight of the module, through its parametrization if it has one."""
+    if parametrize.is_parametrized(module, "weight"):
+        module.weight = weight
+    else:
+        convolution_options(module)[0].copy_(weight)
+
+
+@torch.no_grad()
+def _refuse_unless_invertible(module: nn.Module, weight: Tensor) -> None:
+    """Raise a ValueError unless a computed weight becomes what is written; nothing is changed."""
+    names = [name for name, _ in module.named_parameters() if "bias" not in name]
+    advice = "make the weight a plain parameter first, or exclude the layer"
+    if not parametrize.is_parametrized(module, "weight"):
+        raise ValueError(
+            "expected a weight that is a parameter or has an invertible parametrization, got one "
+            f"that a hook computes from {names} before each forward pass; {advice} "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove)"
+        )
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+    asked = 1.5 * weight + weight.std() * noise
+    try:
+        _write(module, asked)
+        got = convolution_options(module)[0]
+        written = got.shape == asked.shape and torch.allclose(got, asked, rtol=1e-3, atol=1e-5)
+        reason = "which does not give back the weight that is written to it"
+    except Exception as error:  # whatever a user's right_inverse may raise
+        written, reason = False, f"which cannot be written to: {error}"
+    module.load_state_dict(before)
+    if not written:
+        kinds = [type(part).__name__ for part in module.parametrizations["weight"]]  # type: ignore[index]
+        raise ValueError(
+            f"expected a weight that is a parameter or has an invertible parametrization, got the "
+            f"parametrization {kinds}, {reason}; {advice} "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 def _preconditioned(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from convspectra.models import (
@@ -34,9 +38,11 @@ LayerWeights: TypeAlias = Mapping[str, float] | Callable[[str, nn.Module], float
 
 def checked_factor(name: str, value: object) -> float:
     """The value, or a ValueError unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"expected {name} to be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"expected {name} to be finite and at least 0, got {value!r}")
     return float(value)
 
@@ -46,6 +52,11 @@ def layer_factors(layers: Sequence[Layer], given: LayerWeights | None) -> list[f
     if given is None:
         return [1.0] * len(layers)
     if not isinstance(given, Mapping):
+        if not callable(given):
+            raise ValueError(
+                "expected layer_weights to be a mapping of names to factors or a function of "
+                f"(name, module), got {given!r}"
+            )
         found = [given(layer.name, layer.module) for layer in layers]
     else:
         unknown = sorted(set(given) - {layer.name for layer in layers})
@@ -61,7 +72,40 @@ def layer_factors(layers: Sequence[Layer], given: LayerWeights | None) -> list[f
     ]
 
 
-Found: TypeAlias = list[tuple[Tensor, Gradient | None]]
+def current_weight(model: nn.Module, layer: Layer, shape: torch.Size) -> Tensor:
+    """The weight of a layer, or a ValueError where the model no longer has that layer.
+
+    A module that was replaced would be penalized in silence, and its successor would not be.
+    """
+    module: nn.Module | None = model
+    for part in filter(None, layer.name.split(".")):
+        module = None if module is None else unwrapped(module)._modules.get(part)
+    if module is None or unwrapped(module) is not layer.module:
+        raise ValueError(
+            f"layer {layer.name!r}: expected the module that was there when the regularizer was "
+            "made, got another one or none; make a new SpectralRegularizer"
+        )
+    weight = convolution_options(layer.module)[0]
+    if weight.shape != shape:
+        raise ValueError(
+            f"layer {layer.name!r}: expected a weight of shape {tuple(shape)}, as when the "
+            f"regularizer was made, got {tuple(weight.shape)}; make a new SpectralRegularizer"
+        )
+    return weight
+
+
+def check_group(group: object) -> None:
+    """Raise a ValueError for anything that is no process group and stands for none."""
+    known = group is None or isinstance(group, str)
+    if not known and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(
+            f"expected process_group to be {DEFAULT_GROUP!r}, None or a process group, got "
+            f"{group!r}"
+        )
+
+
+STATE_KEYS = ("step", "started", "penalty_name", "penalty", "scale", "layers", "skipped")
+"""The entries of `SpectralRegularizer.state_dict`: a choice, each is needed to go on."""
 
 
 class SpectralRegularizer:
@@ -162,7 +206,8 @@ class SpectralRegularizer:
             raise ValueError(f"expected schedule to be a function of the step, got {schedule!r}")
         if not isinstance(model, nn.Module):
             raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-        model = unwrapped(model)
+        check_group(process_group)
+        self._model = model = unwrapped(model)
         refuse_sharded(model, lambda n, m: selected(n, m, include) and not selected(n, m, exclude))
         self._layers = find_layers(model, example_input, include, exclude)
         self._factors = layer_factors(self._layers, layer_weights)
@@ -180,6 +225,9 @@ class SpectralRegularizer:
             refresh_interval,
             lambda: signal_flow(model, example_input),
         )
+        self._penalty_name = penalty if isinstance(penalty, str) else "a function"
+        self._shapes = [layer.operator().weight.shape for layer in self._layers]
+        self._warned_of_frozen = False
         self._step = 0
         self._scale = 0.0  # the weight at the last call
         self._seen: Fingerprint | None = None
@@ -212,11 +260,12 @@ class SpectralRegularizer:
             What the penalty raises, with the name of the layer in front; ArithmeticError where the
             sum is not finite, as `cond` of a rank-deficient layer.
         """
-        value, found = self._evaluate(torch.is_grad_enabled())
+        value, weights, found = self._evaluate(torch.is_grad_enabled())
+        gradients = [found.get(i) for i in weights]  # none is one of 0
         return give_gradient(
             value,
-            [weight for weight, _ in found],
-            [gradient and gradient.scaled(self._division.size) for _, gradient in found],
+            list(weights.values()),
+            [gradient and gradient.scaled(self._division.size) for gradient in gradients],
         )
 
     def add_gradient(self, scale: float = 1.0) -> float:
@@ -225,8 +274,8 @@ class SpectralRegularizer:
         For frameworks whose callbacks cannot change the loss. Under a process group every rank gets
         the gradient of the whole sum: call it after the gradients of the loss were reduced.
         """
-        value, found = self._evaluate(True)
-        for weight, gradient in self._everywhere(found):
+        value, weights, found = self._evaluate(True)
+        for weight, gradient in self._everywhere(weights, found):
             torch.autograd.backward(
                 [weight], [gradient.scaled(scale).product(weight, weight.dtype)]
             )
@@ -253,14 +302,14 @@ class SpectralRegularizer:
         if isinstance(self._penalties, IsometryPenalties):
             self._contract(self._penalties, learning_rate)
             return
-        _, found = self._evaluate(True, valued=False)
-        if not all(weight.is_leaf for weight, _ in found):
+        _, weights, found = self._evaluate(True, valued=False)
+        if not all(weight.is_leaf for weight in weights.values()):
             raise ValueError(
                 "expected weights that are parameters, got one that a parametrization computes; "
                 "use the additive form, loss + reg()"
             )
         by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
-        for weight, gradient in self._everywhere(found):
+        for weight, gradient in self._everywhere(weights, found):
             by_weight.setdefault(id(weight), []).append((weight, gradient.scaled(learning_rate)))
         with torch.no_grad():
             for pairs in by_weight.values():
@@ -304,8 +353,10 @@ class SpectralRegularizer:
 
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
-        for i in self._division.own:
-            self._penalties.refresh(i, self._step)
+        self._weights()
+        with self._without_autocast():
+            for i in self._division.own:
+                self._penalties.refresh(i, self._step)
 
     def report(self, *, settle: bool = True) -> RegularizerReport:
         """What is known of each layer, with its age and its enclosure; collective.
@@ -317,10 +368,12 @@ class SpectralRegularizer:
         ("frobenius" is one) the values are None until `refresh` was called; a report then starts
         from what that found.
         """
-        own = {
-            i: self._penalties.report(i, self._step, self._skipped[i], settle)
-            for i in self._division.own
-        }
+        self._weights()
+        with self._without_autocast():
+            own = {
+                i: self._penalties.report(i, self._step, self._skipped[i], settle)
+                for i in self._division.own
+            }
         layers = self._division.gathered(own)
         if self._last is None and self._last_scale:
             with torch.no_grad():
@@ -339,6 +392,7 @@ class SpectralRegularizer:
         return {
             "step": self._step,
             "started": self._seen is not None,
+            "penalty_name": self._penalty_name,
             "penalty": self._last,
             "scale": self._last_scale,
             "layers": {layer.key: layers[i] for i, layer in enumerate(self._layers)},
@@ -351,13 +405,25 @@ class SpectralRegularizer:
         Raises
         ------
         ValueError
-            If the state is that of other layers.
+            If the state lacks something, or is that of other layers or of another penalty.
         """
-        keys = [layer.key for layer in self._layers]
-        if sorted(state["layers"]) != sorted(keys):
+        missing = [key for key in STATE_KEYS if key not in state]
+        if missing:
             raise ValueError(
-                f"expected the state of the layers {keys}, got that of {list(state['layers'])}"
+                f"expected a state with {list(STATE_KEYS)}, as state_dict gives it, got none of "
+                f"{missing} in it"
             )
+        if state["penalty_name"] != self._penalty_name:
+            raise ValueError(
+                f"expected the state of the penalty {self._penalty_name!r}, got that of "
+                f"{state['penalty_name']!r}; make the regularizer with that one, or start anew"
+            )
+        keys = [layer.key for layer in self._layers]
+        for part in ("layers", "skipped"):
+            if sorted(state[part]) != sorted(keys):
+                raise ValueError(
+                    f"expected the state of the layers {keys}, got that of {list(state[part])}"
+                )
         for i in self._division.own:
             self._penalties.load(i, state["layers"][keys[i]])
             self._skipped[i] = state["skipped"][keys[i]]
@@ -371,18 +437,35 @@ class SpectralRegularizer:
         self._penalties.to(torch.device(device))
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on from a pickle, whose tensors lie elsewhere: as from `load_state_dict`."""
+        vars(self).update(state)
+        if self._seen is not None:
+            self._seen = ([], [])
+
+    def _weights(self) -> list[Tensor]:
+        """The weights of the layers as they stand, or a ValueError (see `current_weight`)."""
+        with torch.enable_grad():  # else weights from a parametrization look frozen
+            return [
+                current_weight(self._model, layer, shape)
+                for layer, shape in zip(self._layers, self._shapes, strict=True)
+            ]
+
+    def _without_autocast(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which all is computed as accurately as it says, whatever surrounds it."""
+        return torch.autocast(self._layers[0].operator().device.type, enabled=False)
+
     # --- one evaluation --------------------------------------------------------------------------
 
     def _evaluate(
         self, moving: bool, *, valued: bool = True, scale: float | None = None
-    ) -> tuple[Tensor, Found]:
-        """The sum over all ranks, if `valued`, and the gradients by the weights of this one.
+    ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, Gradient]]:
+        """The sum over all ranks, if `valued`, the weights, and the gradients of this rank.
 
-        Weights with a gradient of 0 come with None, so that the sum depends on them all the same.
+        The weights are those that take a gradient, some of which may be 0 and not among them.
         """
         valued = valued or self._penalties.gradient_needs_value
-        with torch.enable_grad():  # else weights from a parametrization look frozen
-            weights = [convolution_options(layer.module)[0] for layer in self._layers]
+        weights = self._weights()
         failure: Exception | None = None
         value = weights[0].new_full((), math.nan, dtype=torch.float64)
         own = Evaluation(value, {})
@@ -404,12 +487,9 @@ class SpectralRegularizer:
         if self._scale:
             self._last = float(value) if valued else None
             self._last_scale = self._scale
-        found = [
-            (weight, own.gradients.get(i))
-            for i, weight in enumerate(weights)
-            if moving and weight.requires_grad
-        ]
-        return value.to(torch.promote_types(torch.float32, weights[0].dtype)), found
+        dtype = torch.promote_types(torch.float32, weights[0].dtype)
+        variables = {i: w for i, w in enumerate(weights) if moving and w.requires_grad}
+        return value.to(dtype), variables, own.gradients
 
     def _evaluate_own(
         self, weights: list[Tensor], moving: bool, valued: bool, scale: float | None
@@ -418,8 +498,18 @@ class SpectralRegularizer:
         if moving:
             self._count_step(weights)
         if scale is None:
-            scale = self.weight * (1.0 if self._schedule is None else self._schedule(self._step))
+            scale = self.weight
+            if self._schedule is not None:
+                factor = self._schedule(self._step)
+                scale *= checked_factor(f"the schedule at step {self._step}", factor)
         self._scale = scale
+        if not self._warned_of_frozen and not any(weight.requires_grad for weight in weights):
+            self._warned_of_frozen = True
+            warnings.warn(
+                "all layers of the regularizer are frozen: the penalty is 0 and has no gradient; "
+                "requires_grad of their weights is False",
+                stacklevel=4,
+            )
         own = [i for i in self._division.own if weights[i].requires_grad]
         factors = {i: scale * self._factors[i] for i in own if scale * self._factors[i]}
         active = list(factors)
@@ -448,16 +538,18 @@ class SpectralRegularizer:
             self._step += 1
         self._seen = seen
 
-    def _everywhere(self, found: Found) -> list[tuple[Tensor, Gradient]]:
+    def _everywhere(
+        self, weights: Mapping[int, Tensor], found: Mapping[int, Gradient]
+    ) -> list[tuple[Tensor, Gradient]]:
         """Weights and gradients of all ranks on each of them; collective."""
         if self._division.group is None:
-            return [(weight, gradient) for weight, gradient in found if gradient is not None]
+            return [(weights[i], gradient) for i, gradient in found.items()]
         everywhere: list[tuple[Tensor, Gradient]] = []
-        for weight, gradient in found if self._scale else ():
+        for i, weight in weights.items() if self._scale else ():
             dtype = torch.promote_types(torch.float32, weight.dtype)
             own = torch.zeros_like(weight, dtype=dtype)
-            if gradient is not None:
-                own = gradient.product(weight, dtype)
+            if i in found:
+                own = found[i].product(weight, dtype)
             everywhere.append((weight, KnownGradient(self._division.total(own))))
         return everywhere
 
