@@ -28,7 +28,7 @@ def net(out_channels: int = 4) -> nn.Sequential:
 
 def condition(conv: nn.Module) -> float:
     """By the singular values of the dense matrix."""
-    s = torch.linalg.svdvals(ConvOperator.from_module(conv, (7, 6)).to_dense().double())
+    s = torch.linalg.svdvals(ConvOperator.from_module(conv, (7, 6)).to_dense().detach().double())
     return float(s[0] / s[-1])
 
 

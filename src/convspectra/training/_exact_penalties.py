@@ -14,6 +14,7 @@ from convspectra.operator import ConvOperator, block_diagonal, is_square_toeplit
 from convspectra.training._followed_values import Stack
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient
 from convspectra.training._report import LayerReport
+from convspectra.training._safe_step import own_size_step, quartic_step, whole_spectrum_step
 
 Penalty: TypeAlias = Callable[..., Tensor]
 """A function of a `ConvOperator`, with options."""
@@ -74,6 +75,31 @@ class ExactPenalties:
                 found_or_zero = torch.zeros_like(variable) if gradient is None else gradient
                 gradients[i] = KnownGradient(found_or_zero)
         return Evaluation(total, gradients)
+
+    def moves(
+        self,
+        weights: Mapping[int, Tensor],
+        gradients: Mapping[int, Gradient],
+        factors: Mapping[int, float],
+        learning_rate: float,
+    ) -> dict[int, tuple[Gradient, float]]:
+        """See `LayerPenalties`. The gradient, over a step that is safe for the named penalties.
+
+        Nothing is known of the curvature of a function: its steps are as long as asked for.
+        """
+        gain = float(self._options.get("gain", 1.0))
+        found: dict[int, tuple[Gradient, float]] = {}
+        for i, gradient in gradients.items():
+            rate = learning_rate
+            if self._penalty is penalties.orthogonality:
+                wanted = rate * factors[i]
+                longest = quartic_step(self._layers[i].operator(), gain, wanted)
+                rate = min(rate, longest / factors[i])
+            elif self._penalty in (penalties.stein, penalties.circular_stein):
+                longest = gain**2 * whole_spectrum_step(self._layers[i].operator())
+                rate = min(rate, longest / factors[i], own_size_step(weights[i], gradient))
+            found[i] = gradient.scaled(rate), rate
+        return found
 
     def _kinds(self, factors: Mapping[int, float]) -> list[list[int]]:
         """The layers, those that can be the groups of one operator together.

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from convspectra.operator import check_band, check_gain, check_positive_integer
+from convspectra.operator import ConvOperator, check_band, check_gain, check_positive_integer
+from convspectra.training._safe_step import ends_step, whole_spectrum_step
 
 Function: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,15 +30,22 @@ class ExtremePenalty:
     function : callable
         Of the smallest values, ascending, (count, smallest), the largest, descending, (count,
         largest), and ``||M||_F^2 / min(rows, columns)``, (count,), to the penalties (count,).
+    longest_step : callable, optional
+        The longest step against its gradient for a layer (Note [Step length]); None where its
+        slopes do not grow with the singular values, so that no step can overflow.
+    bounded_slope : bool
+        Whether the slopes stay finite as sigma_min goes to 0.
     """
 
     smallest: int
     largest: int
     function: Function
+    longest_step: Callable[[ConvOperator], float] | None = None
+    bounded_slope: bool = True
 
 
 def _frobenius() -> ExtremePenalty:
-    return ExtremePenalty(0, 0, _half_mean_square)
+    return ExtremePenalty(0, 0, _half_mean_square, whole_spectrum_step)
 
 
 def _half_mean_square(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
@@ -64,7 +72,7 @@ def _largest(low: Tensor, high: Tensor, mean_square: Tensor, k: int) -> Tensor:
 
 def _conditioning(gain: float = 1.0) -> ExtremePenalty:
     check_gain(gain)
-    return ExtremePenalty(1, 0, partial(_square_less_smallest, gain=gain))
+    return ExtremePenalty(1, 0, partial(_square_less_smallest, gain=gain), whole_spectrum_step)
 
 
 def _square_less_smallest(low: Tensor, high: Tensor, mean_square: Tensor, gain: float) -> Tensor:
@@ -72,7 +80,7 @@ def _square_less_smallest(low: Tensor, high: Tensor, mean_square: Tensor, gain: 
 
 
 def _cond() -> ExtremePenalty:
-    return ExtremePenalty(1, 1, _log_ratio)
+    return ExtremePenalty(1, 1, _log_ratio, bounded_slope=False)
 
 
 def _log_ratio(low: Tensor, high: Tensor, mean_square: Tensor) -> Tensor:
@@ -83,7 +91,8 @@ def _band(lower: float = 0.5, upper: float = 2.0, k: int = 1, gain: float = 1.0)
     check_band(lower, upper)
     check_positive_integer("k", k)
     check_gain(gain)
-    return ExtremePenalty(k, k, partial(_hinge, lower=gain * lower, upper=gain * upper, k=k))
+    hinge = partial(_hinge, lower=gain * lower, upper=gain * upper, k=k)
+    return ExtremePenalty(k, k, hinge, partial(ends_step, k=k))
 
 
 def _hinge(

@@ -14,6 +14,7 @@ from convspectra.training._extreme_values import ExtremePenalty, weighted
 from convspectra.training._followed_values import Stack
 from convspectra.training._gradients import Evaluation, Gradient
 from convspectra.training._report import LayerReport
+from convspectra.training._safe_step import own_size_step
 
 STACKED_ENTRIES = 1 << 16
 """Weights of up to so many entries are put together: the calls cost more than the copy."""
@@ -116,6 +117,25 @@ class FollowedPenalties:
             if moving
         }
         return Evaluation(value, gradients)
+
+    def moves(
+        self,
+        weights: Mapping[int, Tensor],
+        gradients: Mapping[int, Gradient],
+        factors: Mapping[int, float],
+        learning_rate: float,
+    ) -> dict[int, tuple[Gradient, float]]:
+        """See `LayerPenalties`. The gradient, over a step that is safe (Note [Step length])."""
+        found: dict[int, tuple[Gradient, float]] = {}
+        for i, gradient in gradients.items():
+            rate = learning_rate
+            if self._penalty.longest_step is not None:
+                longest = self._penalty.longest_step(self._place[i][0].template)
+                rate = min(rate, longest / factors[i])
+            if not self._penalty.bounded_slope:
+                rate = min(rate, own_size_step(weights[i], gradient))
+            found[i] = gradient.scaled(rate), rate
+        return found
 
     def _last_turn(self, index: int, step: int) -> int:
         """The last step up to this one at which it was the turn of a layer, whoever computes it."""

@@ -18,7 +18,7 @@ from convspectra.operator import check_gain
 from convspectra.training._exact_penalties import EXACT_PENALTIES, ExactPenalties, Penalty
 from convspectra.training._extreme_values import EXTREME_PENALTIES, extreme_penalty
 from convspectra.training._followed_penalties import FollowedPenalties
-from convspectra.training._gradients import Evaluation
+from convspectra.training._gradients import Evaluation, Gradient
 from convspectra.training._isometry_penalties import OPTIONS, IsometryPenalties
 from convspectra.training._report import LayerReport
 
@@ -64,6 +64,25 @@ class LayerPenalties(Protocol):
             Whether gradients are asked for, and what is followed moves on.
         valued : bool
             The sum may be 0 without, where the gradients do not need it.
+        """
+
+    def moves(
+        self,
+        weights: Mapping[int, Tensor],
+        gradients: Mapping[int, Gradient],
+        factors: Mapping[int, float],
+        learning_rate: float,
+    ) -> dict[int, tuple[Gradient, float]]:
+        """What `SpectralRegularizer.step` subtracts from the weights, and at which rate.
+
+        Parameters
+        ----------
+        gradients : mapping of int to Gradient
+            What `evaluate` gave.
+        factors : mapping of int to float
+            Of the layers, times the number of layers that share the weight.
+        learning_rate : float
+            The rate asked for; a shorter one is returned where that could overflow.
         """
 
     def refresh(self, index: int, step: int) -> None:

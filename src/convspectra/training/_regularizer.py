@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
@@ -227,7 +228,7 @@ class SpectralRegularizer:
         )
         self._penalty_name = penalty if isinstance(penalty, str) else "a function"
         self._shapes = [layer.operator().weight.shape for layer in self._layers]
-        self._warned_of_frozen = False
+        self._warned_of_frozen = self._warned_of_rate = False
         self._step = 0
         self._scale = 0.0  # the weight at the last call
         self._seen: Fingerprint | None = None
@@ -286,7 +287,10 @@ class SpectralRegularizer:
 
         ``weight -= learning_rate * gradient``, after ``optimizer.step()``: as decoupled weight
         decay does (Loshchilov and Hutter, ICLR 2019), the penalty then stays clear of Adam's
-        moments. The weighted sum is in `report`.
+        moments. The weighted sum is in `report`. A step that could overflow, by what is known of
+        the layer's largest singular value and of how often its taps are used, is shortened for that
+        layer, which a warning tells once (Note [Step length]); not so where the penalty is a
+        function, of which nothing is known.
 
         With "isometry" the argument is the rate tau of a contraction, at most 1, and the step is
         ``K <- (1 - tau) K + tau Q(K)``, Q the nearest isometric layer: it cannot overflow, and
@@ -308,9 +312,10 @@ class SpectralRegularizer:
                 "expected weights that are parameters, got one that a parametrization computes; "
                 "use the additive form, loss + reg()"
             )
+        moves = self._moves(weights, found, learning_rate)
         by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
-        for weight, gradient in self._everywhere(weights, found):
-            by_weight.setdefault(id(weight), []).append((weight, gradient.scaled(learning_rate)))
+        for weight, move in self._everywhere(weights, moves):
+            by_weight.setdefault(id(weight), []).append((weight, move))
         with torch.no_grad():
             for pairs in by_weight.values():
                 weight, gradient = pairs[0]
@@ -537,6 +542,29 @@ class SpectralRegularizer:
         if self._seen is not None and seen != self._seen:
             self._step += 1
         self._seen = seen
+
+    def _moves(
+        self, weights: Mapping[int, Tensor], found: Mapping[int, Gradient], learning_rate: float
+    ) -> dict[int, Gradient]:
+        """What to subtract from the weights; a warning tells once of steps that are shortened."""
+        uses = Counter(id(weight) for weight in weights.values())
+        factors = {i: self._scale * self._factors[i] * uses[id(weights[i])] for i in found}
+        with self._without_autocast():
+            moves = self._penalties.moves(weights, found, factors, learning_rate)
+        i, rate = min(
+            ((i, rate) for i, (_, rate) in moves.items()),
+            key=lambda one: one[1],
+            default=(0, learning_rate),
+        )
+        if rate < learning_rate and not self._warned_of_rate:
+            self._warned_of_rate = True
+            warnings.warn(
+                f"step({learning_rate:g}) is shortened to {rate:.3g} for layer "
+                f"{self._layers[i].name!r}, the longest that cannot overflow; others may be too, "
+                "now and later, without a further warning",
+                stacklevel=3,
+            )
+        return {i: move for i, (move, _) in moves.items()}
 
     def _everywhere(
         self, weights: Mapping[int, Tensor], found: Mapping[int, Gradient]
