@@ -163,7 +163,7 @@ def test_mirrored_relu_networks_are_linear_at_the_start() -> None:
 
 def test_bad_input() -> None:
     op = ConvOperator(random(3, 4, 3), 8)
-    with pytest.raises(ValueError, match="expected gain to be a positive number, got -1"):
+    with pytest.raises(ValueError, match="expected gain to be a finite number above 0, got -1"):
         cs.penalties.isometry(op, gain=-1)
     with pytest.raises(ValueError, match=r"even number of output channels .* got 3"):
         cs.penalties.isometry(op, mirrored_output=True)

@@ -168,7 +168,7 @@ def test_a_schedule_ends_the_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gain": 0}, "expected gain to be a positive number or None, got 0"),
+        ({"gain": 0}, "expected gain to be a finite number above 0, got 0"),
         ({"mirrored": "yes"}, "expected mirrored to be True, False or None, got 'yes'"),
         ({"bias_decay": 2}, "expected bias_decay between 0 and 1 or None, got 2"),
         ({"lower": 1}, "expected penalty_options among"),

@@ -17,7 +17,7 @@ from convspectra.penalties import _extremes as extremes
 BAD_OPTIONS = [
     (
         {"penalty": "spectral"},
-        r"one of \('frobenius', 'sigma_min', .*'orthogonality'\) or a function",
+        r"one of \('frobenius', 'sigma_min', .*'isometry'\) or a function",
     ),
     ({"penalty": None}, "penalty to be a name or a function, got NoneType"),
     ({"penalty": 3}, "penalty to be a name or a function, got int"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from convspectra.operator import (
     ConvOperator,
+    check_gain,
     check_halves,
     check_type,
     isometric_taps,
@@ -82,10 +81,3 @@ def isometry(
             mirrored_output=mirrored_output,
         )[0]
     return 0.5 * squared_frobenius_norm(weight - target, direct.geometry)
-
-
-def check_gain(gain: object) -> float:
-    """The gain, or a ValueError unless it is a positive finite number."""
-    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
-        raise ValueError(f"expected gain to be a positive number, got {gain!r}")
-    return float(gain)

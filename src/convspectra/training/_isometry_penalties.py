@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from convspectra.models import Layer, LayerFlow
-from convspectra.operator import frobenius_form, isometric_taps, isometric_target, seen_operator
+from convspectra.operator import (
+    check_gain,
+    frobenius_form,
+    isometric_taps,
+    isometric_target,
+    seen_operator,
+)
 from convspectra.spectra import sigma_max, sigma_min
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient
 from convspectra.training._isometric_plans import IsometricPlan, isometric_plans
@@ -55,10 +61,8 @@ class IsometryPenalties:
         mirrored: bool | None = None,
         bias_decay: float | None = None,
     ) -> None:
-        if gain is not None and (
-            isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf
-        ):
-            raise ValueError(f"expected gain to be a positive number or None, got {gain!r}")
+        if gain is not None:
+            check_gain(gain)
         if mirrored not in (None, True, False):
             raise ValueError(f"expected mirrored to be True, False or None, got {mirrored!r}")
         if bias_decay is not None and not (

@@ -1,8 +1,9 @@
 """The penalty of every layer of a model, of whatever kind: what a regularizer asks for.
 
 A new kind is one file with a class that has the methods of `LayerPenalties`, and one branch in
-`layer_penalties`. It need not know singular values: `report` may say `unknown`, `state` None, and
-`moves` may return any `Gradient`, such as a contraction, whose `descend` is not that of a gradient.
+`layer_penalties`. It need not know singular values: `report` may say `unknown`, `state` None.
+Decoupled steps go against the gradient (`SteppedPenalties`), except those of "isometry", which is a
+contraction of all layers at once and moves biases, too.
 """
 
 from __future__ import annotations
@@ -66,6 +67,25 @@ class LayerPenalties(Protocol):
             The sum may be 0 without, where the gradients do not need it.
         """
 
+    def refresh(self, index: int, step: int) -> None:
+        """Compute a layer exactly."""
+
+    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
+        """What is known of a layer."""
+
+    def state(self, index: int) -> dict[str, Any] | None:
+        """What `load` takes up again."""
+
+    def load(self, index: int, state: dict[str, Any] | None) -> None:
+        """Take up what `state` gave."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what is held."""
+
+
+class SteppedPenalties(LayerPenalties, Protocol):
+    """Penalties whose decoupled step goes against their gradient, over a length that is safe."""
+
     def moves(
         self,
         weights: Mapping[int, Tensor],
@@ -85,21 +105,6 @@ class LayerPenalties(Protocol):
             The rate asked for; a shorter one is returned where that could overflow.
         """
 
-    def refresh(self, index: int, step: int) -> None:
-        """Compute a layer exactly."""
-
-    def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
-        """What is known of a layer."""
-
-    def state(self, index: int) -> dict[str, Any] | None:
-        """What `load` takes up again."""
-
-    def load(self, index: int, state: dict[str, Any] | None) -> None:
-        """Take up what `state` gave."""
-
-    def to(self, device: torch.device) -> None:
-        """Move what is held."""
-
 
 PENALTIES = (*EXTREME_PENALTIES, *EXACT_PENALTIES, "isometry")
 """The names of all penalties."""
@@ -113,7 +118,7 @@ def layer_penalties(
     improve_interval: int,
     refresh_interval: int,
     flows: Callable[[], Mapping[str, LayerFlow]],
-) -> LayerPenalties:
+) -> SteppedPenalties | IsometryPenalties:
     """The penalties of a model's layers, by name or as a function of a `ConvOperator`.
 
     Parameters

@@ -31,7 +31,7 @@ from convspectra.training._exact_penalties import Penalty
 from convspectra.training._fingerprint import Fingerprint, fingerprint
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient, give_gradient
 from convspectra.training._isometry_penalties import IsometryPenalties
-from convspectra.training._layer_penalties import layer_penalties
+from convspectra.training._layer_penalties import SteppedPenalties, layer_penalties
 from convspectra.training._report import RegularizerReport
 
 LayerWeights: TypeAlias = Mapping[str, float] | Callable[[str, nn.Module], float]
@@ -302,9 +302,10 @@ class SpectralRegularizer:
         ValueError
             For a layer whose weight is computed, by a parametrization, from others; a tau above 1.
         """
-        checked_factor("learning_rate", learning_rate)
-        if isinstance(self._penalties, IsometryPenalties):
-            self._contract(self._penalties, learning_rate)
+        learning_rate = checked_factor("learning_rate", learning_rate)
+        penalties = self._penalties
+        if isinstance(penalties, IsometryPenalties):
+            self._contract(penalties, learning_rate)
             return
         _, weights, found = self._evaluate(True, valued=False)
         if not all(weight.is_leaf for weight in weights.values()):
@@ -312,7 +313,7 @@ class SpectralRegularizer:
                 "expected weights that are parameters, got one that a parametrization computes; "
                 "use the additive form, loss + reg()"
             )
-        moves = self._moves(weights, found, learning_rate)
+        moves = self._moves(penalties, weights, found, learning_rate)
         by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
         for weight, move in self._everywhere(weights, moves):
             by_weight.setdefault(id(weight), []).append((weight, move))
@@ -329,7 +330,7 @@ class SpectralRegularizer:
         """The step of "isometry" for all layers, on every rank."""
         if tau > 1:
             raise ValueError(f"expected a tau between 0 and 1 for 'isometry', got {tau!r}")
-        weights: list[Any] = [layer.module.weight for layer in self._layers]
+        weights = self._weights()
         if not all(isinstance(weight, nn.Parameter) for weight in weights):
             raise ValueError(
                 "expected weights that are parameters, got one that a parametrization computes; "
@@ -338,7 +339,7 @@ class SpectralRegularizer:
         # Every call is a step: what else changes the weights need not be looked at.
         self._step += self._seen is not None
         self._seen = ([], [])
-        factor = 1.0 if self._schedule is None else self._schedule(self._step)
+        factor = self._schedule_factor()
         if not factor:
             return
         rates = {
@@ -352,7 +353,7 @@ class SpectralRegularizer:
             if not math.isfinite(size):
                 self._leave_out(i, True)
                 del rates[i]
-        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+        with torch.no_grad(), self._without_autocast():
             penalties.contract(weights, rates)
         self._last, self._last_scale = None, self.weight * factor or self._last_scale
 
@@ -503,10 +504,7 @@ class SpectralRegularizer:
         if moving:
             self._count_step(weights)
         if scale is None:
-            scale = self.weight
-            if self._schedule is not None:
-                factor = self._schedule(self._step)
-                scale *= checked_factor(f"the schedule at step {self._step}", factor)
+            scale = self.weight * self._schedule_factor()
         self._scale = scale
         if not self._warned_of_frozen and not any(weight.requires_grad for weight in weights):
             self._warned_of_frozen = True
@@ -528,6 +526,12 @@ class SpectralRegularizer:
             weights, sizes, factors, self._step, moving=moving, valued=valued
         )
 
+    def _schedule_factor(self) -> float:
+        """The factor of the schedule at this step."""
+        if self._schedule is None:
+            return 1.0
+        return checked_factor(f"the schedule at step {self._step}", self._schedule(self._step))
+
     def _leave_out(self, index: int, moving: bool) -> None:
         if self._nonfinite == "raise":
             raise ValueError(
@@ -544,13 +548,17 @@ class SpectralRegularizer:
         self._seen = seen
 
     def _moves(
-        self, weights: Mapping[int, Tensor], found: Mapping[int, Gradient], learning_rate: float
+        self,
+        penalties: SteppedPenalties,
+        weights: Mapping[int, Tensor],
+        found: Mapping[int, Gradient],
+        learning_rate: float,
     ) -> dict[int, Gradient]:
         """What to subtract from the weights; a warning tells once of steps that are shortened."""
         uses = Counter(id(weight) for weight in weights.values())
         factors = {i: self._scale * self._factors[i] * uses[id(weights[i])] for i in found}
         with self._without_autocast():
-            moves = self._penalties.moves(weights, found, factors, learning_rate)
+            moves = penalties.moves(weights, found, factors, learning_rate)
         i, rate = min(
             ((i, rate) for i, (_, rate) in moves.items()),
             key=lambda one: one[1],
