@@ -13,6 +13,7 @@ from convspectra.operator._checks import (
     check_band,
     check_choice,
     check_gain,
+    check_operator,
     check_positive_integer,
     check_type,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "check_choice",
     "check_gain",
     "check_halves",
+    "check_operator",
     "check_positive_integer",
     "check_type",
     "conv_geometry",

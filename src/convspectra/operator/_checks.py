@@ -11,6 +11,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from convspectra.operator._linear_operator import LinearOperatorLike
+
 FLOATING_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The real types that PyTorch has convolutions for."""
 
@@ -102,3 +104,12 @@ def check_band(lower: float, upper: float) -> None:
             raise ValueError(f"expected {name} to be a number, got {value!r}")
     if not 0 <= lower <= upper:
         raise ValueError(f"expected 0 <= lower <= upper, got lower={lower!r}, upper={upper!r}")
+
+
+def check_operator(name: str, value: object) -> None:
+    """Raise a ValueError unless the value has the products of a linear operator."""
+    if not isinstance(value, LinearOperatorLike):
+        raise ValueError(
+            f"expected {name} to be a ConvOperator, a JacobianOperator or an object with the "
+            f"products of LinearOperatorLike, got {type(value).__name__}"
+        )

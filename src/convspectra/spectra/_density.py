@@ -17,11 +17,12 @@ from torch import Tensor
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
     ConvOperator,
+    LinearOperatorLike,
     Product,
     check_bytes,
     check_choice,
+    check_operator,
     check_positive_integer,
-    check_type,
     is_circulant,
     normalized,
 )
@@ -33,6 +34,7 @@ from convspectra.solvers import (
     random_directions,
     tridiagonals,
 )
+from convspectra.spectra._by_products import ScaledRows
 from convspectra.spectra._circular_padding import circular_operator
 from convspectra.spectra._count import ByInertia, ByValues, counter_of
 from convspectra.spectra._parts import Part, parts
@@ -51,6 +53,9 @@ LOWEST_EDGE = 1e-4
 """Where the first bin of all ends at the lowest, relative to the largest value."""
 LEAST_FREQUENCIES = 8
 """The smallest sample of symbols: fewer give no error that means anything; a choice."""
+LEAST_QUADRATURE = 1024
+"""Products, one for each value, up to which an operator of which only products are known is formed.
+A choice: a quadrature takes 400, and has an error."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class SpectralDensity:
 
 
 def spectral_density(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     bins: int = 60,
     *,
     edges: Sequence[float] | None = None,
@@ -114,7 +119,8 @@ def spectral_density(
     Parameters
     ----------
     op : ConvOperator
-        Any layer; computed in float64.
+        Any layer; computed in float64. Or a `JacobianOperator`, or whatever has its products in
+        float64.
     bins : int
         The first one from 0, the others evenly spaced in log s from the smallest value, but at
         least 1e-4 of the largest, to the largest.
@@ -168,34 +174,26 @@ def spectral_density(
     >>> all(error <= 3 * bar for error, bar in zip(errors, found.errors))
     True
     """
-    check_type("op", op, ConvOperator)
+    check_operator("op", op)
     check_choice("method", method, METHODS)
     for name, value in (("bins", bins), ("probes", probes), ("steps", steps)):
         check_positive_integer(name, value)
     given = None if edges is None else _checked(edges)
-    layer = _on_its_torus(op) if method == "circular" else op
-    count = min(layer.shape)
-    scaled, exponent = normalized(layer)
     random = generator or torch.Generator(device=op.device).manual_seed(0)
-    found, zeros = parts(scaled) if exponent is not None else ([], count)
-    spectra: list[_Spectrum] = []
-    for part in found:
-        affordable = method == "exact" or part.flops <= AFFORDABLE_FLOPS / len(found)
-        if is_circulant(part.op) and method in ("auto", "circular") and not affordable:
-            spectra.append(_sampled(part, SAMPLE_FLOPS / len(found), max_bytes, random))
-        elif method != "quadrature" and affordable:
-            spectra.append(_counted(part, max_bytes))
-        else:
-            estimate = _estimated(part, probes, steps, max_bytes, random)
-            by_count = method == "count"
-            spectra.append(_ByCounts.of(part, estimate, max_bytes) if by_count else estimate)
+    layer = _on_its_torus(op) if method == "circular" else op
+    if isinstance(layer, ConvOperator):
+        spectra, counts, exponent = _of_layer(layer, method, probes, steps, max_bytes, random)
+    else:
+        spectra, counts, exponent = _by_products(layer, method, probes, steps, max_bytes, random)
+    count = min(layer.shape)
+    zeros = count - sum(counts)
     shift = exponent or 0
     points = _default_edges(spectra, bins) if given is None else np.ldexp(given, -shift)
     fractions, variances = np.zeros(len(points) - 1), np.zeros(len(points) - 1)
     fractions[max(int(np.searchsorted(points, 0.0, side="right")) - 1, 0)] = zeros / count
     logs, log_variance = (-math.inf if zeros else shift * math.log(2)), 0.0
-    for part, spectrum in zip(found, spectra, strict=True):
-        share = part.count / count
+    for values, spectrum in zip(counts, spectra, strict=True):
+        share = values / count
         of_part, errors = spectrum.bins(points)
         fractions += share * of_part
         variances += (share * errors) ** 2
@@ -212,6 +210,59 @@ def spectral_density(
         probes=probes if {"quadrature", "count"} & set(used) else 0,
         products=sum(spectrum.products for spectrum in spectra),
     )
+
+
+def _of_layer(
+    op: ConvOperator,
+    method: str,
+    probes: int,
+    steps: int,
+    max_bytes: int,
+    random: torch.Generator,
+) -> tuple[list[_Spectrum], list[int], int | None]:
+    """The spectra of the parts of a layer, how many values each stands for, and the exponent.
+
+    Values that no part stands for are zeros.
+    """
+    scaled, exponent = normalized(op)
+    found = parts(scaled)[0] if exponent is not None else []
+    spectra: list[_Spectrum] = []
+    for part in found:
+        affordable = method == "exact" or part.flops <= AFFORDABLE_FLOPS / len(found)
+        if is_circulant(part.op) and method in ("auto", "circular") and not affordable:
+            spectra.append(_sampled(part, SAMPLE_FLOPS / len(found), max_bytes, random))
+        elif method != "quadrature" and affordable:
+            spectra.append(_counted(part, max_bytes))
+        else:
+            estimate = _estimated(part, probes, steps, max_bytes, random)
+            by_count = method == "count"
+            spectra.append(_ByCounts.of(part, estimate, max_bytes) if by_count else estimate)
+    return spectra, [part.count for part in found], exponent
+
+
+def _by_products(
+    op: LinearOperatorLike,
+    method: str,
+    probes: int,
+    steps: int,
+    max_bytes: int,
+    random: torch.Generator,
+) -> tuple[list[_Spectrum], list[int], int | None]:
+    """The same of an operator of which only its products are known, as one part."""
+    if method == "count":
+        raise ValueError(f"expected a ConvOperator for method='count', got {type(op).__name__}")
+    rows = ScaledRows(op, random)
+    if rows.exponent is None:
+        return [], [], None
+    order = rows.columns
+    affordable = order <= LEAST_QUADRATURE and 4.0 * rows.rows * order**2 <= AFFORDABLE_FLOPS
+    if method == "exact" or (method == "auto" and affordable):
+        matrix = rows.dense(max_bytes)[None]
+        return [_of_matrices(matrix, rows.like.new_ones(1), 1.0)], [order], rows.exponent
+    steps = min(steps, order)
+    check_bytes("the Lanczos basis", 8 * probes * steps * order, max_bytes)
+    runs = tridiagonals(rows.gram, rows.random(probes, random), steps)
+    return [_Estimate(runs, order, 2 * probes * runs.steps)], [order], rows.exponent
 
 
 class _Spectrum(Protocol):
@@ -359,7 +410,9 @@ def _estimated(
     return _Estimate(runs, order, 2 * probes * runs.steps)
 
 
-def _on_its_torus(op: ConvOperator) -> ConvOperator:
+def _on_its_torus(op: ConvOperator | LinearOperatorLike) -> ConvOperator:
+    if not isinstance(op, ConvOperator):
+        raise ValueError(f"expected a ConvOperator for method='circular', got {type(op).__name__}")
     torus = circular_operator(op)
     if isinstance(torus, str):
         raise ValueError(

@@ -15,7 +15,9 @@ from torch import Tensor
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
     ConvOperator,
+    LinearOperatorLike,
     check_choice,
+    check_operator,
     check_type,
     ldexp,
     normalized,
@@ -24,6 +26,7 @@ from convspectra.operator import (
 from convspectra.solvers import SingularTriplets
 from convspectra.spectra._auto import METHODS
 from convspectra.spectra._block_triplets import layer_triplets
+from convspectra.spectra._by_products import ProductRequest, ScaledRows, triplets_by_products
 from convspectra.spectra._count import proven_by_counts
 from convspectra.spectra._dependent_channels import zero_triplets
 from convspectra.spectra._request import Request
@@ -109,7 +112,7 @@ class SVDResult:
 
 
 def svds(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     k: int = 1,
     which: str = "LM",
     *,
@@ -127,7 +130,9 @@ def svds(
     Parameters
     ----------
     op : ConvOperator
-        Any layer; a float32, float16 or bfloat16 weight is widened to float64, exactly.
+        Any layer; a float32, float16 or bfloat16 weight is widened to float64, exactly. Or a
+        `JacobianOperator`, or whatever has its products in float64: for these `method` is one of
+        "auto", "dense" (formed by products) and "lanczos" (docs/network.md).
     k : int
         1 to min(op.shape).
     which : {"LM", "SM"}
@@ -195,9 +200,8 @@ def svds(
     >>> [f"{s:.4e}" for s in result.s.tolist()], result.converged, result.method
     (['3.7933e-03', '1.5159e-02'], True, 'dense')
     """
-    check_type("op", op, ConvOperator)
+    check_operator("op", op)
     check_choice("which", which, ("LM", "SM"))
-    check_choice(f"method for which={which!r}", method, METHODS[which])
     check_choice("certify", certify, ("auto", "count"))
     check_count(op, k)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < 1:
@@ -208,11 +212,20 @@ def svds(
         raise ValueError(f"expected maxiter to be a positive integer or None, got {maxiter!r}")
     if separation is not None and not 0 <= separation < 1:
         raise ValueError(f"expected a separation between 0 and 1, or None, got {separation!r}")
+    largest, values_only = which == "LM", not return_singular_vectors
+    start = generator or torch.Generator(device=op.device).manual_seed(0)
+    if not isinstance(op, ConvOperator):
+        if certify == "count":
+            raise ValueError(
+                f"expected a ConvOperator for certify='count', got {type(op).__name__}, of which "
+                "only products are known"
+            )
+        wanted = ProductRequest(k, largest, values_only, tol, maxiter, start, max_bytes, separation)
+        return _by_products(op, wanted, method)
+    check_choice(f"method for which={which!r}", method, METHODS[which])
     scaled, exponent = normalized(op)
     if exponent is None:
         return _zero_result(op, k, return_singular_vectors)
-    largest, values_only = which == "LM", not return_singular_vectors
-    start = generator or torch.Generator(device=op.device).manual_seed(0)
 
     def request(block: ConvOperator, count: int) -> Request:
         return Request(
@@ -236,7 +249,7 @@ def svds(
 
 
 def sigma_max(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     *,
     method: str = "auto",
     tol: float = NORM_TOLERANCE,
@@ -271,7 +284,7 @@ def sigma_max(
 
 
 def sigma_min(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     *,
     method: str = "auto",
     tol: float = 1e-8,
@@ -306,7 +319,7 @@ def sigma_min(
 
 
 def cond(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     *,
     method: str = "auto",
     tol: float = NORM_TOLERANCE,
@@ -345,7 +358,7 @@ def cond(
     return float(largest.s[0]) / float(smallest.s[0])
 
 
-def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
+def svdvals(op: ConvOperator | LinearOperatorLike, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     """All min(rows, columns) singular values, descending, float64.
 
     Raises
@@ -364,7 +377,10 @@ def svdvals(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     >>> cs.svdvals(cs.ConvOperator(torch.eye(2)[:, :, None], 3))
     tensor([1., 1., 1., 1., 1., 1.], dtype=torch.float64)
     """
-    check_type("op", op, ConvOperator)
+    check_operator("op", op)
+    if not isinstance(op, ConvOperator):
+        rows = ScaledRows(op, torch.Generator(device=op.device).manual_seed(0))
+        return ldexp(torch.linalg.svdvals(rows.dense(max_bytes)), rows.exponent or 0)
     scaled, exponent = normalized(op)
     if exponent is None:
         return torch.zeros(min(op.shape), dtype=torch.float64, device=op.device)
@@ -391,14 +407,28 @@ def frobenius_norm(op: ConvOperator) -> float:
     return float(ldexp(square.sqrt(), exponent))
 
 
-def check_count(op: ConvOperator, k: int) -> None:
+def check_count(op: LinearOperatorLike, k: int) -> None:
     """Raise a ValueError unless k singular values can be asked for."""
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= min(op.shape):
         raise ValueError(f"expected k in 1 to {min(op.shape)} = min(op.shape), got {k!r}")
 
 
+def _by_products(op: LinearOperatorLike, request: ProductRequest, method: str) -> SVDResult:
+    """The answer for an operator of which only its products are known."""
+    rows = ScaledRows(op, request.generator)
+    triplets, way = triplets_by_products(rows, request, method)
+    s = triplets.s
+    taller = triplets.transposed() if rows.wide else triplets
+    residuals = torch.hypot(
+        torch.linalg.vector_norm(rows.apply(taller.v) - s[:, None] * taller.u, dim=1),
+        torch.linalg.vector_norm(rows.apply_adjoint(taller.u) - s[:, None] * taller.v, dim=1),
+    )
+    vectors = not request.values_only
+    return _scaled_back(op, triplets, residuals, way, rows.exponent or 0, vectors)
+
+
 def _certified(
-    op: ConvOperator,
+    op: ConvOperator | LinearOperatorLike,
     which: str,
     method: str,
     tol: float,
@@ -462,10 +492,22 @@ def _finish(
         forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
         adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
         residuals = (forward + adjoint).sqrt()
+    return _scaled_back(op, triplets, (forward + adjoint).sqrt(), method, exponent, vectors)
+
+
+def _scaled_back(
+    op: LinearOperatorLike,
+    triplets: SingularTriplets,
+    residuals: Tensor,
+    method: str,
+    exponent: int,
+    vectors: bool,
+) -> SVDResult:
+    """The result for the operator itself from the triplets of it over 2^exponent."""
     return SVDResult(
-        u=u if vectors else None,
-        s=ldexp(s, exponent),
-        v=v if vectors else None,
+        u=triplets.u.reshape(-1, *op.output_shape) if vectors else None,
+        s=ldexp(triplets.s, exponent),
+        v=triplets.v.reshape(-1, *op.input_shape) if vectors else None,
         residuals=ldexp(residuals, exponent),
         lower=ldexp(triplets.lower, exponent),
         upper=ldexp(triplets.upper, exponent),
