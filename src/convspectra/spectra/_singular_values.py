@@ -492,7 +492,7 @@ def _finish(
         forward = (op.apply(v).flatten(1) - s[:, None] * triplets.u).square().sum(1)
         adjoint = (op.apply_adjoint(u).flatten(1) - s[:, None] * triplets.v).square().sum(1)
         residuals = (forward + adjoint).sqrt()
-    return _scaled_back(op, triplets, (forward + adjoint).sqrt(), method, exponent, vectors)
+    return _scaled_back(op, triplets, residuals, method, exponent, vectors)
 
 
 def _scaled_back(
