@@ -61,5 +61,5 @@ def test_matrices_over_the_limit_are_refused():
 )
 @pytest.mark.parametrize("value", [random(2, 2, 3), None, torch.nn.Conv1d(1, 1, 1)])
 def test_only_operators_are_taken(function, value):
-    with pytest.raises(ValueError, match="expected op to be a ConvOperator, a JacobianOperator or"):
+    with pytest.raises(ValueError, match="expected op to be a ConvOperator, "):
         function(value)
