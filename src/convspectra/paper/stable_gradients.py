@@ -9,6 +9,7 @@ without normalization, 3 over the sum of the fan-ins.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -204,8 +205,11 @@ def _observe(run: Run, network: nn.Sequential, images: ImageSet, step: int) -> N
 
 
 def _gradient_norms(network: nn.Sequential, images: ImageSet) -> list[float]:
-    """The norm for each kernel, of the loss on the first 256 training images."""
-    network.eval()
+    """The norm for each kernel, of the loss on the first 256 training images.
+
+    In training mode, as the optimizer sees it, of a copy: batch normalization keeps its averages.
+    """
+    network = copy.deepcopy(network).train()
     kernels = [conv.weight for conv in _convolutions(network)]
     loss = cross_entropy(network(images.train_images[:256]), images.train_labels[:256])
     # In float64: the norm of gradients near 1e-20 squares to nothing in float32.

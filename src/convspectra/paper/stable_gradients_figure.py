@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,9 +128,8 @@ def _draw_accuracy(ax: Any, runs: Sequence[Results], depth: int) -> None:
         ax.plot(run["steps"], percent, "o-", markersize=3, color=COLORS[run["name"]])
         ends.append((percent[-1], run["name"]))
     last = runs[0]["steps"][-1]
-    height = -LABEL_GAP
-    for percent, name in sorted(ends):
-        height = max(percent, height + LABEL_GAP)
+    heights = _apart([percent for percent, _ in sorted(ends)], 100.0)
+    for (_, name), height in zip(sorted(ends), heights, strict=True):
         ax.text(1.03 * last, height, name, color=COLORS[name], va="center", fontsize=9)
     ax.set_xlim(0, 1.5 * last)
     ax.set_xticks(runs[0]["steps"])
@@ -147,10 +147,10 @@ def _draw_gradients(ax: Any, runs: Sequence[Results], at: int, title: str) -> No
         norms = [max(norm, FLOOR) for norm in run["gradient_norms"][at]]
         ax.semilogy(range(1, len(norms) + 1), norms, color=COLORS[run["name"]])
         ends.append((norms[0], run["name"]))
-    low, high = ax.get_ylim()
-    height = 0.0
-    for norm, name in sorted(ends):
-        height = max(norm, height * (high / low) ** (LABEL_GAP / 100))
+    low, high = (math.log(end) for end in ax.get_ylim())
+    percents = [100 * (math.log(norm) - low) / (high - low) for norm, _ in sorted(ends)]
+    for (_, name), percent in zip(sorted(ends), _apart(percents, 100.0), strict=True):
+        height = math.exp(low + percent / 100 * (high - low))
         ax.text(-1, height, name, color=COLORS[name], va="center", ha="right", fontsize=9)
     layers = len(runs[0]["gradient_norms"][at])
     ax.set_xlim(-0.45 * layers, layers + 1)
@@ -159,6 +159,18 @@ def _draw_gradients(ax: Any, runs: Sequence[Results], at: int, title: str) -> No
     ax.set_xlabel("layer")
     ax.set_ylabel("norm of the kernel's gradient")
     ax.set_title(title)
+
+
+def _apart(heights: Sequence[float], highest: float) -> list[float]:
+    """Heights in ascending order, moved so that none is too near the next or above the highest."""
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + LABEL_GAP) if moved else height)
+    limit = highest
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - LABEL_GAP
+    return moved
 
 
 def _ratio(norms: list[float]) -> str:
