@@ -12,7 +12,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## Train a deep plain CNN with and without the penalty: pictures and a table
+demo: $(STAMP) ## Train plain networks of 20 and 100 layers from several starts: a picture and a table
 	$(BIN)/convspectra demo
 
 # The matrices of the tests are small: the cores serve tests side by side, not threads of one.
