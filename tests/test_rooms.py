@@ -78,3 +78,33 @@ def test_benchmarks_and_experiments_do_not_know_each_other() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom):
                     assert (node.module or "").split(".")[0] not in others, path
+
+
+def test_every_constant_says_what_it_is() -> None:
+    """A string stands below each: what it is, how it was measured or that it is a choice."""
+    silent, seen = [], 0
+    for where, tree in modules():
+        followers = [*tree.body[1:], None]
+        for node, after in zip(tree.body, followers, strict=True):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            if not names or not names[0].isupper():
+                continue
+            seen += 1
+            described = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if not described:
+                silent.append(f"{'/'.join(where)}: {names[0]}")
+    assert seen > 200
+    assert silent == []
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    riddles = []
+    for where, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or "").split(" ", 1)[0]
+                if first in ("That", "Those", "What", "Of", "As", "It"):
+                    riddles.append(f"{'/'.join(where)}: {getattr(node, 'name', 'module')}")
+    assert riddles == []

@@ -23,14 +23,14 @@ _COPIES = {"cat", "copy", "flip", "index", "index_select", "roll", "slice"} | {
     "slice_scatter",
     "select_scatter",
 }
-"""Those that may read a pixel twice, or not at all, or in another order."""
+"""Operations that may read a pixel twice, or not at all, or in another order."""
 
 _REARRANGEMENTS = set(
     """alias channel_shuffle clone contiguous detach expand permute pixel_shuffle pixel_unshuffle
     repeat reshape select split split_with_sizes squeeze stack t transpose unbind unsqueeze view
     _unsafe_view _to_copy lift_fresh lift_fresh_copy unfold""".split()  # noqa: SIM905
 )
-"""Those that keep every pixel, apart from `select` and `split`; they never start a table."""
+"""Operations that keep every pixel, except `select` and `split`; they never start a table."""
 
 _POINTWISE = set(
     """abs add celu clamp clamp_max clamp_min cos div elu exp gelu hardsigmoid hardswish hardtanh
@@ -43,7 +43,7 @@ _FACTORIES = set(
     """empty empty_like empty_strided empty_permuted full full_like new_empty new_empty_strided
     new_full new_ones new_zeros ones ones_like zeros zeros_like""".split()  # noqa: SIM905
 )
-"""What makes an array without reading one, into which pixels may be copied."""
+"""Operations that make an array without reading one, into which pixels may be copied."""
 
 _WORDS = {"slice_scatter": "copy", "select_scatter": "copy", "copy_": "copy"}
 

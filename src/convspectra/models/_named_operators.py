@@ -1,4 +1,4 @@
-"""What there is to audit: layers as operators, wherever the model came from."""
+"""The layers of a model as named operators, wherever the model came from."""
 
 from __future__ import annotations
 

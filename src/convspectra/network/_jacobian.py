@@ -29,6 +29,7 @@ from convspectra.operator import (
 )
 
 METHODS = ("auto", "forward", "double backward")
+"""The names that `JacobianOperator(method=...)` takes."""
 AT_ONCE = 16
 """Arrays in one batched product. A choice: it bounds the memory to so many times that of one pass,
 and changes no answer."""
@@ -442,7 +443,7 @@ def _check_finite(segment: Segment, z: Tensor, product: Tensor) -> None:
 
 @contextlib.contextmanager
 def _readable_errors(where: str) -> Iterator[None]:
-    """What PyTorch raises inside, as a ValueError that says in which pass."""
+    """Errors that PyTorch raises inside, as a ValueError that says in which pass."""
     try:
         yield
     except (RuntimeError, TypeError) as error:

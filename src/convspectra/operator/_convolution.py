@@ -29,7 +29,9 @@ there are more calls and nothing else changes.
 """
 
 _CONV = (F.conv1d, F.conv2d, F.conv3d)
+"""PyTorch\'s convolutions by the number of axes, from one."""
 _CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+"""Their transposes."""
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:

@@ -21,7 +21,9 @@ CONVOLUTION_TYPES = (
 LAYER_TYPES = (*CONVOLUTION_TYPES, nn.Linear)
 """Modules that are a matrix M."""
 _TRANSPOSED_TYPES = CONVOLUTION_TYPES[3:]
+"""The transposed ones of them."""
 _FORWARD_METHODS = ("forward", "_conv_forward")
+"""Methods that a subclass may not replace: the layer would be another map."""
 
 
 def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:

@@ -32,8 +32,9 @@ Where the values beyond are near, too: 1 takes 12 % fewer products and 4 takes 1
 are not (three of 8 channels, 16 x 16 points, Gaussian weights).
 """
 BASIS_BLOCKS = 8
+"""Most vectors of the basis, in blocks of the start: see `BASIS_LEAST`."""
 BASIS_LEAST = 48
-"""Most vectors of the basis: so many blocks of the start, and so many at the least.
+"""Most vectors of the basis where `BASIS_BLOCKS` allows fewer.
 
 Memory against restarts. With 24 at the least three values take 5 % more products, with 96 they take
 8 % fewer; with 4 blocks eight values take 16 % more, with 16 they take 7 % fewer.

@@ -26,6 +26,7 @@ from convspectra.solvers import (
 )
 
 METHODS = ("auto", "dense", "lanczos")
+"""The ways to the singular values of an operator that has products only."""
 DENSE_AT_ONCE = {"LM": 64, "SM": 1024}
 """Products, one for each row of the smaller side, that form the matrix in the place of Lanczos.
 Lanczos takes about as many for the largest value, and does not resolve the smallest ones below the
@@ -42,6 +43,7 @@ GRAM_UNITS = 64
 LOST_UNITS = 1024
 """Eigenvectors of a Gram operator are known to so many eps of its norm, over the gap."""
 PAIRS = 8
+"""Random pairs of vectors that hold the two products against each other: a choice."""
 AT_ONCE = 16
 """Rows in one product of a dense matrix: memory of so many passes. A choice."""
 

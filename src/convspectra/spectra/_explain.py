@@ -83,6 +83,7 @@ class Explanation:
 
 
 _COLUMNS = ("way", "tried", "Gflop", "GiB", "needs")
+"""The columns of the table of a block."""
 
 
 def _row(way: WayExplanation, block: BlockExplanation) -> dict[str, str]:

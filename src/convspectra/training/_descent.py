@@ -34,7 +34,9 @@ from convspectra.operator import ConvOperator, check_choice, kernel_to_weight, w
 from convspectra.spectra import sigma_max, sigma_min
 
 ALGORITHMS = ("3.1", "3.2", "3.3")
+"""The algorithms of the paper, arXiv:2102.04294, by their numbers."""
 PAPER_STEPS = {"3.1": 1e-5, "3.2": 1e-4, "3.3": 1e-5}
+"""The constant step of each in the paper's Section 4."""
 PATIENCE = 5
 """Iterations that miss the first level before its depth is halved (Note [Patience])."""
 FIRST_MOVE = 0.01

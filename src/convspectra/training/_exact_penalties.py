@@ -24,6 +24,7 @@ EXACT_PENALTIES: dict[str, Penalty] = {
     "circular_stein": penalties.circular_stein,
     "orthogonality": penalties.orthogonality,
 }
+"""Penalties of all singular values, which are computed anew at every call."""
 PER_LAYER = (penalties.sigma_min, penalties.sigma_max, penalties.cond, penalties.band)
 """Penalties that do not grow with the number of singular values."""
 ADDITIVE = (penalties.frobenius, penalties.orthogonality, penalties.circular_stein)

@@ -111,6 +111,7 @@ EXTREME_PENALTIES: dict[str, Callable[..., ExtremePenalty]] = {
     "cond": _cond,
     "band": _band,
 }
+"""Penalties of singular values at the ends, which are followed from step to step."""
 
 
 def extreme_penalty(name: str, options: Mapping[str, Any]) -> ExtremePenalty:

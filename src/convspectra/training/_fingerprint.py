@@ -17,7 +17,7 @@ SAMPLED_CHANNELS = 8
 
 
 def fingerprint(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Fingerprint:
-    """What is another once the weights of the layers, or their parameters, have changed.
+    """A value that is another once the weights of the layers, or their parameters, have changed.
 
     Fused optimizers do not change the version of a tensor, but what a sample of it sums up to;
     weights that a parametrization computes are new tensors every time, unlike their parameters.

@@ -126,6 +126,7 @@ GLIMPSE_STEPS = 64
 LOST = 0.1
 """Relative residual ||M'M v - s^2 v|| / s^2 from which on a vector counts as lost."""
 ENDS = tuple(field.name for field in fields(Ends))
+"""The names of the tensors that are followed."""
 
 
 @dataclass
@@ -224,7 +225,7 @@ class Stack:
         return squared_frobenius_norm_now(weight, self.template.geometry, self.count)
 
     def gradient_of_square(self, weight: Tensor, slope: float) -> SpectralGradient:
-        """That of slope times `mean_square`."""
+        """The gradient of slope times `mean_square`."""
         none = weight.new_zeros(0, dtype=working_dtype(weight.dtype))
         return SpectralGradient(self.template, right=none, left=none, square_slope=slope)
 
@@ -288,7 +289,7 @@ class Stack:
         )
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
-        """What is known of one layer now.
+        """The knowledge of one layer now.
 
         Its values are those of its vectors, or of these after steps in float64 that are not kept
         and what Lanczos sees from a random vector, if that is farther out.

@@ -55,6 +55,10 @@ class KnownGradient:
 class SpectralGradient:
     """The gradient of ``sum(slopes * s) + square_slope ||M||_F^2 / n`` by the weight of M.
 
+    For one singular value s it is the sum of u_i v_j over the index sets Omega: Theorem 3.2 of Guo,
+    "Regularization for convolutional kernel tensors to avoid unstable gradient problem in
+    convolutional neural networks", arXiv:2102.04294. The second term is Theorem 3.1.
+
     It is formed in the backward pass, with the factor that comes then: there is one array of the
     size of the weight, written once.
 

@@ -33,7 +33,7 @@ LINEAR_PAIRS = ("relu", "leaky_relu", "prelu", "gelu", "silu", "hardswish", "sof
 """Activations f with ``f(z) - f(-z) = c z``: mirrored kernels make them linear. c is 1, or 1 plus
 the slope of a leaky ReLU."""
 QUADRATURE_POINTS = 101
-"""Of Gauss-Hermite quadrature: moments of smooth activations to ten digits; a choice."""
+"""Points of Gauss-Hermite quadrature: a choice; half of them change no digit that is shown."""
 PRELU_SLOPE = 0.25
 """The slope that PyTorch's PReLU begins with."""
 

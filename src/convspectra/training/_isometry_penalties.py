@@ -27,6 +27,7 @@ from convspectra.training._isometric_plans import IsometricPlan, isometric_plans
 from convspectra.training._report import LayerReport, unknown
 
 OPTIONS = ("gain", "mirrored", "bias_decay")
+"""The names that ``penalty_options`` takes for 'isometry'."""
 
 
 class IsometryPenalties:
@@ -158,7 +159,7 @@ class IsometryPenalties:
         self._exact[index] = step, sigma_min(seen), sigma_max(seen)
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
-        """What `refresh` found, with its age; nothing is followed."""
+        """The values that `refresh` found, with their age; nothing is followed."""
         blank = replace(unknown(self._layers[index], skipped), judged=_words(self.plans[index]))
         if index not in self._exact:
             return blank

@@ -71,10 +71,10 @@ class LayerPenalties(Protocol):
         """Compute a layer exactly."""
 
     def report(self, index: int, step: int, skipped: int, settle: bool) -> LayerReport:
-        """What is known of a layer."""
+        """The knowledge of a layer."""
 
     def state(self, index: int) -> dict[str, Any] | None:
-        """What `load` takes up again."""
+        """The values that `load` takes up again."""
 
     def load(self, index: int, state: dict[str, Any] | None) -> None:
         """Take up what `state` gave."""
@@ -93,7 +93,7 @@ class SteppedPenalties(LayerPenalties, Protocol):
         factors: Mapping[int, float],
         learning_rate: float,
     ) -> dict[int, tuple[Gradient, float]]:
-        """What `SpectralRegularizer.step` subtracts from the weights, and at which rate.
+        """The steps that `SpectralRegularizer.step` subtracts from the weights, and their rates.
 
         Parameters
         ----------

@@ -48,6 +48,7 @@ from convspectra.spectra import frobenius_norm, svds
 from convspectra.training._descent import descend
 
 ALGORITHMS = ("stein", "3.3")
+"""The names that `precondition(algorithm=...)` takes."""
 FIRST_SIZE = 8
 """Points per axis of the first grid, where the layer has that many."""
 WORK_LIMIT = 2048
@@ -72,7 +73,7 @@ CHECK_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class PreconditionedLayer:
-    """What became of one layer.
+    """The outcome for one layer.
 
     Attributes
     ----------

@@ -79,7 +79,7 @@ class PreparedLayer:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """What `prepare` did, what it found afterwards, and how to train; printed as a table.
+    """The result of `prepare`: each layer, the check, and how to train; printed as a table.
 
     Attributes
     ----------

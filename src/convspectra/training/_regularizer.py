@@ -365,7 +365,7 @@ class SpectralRegularizer:
                 self._penalties.refresh(i, self._step)
 
     def report(self, *, settle: bool = True) -> RegularizerReport:
-        """What is known of each layer, with its age and its enclosure; collective.
+        """The knowledge of each layer, with its age and its enclosure; collective.
 
         A layer that is followed is not computed anew; its values are those of its vectors after
         more steps of tracking, up to 16, until they settle, which are not kept, or what Lanczos
@@ -554,7 +554,7 @@ class SpectralRegularizer:
         found: Mapping[int, Gradient],
         learning_rate: float,
     ) -> dict[int, Gradient]:
-        """What to subtract from the weights; a warning tells once of steps that are shortened."""
+        """The steps to subtract; a warning tells once of steps that are shortened."""
         uses = Counter(id(weight) for weight in weights.values())
         factors = {i: self._scale * self._factors[i] * uses[id(weights[i])] for i in found}
         with self._without_autocast():

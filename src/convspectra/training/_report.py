@@ -1,4 +1,4 @@
-"""What a `SpectralRegularizer` knows of its layers."""
+"""The report of a `SpectralRegularizer`: its layers, their values and their ages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kind of model a file holds, by its content."""
+"""The kind of model that a file holds, by its content."""
 
 from __future__ import annotations
 

@@ -29,13 +29,21 @@ from convspectra.spectra.ways._way import (
 )
 
 DENSE = Dense()
+"""The dense matrix: every question."""
 GRAM = Gram()
+"""The smaller Gram matrix."""
 CIRCULANT = Circulant()
+"""The symbols of a circularly padded layer."""
 CAPACITANCE = Capacitance()
+"""The exact inverse of a square zero-padded layer."""
 AUGMENTED = Augmented()
+"""The pseudo-inverse of another zero-padded layer."""
 LANCZOS = Lanczos()
+"""Products with M, and nothing else."""
 DAVIDSON = Davidson()
+"""Products, preconditioned by the circulant."""
 LOBPCG = Lobpcg()
+"""The same for the smallest values, down to rounding."""
 
 WAYS: dict[str, Way] = {
     way.name: way
