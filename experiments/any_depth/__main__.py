@@ -1,0 +1,160 @@
+"""Which starts and penalties let plain networks train, at any depth.
+
+``python -m experiments.any_depth --data FOLDER`` appends a row a run to any_depth.csv, goes on
+where it stopped when it is called again, and writes the table and the figure anew. FOLDER holds
+Fashion-MNIST in IDX files, or another set that experiments.stable_gradients reads. The learning
+rate of every arm is the best of the same grid: 1/3, 1 and 3 times the one that `cs.prepare`
+suggests, chosen with the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import convspectra as cs
+from convspectra.text import markdown_table
+from experiments.any_depth.figure import draw
+from experiments.any_depth.runs import ACTIVATIONS, ARMS, Outcome, Run, Settings, train
+from experiments.stable_gradients import data
+
+OUT = Path("docs/experiments/any_depth")
+GRID = (1 / 3, 1.0, 3.0)
+QUICK = Settings(channels=4, steps=3, batch_size=8, train_images=40, test_images=20)
+COLUMNS = (
+    *(field.name for field in fields(Run)),
+    *(field.name for field in fields(Outcome)),
+    *(field.name for field in fields(Settings)),
+    "images",
+    "code",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Do the runs that the CSV lacks; returns all rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help=data.WHAT_TO_GIVE)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--depths", type=int, nargs="+", default=[20, 50, 100])
+    parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(GRID))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="of training; 150 by default")
+    parser.add_argument("--quick", action="store_true", help="tiny networks, a few steps")
+    args = parser.parse_args(argv)
+    settings = QUICK if args.quick else Settings()
+    if args.steps is not None:
+        settings = Settings(**{**asdict(settings), "steps": args.steps})
+    images = data.load(args.data, settings.train_images, settings.test_images)
+    path = args.out / "any_depth.csv"
+    rows = read(path)
+    console = Console(stderr=True)
+    torch.set_num_threads(1)
+    for seed, depth, activation, arm, rate in itertools.product(
+        args.seeds, args.depths, args.activations, args.arms, args.rates
+    ):
+        run = Run(arm, activation, depth, round(rate, 4), seed)
+        key = {**asdict(run), **asdict(settings), "images": images.name}
+        if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
+            continue
+        outcome = train(run, images, settings)
+        row = {**key, **asdict(outcome), "code": code_version()}
+        rows.append({name: str(row[name]) for name in COLUMNS})
+        write(path, rows)
+        console.print(f"{run}: {100 * outcome.accuracy:.1f}%", highlight=False)
+    finish(args.out, rows)
+    return rows
+
+
+def code_version() -> str:
+    """The commit that the code is of, or the version of the package."""
+    command = ("git", "describe", "--always", "--dirty")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else cs.__version__
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that was written, or none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """The whole table; a run that is stopped leaves the rows before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(path)
+
+
+def best(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """One line an arm, activation and depth, at its best rate: mean, least and number of seeds."""
+    groups: dict[tuple[str, str, int, int], dict[str, list[dict[str, str]]]] = {}
+    for row in rows:
+        key = row["activation"], row["arm"], int(row["depth"]), int(row["steps"])
+        groups.setdefault(key, {}).setdefault(row["rate"], []).append(row)
+    table = []
+    for (activation, arm, depth, steps), rates in groups.items():
+        chosen = max(rates.values(), key=lambda found: _mean(found, "accuracy"))
+        accuracies = [float(row["accuracy"]) for row in chosen]
+        table.append(
+            {
+                "activation": activation,
+                "arm": arm,
+                "depth": depth,
+                "steps": steps,
+                "test accuracy": f"{100 * _mean(chosen, 'accuracy'):.1f}%",
+                "least": f"{100 * min(accuracies):.1f}%",
+                "seeds": len(chosen),
+                "learning rate": f"{float(chosen[0]['learning_rate']):.1e}",
+                "rates tried": len(rates),
+                "gradient ratio, start": f"{_mean(chosen, 'ratio_before'):.1e}",
+                "gradient ratio, end": f"{_mean(chosen, 'ratio_after'):.1e}",
+                "s a step": f"{_mean(chosen, 'seconds_a_step'):.3f}",
+            }
+        )
+    return sorted(table, key=lambda row: (row["activation"], row["depth"], ARMS.index(row["arm"])))
+
+
+def _mean(rows: Sequence[dict[str, str]], column: str) -> float:
+    return sum(float(row[column]) for row in rows) / len(rows)
+
+
+def finish(folder: Path, rows: Sequence[dict[str, str]]) -> None:
+    """The page and the figure from all rows."""
+    table = best(rows)
+    codes = sorted({row["code"] for row in rows})
+    page = [
+        "# Plain networks of any depth",
+        "",
+        "3 x 3 convolutions, no shortcuts, no normalization except in the arm of that name; "
+        f"{rows[0]['images']}, {rows[0]['channels']} channels, batches of {rows[0]['batch_size']}. "
+        "The learning rate of every arm is the best of the same grid. Chance is 10%.",
+        "",
+        "Command: `python -m experiments.any_depth --data FOLDER`; code: " + ", ".join(codes) + ".",
+        "",
+        "![Test accuracy by depth](any_depth.png)",
+        "",
+        markdown_table(tuple(table[0]), table),
+    ]
+    (folder / "any_depth.md").write_text("\n".join(page), encoding="utf-8")
+    draw(table, folder / "any_depth")
+
+
+if __name__ == "__main__":
+    main()
