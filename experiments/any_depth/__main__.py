@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 
 import convspectra as cs
+from common import images as data
 from convspectra.text import markdown_table
 from experiments.any_depth.figure import draw
 from experiments.any_depth.runs import ACTIVATIONS, ARMS, Outcome, Run, Settings, train
-from experiments.stable_gradients import data
 
 OUT = Path("docs/experiments/any_depth")
 GRID = (1 / 3, 1.0, 3.0)
