@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     rows = read(path)
     console = Console(stderr=True)
     torch.set_num_threads(1)
+    code = code_version()  # of what runs, whatever is checked out meanwhile
     for seed, depth, activation, arm, rate in itertools.product(
         args.seeds, args.depths, args.activations, args.arms, args.rates
     ):
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
         if any(all(row[name] == str(value) for name, value in key.items()) for row in rows):
             continue
         outcome = train(run, images, settings)
-        row = {**key, **asdict(outcome), "code": code_version()}
+        row = {**key, **asdict(outcome), "code": code}
         rows.append({name: str(row[name]) for name in COLUMNS})
         write(path, rows)
         console.print(f"{run}: {100 * outcome.accuracy:.1f}%", highlight=False)
