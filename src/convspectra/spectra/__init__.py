@@ -1,5 +1,6 @@
 """The answers for one operator: singular values, bounds, counts, solutions, densities."""
 
+from convspectra.spectra._auto import direct_cost
 from convspectra.spectra._bounds import norm_bound, tap_norm_bound
 from convspectra.spectra._circular_padding import circular_extremes, circular_operator, is_circular
 from convspectra.spectra._count import CountResult, count
@@ -31,6 +32,7 @@ __all__ = [
     "circular_operator",
     "cond",
     "count",
+    "direct_cost",
     "explain",
     "frobenius_norm",
     "glimpsed_ends",

@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 from convspectra import penalties
 from convspectra.models import Layer, Selection, find_layers, is_convolution, named, unwrapped
 from convspectra.operator import (
+    DEFAULT_MAX_BYTES,
     ConvOperator,
     FloatArray,
     check_choice,
@@ -44,7 +45,7 @@ from convspectra.operator import (
     kernel_to_weight,
     weight_to_kernel,
 )
-from convspectra.spectra import frobenius_norm, svds
+from convspectra.spectra import direct_cost, frobenius_norm, svds
 from convspectra.training._descent import descend
 
 ALGORITHMS = ("stein", "3.3")
@@ -329,10 +330,10 @@ def _capped(points: int, full: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _order(layer: Layer, grid: tuple[int, ...]) -> float:
-    """Order of the matrix behind a log-determinant on a grid."""
+    """The order of a dense matrix whose log-determinant costs as much as the layer's on a grid."""
     op = layer.operator(grid)
-    order = min(op.shape) / op.groups
-    return order / max(grid) if is_square_toeplitz(op) else order
+    cost, _ = direct_cost(op, "logabsdet", DEFAULT_MAX_BYTES)
+    return float(cost.flops / (2 * op.groups)) ** (1 / 3)
 
 
 def _by_stein(op: ConvOperator, condition: float, max_iter: int) -> tuple[Tensor, int]:

@@ -136,6 +136,7 @@ def lanczos_triplets(
     tol = request.tol / 2
     # Smallest values that take more steps than vectors are kept are not to be had so.
     most_steps = steps if request.largest else min(steps, most_kept)
+    # Several largest vectors are found in single precision first, at half the cost of a product.
     several = request.largest and request.k > 1 and separation is None
     first, in_vain = None, 0
     if several and request.tol >= SINGLE_VECTOR_TOLERANCE:
@@ -154,6 +155,7 @@ def lanczos_triplets(
         most_kept=most_kept,
         first=first,
     )
+    # Rayleigh-Ritz with M itself: the squares of the Gram matrix have lost half of the digits.
     images, s, v = refined(tall, found.vectors, request.largest)
     eps = torch.finfo(s.dtype).eps
     slack = rounding_of(tall.op) * max(found.norm, 0.0) ** 0.5
@@ -162,6 +164,7 @@ def lanczos_triplets(
     far = [max(bound + rounding, 0.0) ** 0.5 for bound in found.bounds]
     others = far[request.k]
     bounds = s.new_tensor(far[: request.k])
+    # The Ritz values bound from the inside, Lanczos for the rest of the spectrum from the outside.
     if request.largest:
         lower, upper = s - slack, torch.maximum(bounds, s) + slack
     else:
