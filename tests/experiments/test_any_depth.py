@@ -17,7 +17,7 @@ from experiments.any_depth.runs import ARMS, Run, Settings, network, started
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images")
+    path = tmp_path_factory.mktemp("any_depth")
     write_random_set(path)
     return path
 

@@ -22,7 +22,7 @@ ARMS = ["plain", "SRIP", "circular projection", "stein"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images")
+    path = tmp_path_factory.mktemp("images", numbered=False)
     write_random_set(path)
     return path
 
@@ -181,8 +181,8 @@ def test_figures_and_page_are_written_from_the_tables(out: Path) -> None:
     assert len(files) == 2 * 3 * 2 + 1
     assert all(path.stat().st_size > 0 for path in files)
     text = (out / "stable_gradients.md").read_text()
-    assert "## Plain networks, images0, 8 x 8" in text
-    assert "## Residual networks with batch normalization, images0, 8 x 8" in text
+    assert "## Plain networks, images, 8 x 8" in text
+    assert "## Residual networks with batch normalization, images, 8 x 8" in text
     assert "- machine: " in text
     assert "steps 4" in text
     for name in text.split("![")[1:]:
