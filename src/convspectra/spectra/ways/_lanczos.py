@@ -129,9 +129,7 @@ def lanczos_triplets(
     steps = request.most_steps(LANCZOS_STEPS if request.largest else LANCZOS_STEPS_FOR_SMALLEST)
     most_kept = request.max_bytes // (8 * size)
     enclosure = LANCZOS_ENCLOSURE if request.largest else lower_enclosure
-    separation = request.separation
-    if separation is not None:
-        separation = 1 - (1 - separation) ** 2 if request.largest else (1 + separation) ** 2 - 1
+    separation = _separation_of_squares(request)
     # Half for the pairs themselves, half for what is not seen to be beyond them.
     tol = request.tol / 2
     # Smallest values that take more steps than vectors are kept are not to be had so.
@@ -186,6 +184,15 @@ def lanczos_triplets(
             f"probability {FAILURE_PROBABILITY:.0e}"
         ),
     )
+
+
+def _separation_of_squares(request: Request) -> float | None:
+    """The separation asked for, as one of eigenvalues of the Gram matrix."""
+    if request.separation is None:
+        return None
+    if request.largest:
+        return 1 - (1 - request.separation) ** 2
+    return (1 + request.separation) ** 2 - 1
 
 
 def _largest_in_single(request: Request, tall: Product, tol: float, steps: int) -> Eigenpairs:
