@@ -150,6 +150,7 @@ def test_the_rank_of_a_large_layer_that_lacks_a_few_directions(
     monkeypatch: pytest.MonkeyPatch, at_most: int
 ) -> None:
     """``y_i = x_i + a x_{i-1}`` has a singular value of a^-80 for an a above 1, and no other."""
+    # As for a layer whose dense matrix takes minutes, at a size that has a reference.
     monkeypatch.setattr(ranks, "EXACT_WORK", 0)
     monkeypatch.setattr(ranks, "LOST_AT_MOST", at_most)
     torch.manual_seed(0)

@@ -99,6 +99,7 @@ def test_a_transformed_weight_that_is_too_large_is_not_made(monkeypatch):
     weight = torch.randn(256, 256, 3, 3, dtype=torch.float64)
     geometry = cs.ConvOperator(weight, (28, 28)).geometry
     assert faster_convolution(weight, geometry, 1)._products == (6, 6)
+    # A weight beyond the limit as it is would take GiB.
     monkeypatch.setattr(winograd, "WEIGHT_BYTES", 8 * weight[..., 0, 0].numel() * 4**2)
     assert faster_convolution(weight, geometry, 1)._products == (4, 4)
     monkeypatch.setattr(winograd, "WEIGHT_BYTES", 8 * weight[..., 0, 0].numel() * 4**2 - 1)

@@ -200,6 +200,7 @@ def test_restarts(monkeypatch, k, near):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_last_ritz_vectors_save_products_at_restarts(monkeypatch, k):
+    # A small basis is restarted often; the second run restarts without the last Ritz vectors.
     monkeypatch.setattr(davidson, "BASIS_LEAST", 1)
     with_them = run(with_spectrum(LINE), k)
     monkeypatch.setattr(davidson, "KEPT_DIRECTION", math.inf)
@@ -254,6 +255,7 @@ def test_values_are_right_where_gaps_are_a_few_tolerances():
 @pytest.mark.parametrize(("floor", "tol"), [(1, 1e-5), (1, 1e-12), (0, 1e-12)])
 def test_single_precision(monkeypatch, floor, tol, near):
     """It may go on far beyond its precision: nothing grows."""
+    # A floor of 0 never stops at rounding, as no option can ask for.
     monkeypatch.setattr(davidson, "ROUNDING_UNITS", floor * davidson.ROUNDING_UNITS)
     for values in (LINE, [2.0] * 3 + LINE, [2.0, 1.0] + [0.0] * 198):
         matrix = with_spectrum(values).float()
@@ -270,6 +272,7 @@ def test_single_precision(monkeypatch, floor, tol, near):
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_basis_in_single_precision_stays_orthonormal(monkeypatch, k, near):
     """Without restarts the product is given the basis, row by row."""
+    # Neither rounding nor a full basis stops the run: 80 steps are taken.
     monkeypatch.setattr(davidson, "ROUNDING_UNITS", 0)
     monkeypatch.setattr(davidson, "BASIS_LEAST", 500)
     matrix = with_spectrum([2.0] * 3 + list(np.linspace(0.1, 1.0, 497))).float()

@@ -33,6 +33,7 @@ def test_norms_of_long_vectors_are_below_it_less_often(count):
 @pytest.mark.parametrize("probability", [1e-4, 1e-2])
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_it_follows_the_probability(monkeypatch, count, probability):
+    # The probability is a constant, no option; other values check the formula.
     monkeypatch.setattr(gaussian, "FAILURE_PROBABILITY", probability)
     assert probability / 2 <= below(count) <= probability * (1 + 1e-9)
 

@@ -111,11 +111,13 @@ def test_a_circulant_that_knows_smaller_values_is_kept_from_amplifying_them(monk
     assert found.converged
     torch.testing.assert_close(found.s[0], torch.linalg.svdvals(op.to_dense())[-1])
     assert float(found.lower[0]) > 0.94 * float(found.s[0])
+    # Without the guard the same steps do not converge: it is what helps.
     monkeypatch.setattr(preconditioned, "MUCH_SMALLER", math.inf)
     assert not cs.svds(op, 1, "SM", method="davidson", maxiter=300).converged
 
 
 def test_a_trial_of_davidson_in_vain_is_followed_by_the_factors(monkeypatch):
+    # A trial so short that it fails on a layer of test size.
     monkeypatch.setattr(preconditioned, "DAVIDSON_TRIAL_STEPS", 5)
     op = smooth_layer("wide")
     assert cs.svds(op, 1, "SM").method == "augmented"
@@ -143,6 +145,7 @@ def test_a_trial_in_vain_is_followed_by_the_factor(monkeypatch):
     op = near_the_identity(64, 24, 3.0)
     expected = cs.svds(op, 1, "SM")
     assert expected.method == "capacitance"
+    # A glimpse that promises a well-conditioned layer where there is none.
     monkeypatch.setattr(auto, "glimpsed_least", lambda request: 1.0)
     found = cs.svds(op, 1, "SM")
     assert (found.method, found.converged) == ("capacitance", True)

@@ -182,6 +182,7 @@ def test_smallest_values_of_smooth_kernels(name, smooth):
 def test_auto_finds_what_iterations_with_products_do_not_reach(name, monkeypatch):
     shape, sizes, options = SMOOTH[name]
     op = ConvOperator(weight(*shape, smooth=14.0), sizes, **options)
+    # As for a layer too large for dense matrices, of which there would be no reference.
     monkeypatch.setattr(auto, "GRAM_AT_ONCE", {"LM": 0.0, "SM": 0.0})
     monkeypatch.setattr(auto, "DENSE_AT_ONCE", {"square": 0.0, "other": 0.0})
     result = cs.svds(op, 1, "SM", maxiter=300)

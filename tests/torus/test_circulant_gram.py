@@ -85,6 +85,7 @@ def test_the_tall_side_is_the_one_iterated_on(layer):
 
 @pytest.mark.parametrize("op", BLOCKS_APART.values(), ids=BLOCKS_APART.keys())
 def test_it_is_the_inverse_where_m_is_the_circulant(op, monkeypatch):
+    # Without regularization it is the inverse to rounding.
     monkeypatch.setattr("convspectra.torus._circulant_gram.REGULARIZATION", 0.0)
     gram = smaller_gram(op.to_dense())
     product = matrix(CirculantGram(op).inverse_near_zero()[0], len(gram)) @ gram

@@ -69,6 +69,7 @@ def test_first_grids(monkeypatch, make, shape, first):
         seen.append(op)
         return op.weight, 1
 
+    # Only the grids are looked at, not what a descent makes of them.
     monkeypatch.setattr(module, "_by_stein", nothing)
     monkeypatch.setattr(module, "_ends", lambda op: (0.0, 1.0))
     cs.precondition(seeded(make), torch.zeros(1, *shape), include=everything)
@@ -145,6 +146,7 @@ def test_shifted_channels_need_the_fallback(monkeypatch, make, shape, seed):
     values = dense_values(layer, shape)
     assert report.converged
     assert values[0] <= 2 * values[-1]
+    # Without the fallback the same layer is stuck: it is what helps.
     monkeypatch.setattr(module, "_towards_the_center", without_the_fallback)
     layer = seeded(make, seed)
     (stuck,) = cs.precondition(layer, torch.zeros(1, *shape), max_iter=40)

@@ -102,6 +102,7 @@ def test_a_computation_that_failed_is_tried_again_in_its_next_turn(monkeypatch):
     def fails(*args, **options):
         raise ArithmeticError("none")
 
+    # No layer fails when it is asked to: the failure is made up.
     monkeypatch.setattr(tracked, "svds", fails)
     for _ in range(8):
         moved(model)

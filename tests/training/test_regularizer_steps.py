@@ -62,6 +62,7 @@ def test_a_step_that_needs_no_value_computes_none(monkeypatch):
     resumed = regularizer(model, "frobenius", schedule=lambda step: 0.0)
     resumed.load_state_dict(state)
     assert resumed.report().penalty == value
+    # A value that nobody asked for would be computed here.
     monkeypatch.setattr(tracked.Stack, "mean_square", lambda *_: pytest.fail("computed"))
     regularizer(model, "frobenius").step(0.1)
 

@@ -51,6 +51,7 @@ def test_layers_too_large_together_are_computed_one_by_one(monkeypatch):
     x = torch.zeros(1, 3, 10, 10).double()
     expected = SpectralRegularizer(model, x, penalty="stein", weight=1)()
     original = spectrum.logabsdet
+    # The limit of memory is no option of a regularizer.
     monkeypatch.setattr(spectrum, "logabsdet", lambda op: original(op, max_bytes=10**5))
     assert torch.isclose(SpectralRegularizer(model, x, penalty="stein", weight=1)(), expected)
 

@@ -9,7 +9,8 @@ The points are small and near 1 in size: rounding is 1 to 3 times that of PyTorc
 
 References
 ----------
-S. Winograd (1980), "Arithmetic complexity of computations", SIAM.
+S. Winograd (1980), "Arithmetic complexity of computations", SIAM,
+    doi:10.1137/1.9781611970364.
 A. Lavin and S. Gray (2015), "Fast algorithms for convolutional neural networks", arXiv:1509.09308.
 """
 

@@ -13,9 +13,9 @@ found by Note [Deflation].
 References
 ----------
 C. C. Paige (1976), "Error analysis of the Lanczos algorithm for tridiagonalizing a symmetric
-    matrix", J. Inst. Maths Applics 18.
+    matrix", J. Inst. Maths Applics 18, 341-349.
 B. N. Parlett and D. S. Scott (1979), "The Lanczos algorithm with selective orthogonalization",
-    Math. Comp. 33.
+    Math. Comp. 33, doi:10.2307/2006037.
 """
 
 from __future__ import annotations

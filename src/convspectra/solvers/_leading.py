@@ -6,7 +6,8 @@ polynomial of its degree does (Zhou, Saad, Tiago and Chelikowsky 2006).
 References
 ----------
 Y. Zhou, Y. Saad, M. L. Tiago and J. R. Chelikowsky (2006), "Self-consistent-field calculations
-    using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219.
+    using Chebyshev-filtered subspace iteration", J. Comput. Phys. 219,
+    doi:10.1016/j.jcp.2006.03.017.
 """
 
 from __future__ import annotations

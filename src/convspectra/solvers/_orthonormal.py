@@ -48,7 +48,8 @@ def orthonormal(rows: Tensor, against: Tensor) -> Tensor:
 
     By the eigenvectors of their Gram matrix (A. Stathopoulos and K. Wu (2002), "A block
     orthogonalization procedure with constant synchronization requirements", SIAM J. Sci. Comput.
-    23); again unless hardly anything was taken out, for what is left amplifies rounding.
+    23, doi:10.1137/S1064827500370883); again
+    unless hardly anything was taken out, for what is left amplifies rounding.
     """
     for smallest in (NEW_DIRECTIONS, LITTLE_LOST, LITTLE_LOST):
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -11,7 +11,8 @@ estimated from the few vectors drawn.
 
 References
 ----------
-G. H. Golub and G. Meurant (2010), "Matrices, moments and quadrature with applications", Princeton.
+G. H. Golub and G. Meurant (2010), "Matrices, moments and quadrature with applications",
+    Princeton University Press, doi:10.1515/9781400833887.
 S. Ubaru, J. Chen and Y. Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos
     quadrature", SIAM J. Matrix Anal. Appl. 38, doi:10.1137/16M1104974.
 """

@@ -24,6 +24,12 @@ from convspectra.solvers import (
     less,
     random_directions,
 )
+from convspectra.spectra.ways._lanczos import (
+    GRAM_UNITS,
+    LANCZOS_ENCLOSURE,
+    LOST_UNITS,
+    LOWER_ENCLOSURE,
+)
 
 METHODS = ("auto", "dense", "lanczos")
 """The ways to the singular values of an operator that has products only."""
@@ -36,12 +42,6 @@ DENSE_WORK = 1e11
 minute of one core."""
 STEPS = {"LM": 2000, "SM": 1500}
 """Most Lanczos steps: a spectrum that takes more is too clustered at its end for this way."""
-ENCLOSURE = {"LM": 2e-2, "SM": 0.1}
-"""Relative width of an enclosure that Lanczos goes on for, as for layers."""
-GRAM_UNITS = 64
-"""Rounding error of a Gram operator in eps of its norm, as for layers."""
-LOST_UNITS = 1024
-"""Eigenvectors of a Gram operator are known to so many eps of its norm, over the gap."""
 PAIRS = 8
 """Random pairs of vectors that hold the two products against each other: a choice."""
 AT_ONCE = 16
@@ -242,7 +242,7 @@ def _lanczos(rows: ScaledRows, request: ProductRequest) -> SingularTriplets:
             request.tol / 2,
             maxiter if largest else min(maxiter, most_kept),
             request.values_only,
-            2 * ENCLOSURE[which],
+            2 * (LANCZOS_ENCLOSURE if which == "LM" else LOWER_ENCLOSURE),
             separation,
             alone=k == 1 and request.separation is None,
         ),

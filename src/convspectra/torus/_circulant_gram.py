@@ -11,7 +11,8 @@ taps, of the product, n eps ||S||_F^2, and of the factors, n eps of the trace of
 
 References
 ----------
-N. J. Higham (2002), "Accuracy and stability of numerical algorithms", second edition, SIAM.
+N. J. Higham (2002), "Accuracy and stability of numerical algorithms", second edition, SIAM,
+    doi:10.1137/1.9780898718027.
 """
 
 from __future__ import annotations
