@@ -86,3 +86,26 @@ def test_a_large_layer_with_a_dead_filter_takes_no_iteration():
     result = cs.svds(cs.ConvOperator(weight, (64, 64), padding=1), 1, "SM",
                      return_singular_vectors=False)  # fmt: skip
     assert (float(result.s), result.matvecs, result.converged) == (0.0, 0, True)
+
+
+def test_a_wide_linear_layer_is_not_asked_for_zeros_it_has_none_of():
+    """A head of many classes: an SVD of the order of its longer side would not fit in memory."""
+    weight = torch.randn(50_000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for op in (cs.ConvOperator(weight, ()), cs.ConvOperator(weight[:, :, None, None], (1, 2))):
+        assert zero_triplets(op, 1) is None
+    assert cs.sigma_min(cs.ConvOperator(weight, ())) == pytest.approx(
+        float(torch.linalg.svdvals(weight)[-1]), rel=1e-10
+    )
+
+
+def test_dependent_columns_of_a_tall_kernel_are_found_from_the_smaller_side():
+    torch.manual_seed(0)
+    weight = torch.randn(3000, 3, 1, 1, dtype=torch.float64)
+    weight[:, 2] = weight[:, 0] - weight[:, 1]
+    op = cs.ConvOperator(weight, (1, 2))
+    found = zero_triplets(op, 2)
+    assert found is not None
+    assert not found.s.any()
+    assert zero_triplets(op, 3) is None
+    assert torch.allclose(found.v @ found.v.T, torch.eye(2).double(), atol=1e-12)
+    assert float(op.apply(found.v.reshape(2, 3, 1, 2)).abs().max()) < 1e-12

@@ -25,7 +25,11 @@ def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     block around each value: 25 eps have been seen for an 8 x 12 matrix. Cost: about
     ``10 m n min(m, n)`` flops a block.
     """
-    u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
+    # LAPACK takes twice as long for a matrix that is much wider than it is high.
+    wide = blocks.shape[-2] < blocks.shape[-1]
+    u, s, vh = torch.linalg.svd(blocks.mT if wide else blocks, full_matrices=False)
+    if wide:
+        u, vh = vh.mT, u.mT
     units = (max(blocks.shape[1:]) + 32) * torch.finfo(s.dtype).eps
     error = (units * s[:, :1]).expand_as(s)
     block, place, others = _chosen_values(s, error, k, largest)

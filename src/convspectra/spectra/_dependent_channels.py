@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,20 +29,33 @@ class _Slices:
 
     Attributes
     ----------
-    left : Tensor
-        Left singular vectors in columns, (groups, rows, rows), or (groups, rows, 0).
-    kept : Tensor
-        (groups, rows), which of them belong to values above the tolerance.
+    rows : Tensor
+        (groups, rows, columns)
+    ranks : Tensor
+        (groups,), how many singular values of each group are above the tolerance.
     tolerance : float
     """
 
-    left: Tensor
-    kept: Tensor
+    rows: Tensor
+    ranks: Tensor
     tolerance: float
 
     @property
     def rank(self) -> int:
-        return int(self.kept.sum())
+        return int(self.ranks.sum())
+
+    @property
+    def mirrored(self) -> _Slices:
+        """The columns instead."""
+        return _Slices(self.rows.mT, self.ranks, self.tolerance)
+
+    @cached_property
+    def left(self) -> Tensor:
+        """Left singular vectors in columns, those of the largest values first, all of them."""
+        count, columns = self.rows.shape[1:]
+        padded = torch.nn.functional.pad(self.rows, (0, max(0, count - columns)))
+        vectors: Tensor = torch.linalg.svd(padded, full_matrices=False).U
+        return vectors
 
 
 def zero_triplets(op: ConvOperator, k: int) -> SingularTriplets | None:
@@ -56,16 +70,24 @@ def zero_triplets(op: ConvOperator, k: int) -> SingularTriplets | None:
 
     Notes
     -----
-    Cost: a Gram matrix and a Cholesky factorization of order h and of order g, where nothing is
-    dependent; else two dense SVDs of the weight.
+    Cost: two Gram matrices of the weight, the smaller ones, and their Cholesky factorizations where
+    nothing is dependent; else dense SVDs of the weight. Nothing for a layer of one point, which is
+    its weight: a dense matrix tells its zeros as well.
     """
-    filters, channels = _filters(op), _input_channels(op)
+    geometry = op.geometry
+    if math.prod((*geometry.input_size, *geometry.output_size)) == 1:
+        return None
+    filters = _filters(op)
+    one_tap = math.prod(geometry.kernel_size) == 1
+    channels = filters.mirrored if one_tap else _input_channels(op)
     outputs, inputs = (math.prod(n) for n in (op.geometry.output_size, op.geometry.input_size))
     by_filters, by_channels = filters.rank * outputs, channels.rank * inputs
     zeros = min(op.shape) - min(by_filters, by_channels)
     if k > zeros:
         return None
-    used, points = (filters, outputs) if by_filters <= by_channels else (channels, inputs)
+    # Of two sides that tell as many, the one of fewer rows: an SVD of that order gives vectors.
+    by_rows = (by_filters, filters.rows.shape[1]) <= (by_channels, channels.rows.shape[1])
+    used, points = (filters, outputs) if by_rows else (channels, inputs)
     null = _null_rows(used, points, k)
     u, v = null, null.new_zeros(k, op.shape[1])
     if used is channels:
@@ -129,28 +151,28 @@ def _input_channels(op: ConvOperator) -> _Slices:
 def _dependence(rows: Tensor) -> _Slices:
     """How the rows, (groups, rows, columns), depend on one another; none is most often the case."""
     groups, count, columns = rows.shape
-    everything = rows.new_ones(groups, count, dtype=torch.bool)
-    if count <= columns:
-        gram = rows @ rows.mT
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal -= DEPENDENT * diagonal.amax()
-        _, info = torch.linalg.cholesky_ex(gram)
-        if not bool(info.any()):
-            return _Slices(rows.new_zeros(groups, count, 0), everything, 0.0)
-    padded = torch.nn.functional.pad(rows, (0, max(0, count - columns)))  # to have `count` vectors
-    left, s, _ = torch.linalg.svd(padded, full_matrices=False)
+    most = min(count, columns)
+    every = torch.full((groups,), most, device=rows.device)
+    gram = rows @ rows.mT if count <= columns else rows.mT @ rows
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal -= DEPENDENT * diagonal.amax()
+    _, info = torch.linalg.cholesky_ex(gram)
+    if not bool(info.any()):
+        return _Slices(rows, every, 0.0)
+    s = torch.linalg.svdvals(rows if count >= columns else rows.mT)
     tolerance = max(count, columns) * torch.finfo(rows.dtype).eps * float(s.amax())
-    kept = s > tolerance
-    if bool(kept[:, :columns].all()):  # more rows than columns, and nothing to drop besides
+    ranks = (s > tolerance).sum(1)
+    if bool((ranks == most).all()):  # nothing to drop
         tolerance = 0.0
-    return _Slices(left, kept, tolerance)
+    return _Slices(rows, ranks, tolerance)
 
 
 def _null_rows(slices: _Slices, points: int, k: int) -> Tensor:
     """Null vectors of the dependent side, (k, groups * rows * points): each at one point."""
-    groups, rows = slices.kept.shape
-    places = torch.nonzero(~slices.kept)
-    found = slices.left.new_zeros(k, groups, rows, points)
+    groups, rows = slices.rows.shape[:2]
+    order = torch.arange(rows, device=slices.rows.device)
+    places = torch.nonzero(order >= slices.ranks[:, None])
+    found = slices.rows.new_zeros(k, groups, rows, points)
     for i in range(k):
         group, column = places[i // points].tolist()
         found[i, group, :, i % points] = slices.left[group, :, column]
@@ -159,7 +181,7 @@ def _null_rows(slices: _Slices, points: int, k: int) -> Tensor:
 
 def _combined(weight: Tensor, slices: _Slices, axis: int) -> Tensor:
     """The weight, (groups, h / groups, g / groups, *k), with fewer entries along an axis."""
-    rank = max(1, int(slices.kept.sum(1).amax()))
+    rank = max(1, int(slices.ranks.amax()))
     if rank == weight.shape[axis]:
         return weight
     basis = slices.left[:, :, :rank].mT  # singular values descend
