@@ -1,9 +1,14 @@
 """The page of an audit in a browser: what its script does, and that nothing else happens."""
 
 import dataclasses
+import io
 import re
 import shutil
+import struct
+from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from helpers.made_up_audit import (
     CIRCUMSTANCES,
@@ -226,3 +231,17 @@ def test_in_a_notebook_the_links_stay_in_the_frame(show):
     frame.locator("#layer-3").wait_for(state="visible")
     frame.locator("#layer-3").get_by_role("link", name="Next").click()
     frame.locator("#layer-4").wait_for(state="visible")
+
+
+def test_the_plot_is_saved_as_a_picture(report):
+    with report.expect_download() as download:
+        report.locator("#save-png").click()
+    assert download.value.suggested_filename == "audit.png"
+    data = Path(download.value.path()).read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (2240, 728)
+    picture = plt.imread(io.BytesIO(data))[..., :3]
+    assert len(np.unique((255 * picture).astype(int).reshape(-1, 3), axis=0)) > 50, (
+        "it is not blank"
+    )

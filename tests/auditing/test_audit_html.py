@@ -108,7 +108,7 @@ def test_ids_are_unique_and_links_lead_somewhere(make):
     ids = document.values("id")
     assert [name for name, count in Counter(ids).items() if count > 1] == []
     assert {link[1:] for link in document.values("href") if link.startswith("#")} <= set(ids)
-    labeled = " ".join(document.values("aria-labeledby")).split()
+    labeled = " ".join(document.values("aria-labelledby")).split()
     assert set(labeled) <= set(ids)
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in ids)
 

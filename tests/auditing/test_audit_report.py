@@ -15,19 +15,30 @@ from convspectra.cli._printing import print_report
 def test_an_older_minor_version_is_read():
     report = report_of(CIRCUMSTANCES, [*small_audit(), layer("")], (1e-3, 1e3))
     data = report.to_dict()
-    assert (data["version"], data["minor"]) == (1, 2)
+    assert (data["version"], data["minor"]) == (1, 3)
     del data["minor"], data["network"]["folded"], data["circumstances"]["purpose"]
+    del data["network"]["chain"]
     data["findings"] = [{"layer": "a", "kind": "vanishing", "text": "as it was said then"}]
     data["network"]["leaves_band"] = ""
     for entry in data["layers"]:
-        del entry["uses"]
+        del entry["uses"], entry["place"], entry["feeds"], entry["followed_by"]
     assert repr(AuditReport.from_dict(data)) == repr(report)  # repr: nan is not equal to itself
 
 
-@pytest.mark.parametrize("minor", [3, -1, "1"])
+def test_the_version_before_the_graph_is_read():
+    report = report_of(CIRCUMSTANCES, [*small_audit(), layer("")], (1e-3, 1e3))
+    data = report.to_dict() | {"minor": 2}
+    del data["network"]["chain"]
+    data["network"]["growth"] = [0.0] * len(report.network.growth)
+    for entry in data["layers"]:
+        del entry["place"], entry["feeds"], entry["followed_by"]
+    assert repr(AuditReport.from_dict(data)) == repr(report)
+
+
+@pytest.mark.parametrize("minor", [4, -1, "1"])
 def test_another_minor_version_is_refused(minor):
     data = report_of(CIRCUMSTANCES, small_audit()).to_dict()
-    with pytest.raises(ValueError, match=rf"version 1\.2 of .* or an older one, got 1\.{minor}"):
+    with pytest.raises(ValueError, match=rf"version 1\.3 of .* or an older one, got 1\.{minor}"):
         AuditReport.from_dict(data | {"minor": minor})
 
 

@@ -98,8 +98,9 @@ def test_the_default_initialization_of_a_deep_plain_network_is_said_to_vanish() 
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
     report = cs.audit(nn.Sequential(*convolutions), torch.zeros(1, 8, 6, 6))
-    (alarm,) = (finding for finding in report.findings if finding.alarm)
-    assert (alarm.kind, sorted(alarm.layers)) == ("vanishing", ["0", "1", "2", "3"])
+    network, each = (finding for finding in report.findings if finding.alarm)
+    assert (network.kind, network.layers) == ("gradient vanishes", ("0",))
+    assert (each.kind, sorted(each.layers)) == ("vanishing", ["0", "1", "2", "3"])
 
 
 def test_circular_padding_is_mentioned_where_it_hides_the_smallest_value() -> None:
@@ -217,20 +218,20 @@ def test_the_summary_multiplies_norms_and_gains() -> None:
     assert (network.audited, network.skipped, network.seconds) == (2, 1, 4.5)
     assert network.log10_product == pytest.approx(4.0)
     assert network.log10_product_folded == pytest.approx(1.0)
-    assert network.growth == pytest.approx((1.0, 2.5))
-    assert network.leaves_band == "c"
+    assert network.growth == pytest.approx((2.5, 1.5))
+    assert network.leaves_band == "a"
     assert summary(layers, (1e-3, 1e3)).leaves_band is None
     texts = dict(network_facts(network))
     assert texts["product of all sigma_max of the audited layers"] == "1.00e+04"
-    label = "typical gain of a gradient along the audited layers alone"
-    assert "after c" in texts[f"{label}, with batch normalization folded in"]
+    label = "typical gain of a gradient back along the audited layers alone"
+    assert "at a" in texts[f"{label}, with batch normalization folded in"]
 
 
 def test_without_batch_normalization_none_is_mentioned() -> None:
     labels = [label for label, _ in network_facts(summary([layer("a", conditioning())]))]
     assert labels == [
         "layers", "product of all sigma_max",
-        "typical gain of a gradient along the layers alone", "time",
+        "typical gain of a gradient back along the layers alone", "time",
     ]  # fmt: skip
 
 
@@ -244,22 +245,22 @@ def test_a_layer_counts_as_often_as_it_is_called() -> None:
 def test_a_model_that_is_one_layer_can_leave_the_band() -> None:
     network = summary([layer("", conditioning(gain=1e-3))])
     assert network.leaves_band == "Conv2d"
-    label = "typical gain of a gradient along the layers alone"
-    assert dict(network_facts(network))[label] == "leaves 0.1 to 10 after Conv2d"
+    label = "typical gain of a gradient back along the layers alone"
+    assert dict(network_facts(network))[label] == "leaves 0.1 to 10 at Conv2d"
     nameless = replace(network, leaves_band="")
     assert "leaves" in dict(network_facts(nameless))[label]
 
 
 def test_a_layer_of_zeros_ends_every_gradient() -> None:
-    network = summary([layer("a", conditioning(0.0, 0.0, 0.0)), layer("b", conditioning())])
+    network = summary([layer("a", conditioning()), layer("b", conditioning(0.0, 0.0, 0.0))])
     assert network.growth == (-math.inf, -math.inf)
-    assert network.leaves_band == "a"
+    assert network.leaves_band == "b"
 
 
 def test_of_nothing_nothing_is_known() -> None:
     texts = dict(network_facts(summary([layer("a", skipped="too large")])))
     assert texts["product of all sigma_max of the audited layers"] == NOTHING
-    assert texts["typical gain of a gradient along the audited layers alone"] == NOTHING
+    assert texts["typical gain of a gradient back along the audited layers alone"] == NOTHING
 
 
 def test_a_product_beyond_double_precision() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from convspectra.models import Activation, signal_flow
+from convspectra.models._signal_flow import MEAN_SQUARE_SLOPES
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -93,3 +97,14 @@ def test_the_model_is_left_as_it_was() -> None:
     signal_flow(model, X)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training
+
+
+@pytest.mark.parametrize("name", MEAN_SQUARE_SLOPES)
+def test_mean_square_slopes_are_those_of_normal_inputs(name: str) -> None:
+    step = 16 / 100_000
+    nodes = (np.arange(100_000) + 0.5) * step - 8
+    x = torch.tensor(nodes, requires_grad=True)
+    function = getattr(torch, name, None) or getattr(torch.nn.functional, name)
+    (slope,) = torch.autograd.grad(function(x).sum(), x)
+    density = step * np.exp(-(nodes**2) / 2) / math.sqrt(2 * math.pi)
+    assert MEAN_SQUARE_SLOPES[name] == pytest.approx(density @ slope.numpy() ** 2, abs=2e-5)

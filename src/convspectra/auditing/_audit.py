@@ -226,7 +226,7 @@ def _sendable(named: NamedOperator) -> NamedOperator:
 def _named(layer: LayerAudit, named: NamedOperator) -> LayerAudit:
     """The entry under the named's own name: a shared weight was computed once."""
     own = described(named)
-    names = ("name", "type", "batch_norm", "notes", "uses")
+    names = ("name", "type", "batch_norm", "notes", "uses", "place", "feeds", "followed_by")
     return LayerAudit(**vars(layer) | {name: getattr(own, name) for name in names})
 
 

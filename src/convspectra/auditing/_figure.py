@@ -48,9 +48,11 @@ def _draw_values(axes: Any, layers: Sequence[LayerAudit]) -> None:
 
 
 def _draw_gain(axes: Any, network: Network) -> None:
-    axes.plot([math.exp(min(total, 700.0)) for total in network.growth], ".-", label="gain so far")
+    gains = [math.exp(min(total, 700.0)) for total in network.growth]
+    axes.plot(gains, ".-", label="from the output back to the layer")
     axes.axhspan(*network.band, alpha=0.12, label=f"{network.band[0]:g} to {network.band[1]:g}")
-    axes.set_ylabel("typical gain of a gradient,\nthe layers alone")
+    alone = ",\nthe layers alone" if network.chain else ""
+    axes.set_ylabel(f"typical gain of a gradient{alone}")
 
 
 def _circular_value(layer: LayerAudit) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convspectra.auditing import _numbers as words
 from convspectra.auditing._record import Conditioning, Finding, LayerAudit, Network
@@ -26,10 +26,20 @@ leaves about three digits."""
 BAND = (0.1, 10.0)
 """The limits between which the gain along the layers is meant to stay. A choice, `band` replaces
 it."""
+LARGEST_LOG = 700.0
+"""The logarithm up to which a gain is a number in double precision."""
+OUTPUT = -1
+"""The place of the network's output among what layers feed."""
 NOTHING = "not known: nothing was audited"
 """The text of every fact about a network without any audited layer."""
 REGULARIZE = 'cs.SpectralRegularizer(model, example_input, penalty="conditioning")'
 """The call that several findings advise."""
+PREPARE = "cs.prepare(model, images) before training"
+"""The call that is advised for a network whose gradients vanish or explode."""
+WITHIN_BAND = (
+    "with what stands between the layers, gradients stay in bounds: nothing needs to be done"
+)
+"""The advice about gains of single layers that the network makes up for."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,19 @@ _LOST_IN_TRAINING = (
 )
 """The advice about small values where training is the purpose."""
 KINDS = (
+    _Kind(
+        "gradient explodes",
+        "gradients from the output grow {range} times on their way back",
+        {"training": f"{PREPARE}; cs.gradient_flow(model, images) measures it"},
+        ("training",),
+    ),
+    _Kind(
+        "gradient vanishes",
+        "gradients from the output shrink to {range} on their way back",
+        {"training": f"{PREPARE}; cs.gradient_flow(model, images) measures it"},
+        ("training",),
+        min,
+    ),
     _Kind(
         "exploding",
         "some gradients grow {range} times",
@@ -153,11 +176,12 @@ def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> N
     if not 0 < band[0] < band[1]:
         raise ValueError(f"expected a band of two positive numbers in order, got {band}")
     audited = [layer for layer in layers if layer.applied is not None]
-    growth = _running_growth(audited)
+    chain = not audited or any(layer.place < 0 for layer in audited)
+    growth = _growth_in_series(audited) if chain else _growth_by_graph(layers, audited)
     # Not a number is in no band and out of none.
     outside = (
         layer.label
-        for layer, total in zip(audited, growth, strict=True)
+        for layer, total in reversed(list(zip(audited, growth, strict=True)))
         if total < math.log(band[0]) or total > math.log(band[1])
     )
     return Network(
@@ -170,11 +194,17 @@ def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> N
         leaves_band=next(outside, None),
         seconds=math.fsum(layer.seconds for layer in layers),
         folded=sum(layer.folded is not None for layer in audited),
+        chain=chain,
     )
 
 
-def findings(layers: Sequence[LayerAudit], purpose: str = "training") -> tuple[Finding, ...]:
+def findings(
+    layers: Sequence[LayerAudit], purpose: str = "training", network: Network | None = None
+) -> tuple[Finding, ...]:
     """One line for every kind of thing that a reader should know, alarms first.
+
+    The gain of a single layer is an alarm only where the network does not make up for it, or where
+    what stands between the layers is not known.
 
     Raises
     ------
@@ -182,12 +212,15 @@ def findings(layers: Sequence[LayerAudit], purpose: str = "training") -> tuple[F
         For a purpose that there is not.
     """
     check_purpose(purpose)
+    network = network or summary(layers)
     kinds = {kind.name: kind for kind in KINDS}
     groups: dict[tuple[str, str], list[_Trait]] = {}
-    for trait in (trait for layer in layers for trait in _traits(layer)):
+    for trait in (*_gradient_traits(layers, network), *itertools.chain(*map(_traits, layers))):
         if purpose in kinds[trait.kind].advice:
             groups.setdefault((trait.kind, trait.text), []).append(trait)
     found = [_finding(kinds[name], purpose, traits) for (name, _), traits in groups.items()]
+    if not network.chain and network.leaves_band is None:
+        found = [_harmless(finding) for finding in found]
     order = [kind.name for kind in KINDS]
     return tuple(sorted(found, key=lambda f: (not f.alarm, order.index(f.kind), -len(f.layers))))
 
@@ -200,6 +233,7 @@ def network_facts(network: Network) -> list[tuple[str, str]]:
         ("layers", f"{network.audited} audited, {network.skipped} skipped"),
         (product, _product(network, network.log10_product)),
     ]
+    way = f"back along the {which} alone" if network.chain else "from the output back to each layer"
     folded = ""
     if network.folded:
         folded = ", with batch normalization folded in"
@@ -207,13 +241,40 @@ def network_facts(network: Network) -> list[tuple[str, str]]:
         found.append(("the same with batch normalization folded in", text))
     return [
         *found,
-        (f"typical gain of a gradient along the {which} alone{folded}", _growth(network)),
+        (f"typical gain of a gradient {way}{folded}", _growth(network)),
         ("time", f"{network.seconds:.1f} s"),
     ]
 
 
-def _running_growth(layers: Sequence[LayerAudit]) -> tuple[float, ...]:
-    return tuple(itertools.accumulate(layer.uses * _log_gain(layer) for layer in layers))
+def _growth_in_series(layers: Sequence[LayerAudit]) -> tuple[float, ...]:
+    gains = (layer.uses * _log_gain(layer) for layer in reversed(layers))
+    return tuple(itertools.accumulate(gains))[::-1]
+
+
+def _growth_by_graph(
+    layers: Sequence[LayerAudit], audited: Sequence[LayerAudit]
+) -> tuple[float, ...]:
+    """Gradients from the output back to the input of each layer, along all ways."""
+    at_input = {OUTPUT: 0.0}
+    for layer in sorted(layers, key=lambda layer: -layer.place):
+        if layer.place < 0:
+            continue
+        ways = [
+            2 * (at_input.get(feed.place, math.nan) + math.log(feed.gain))
+            for feed in layer.feeds
+            if feed.gain > 0
+        ]
+        passed = layer.uses * _log_gain(layer) if layer.applied is not None else 0.0
+        at_input[layer.place] = _log_sum(ways) / 2 + passed
+    return tuple(at_input[layer.place] for layer in audited)
+
+
+def _log_sum(logs: Sequence[float]) -> float:
+    """Logarithm of the sum of exp; not a number without any."""
+    most = max(logs, default=math.nan)
+    if not math.isfinite(most):
+        return math.nan if any(map(math.isnan, logs)) else most
+    return most + math.log(math.fsum(math.exp(x - most) for x in logs))
 
 
 def _log_gain(layer: LayerAudit) -> float:
@@ -233,9 +294,10 @@ def _growth(network: Network) -> str:
     if not network.audited:
         return NOTHING
     if network.leaves_band is not None:
-        return f"leaves {low:g} to {high:g} after {network.leaves_band}"
-    if any(map(math.isnan, network.growth)):
-        return "not known for all layers"
+        return f"leaves {low:g} to {high:g} at {network.leaves_band}"
+    unknown = sum(map(math.isnan, network.growth))
+    if unknown:
+        return f"not known for {unknown} of {len(network.growth)} layers"
     return f"stays within {low:g} to {high:g}"
 
 
@@ -258,6 +320,25 @@ class _Trait:
     kind: str
     text: str = ""
     value: float = 0.0
+
+
+def _gradient_traits(layers: Sequence[LayerAudit], network: Network) -> Iterator[_Trait]:
+    """The layers whose gradients are out of the band, where what stands between is known."""
+    if network.chain:
+        return
+    audited = (layer for layer in layers if layer.applied is not None)
+    for layer, growth in zip(audited, network.growth, strict=True):
+        low, high = map(math.log, network.band)
+        if growth < low or growth > high:
+            kind = "gradient vanishes" if growth < low else "gradient explodes"
+            yield _Trait(layer, kind, value=math.exp(min(growth, LARGEST_LOG)))
+
+
+def _harmless(finding: Finding) -> Finding:
+    """The gain of single layers as a fact, in a network that makes up for it."""
+    if finding.kind not in ("growing", "vanishing"):
+        return finding
+    return replace(finding, alarm=False, advice=WITHIN_BAND)
 
 
 def _traits(layer: LayerAudit) -> Iterator[_Trait]:

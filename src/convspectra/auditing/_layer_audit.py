@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from convspectra.auditing._record import Certified, Circular, Conditioning, LayerAudit, Spectrum
+from convspectra.auditing._record import (
+    Certified,
+    Circular,
+    Conditioning,
+    Feed,
+    LayerAudit,
+    Spectrum,
+)
 from convspectra.models import NamedOperator
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
@@ -78,7 +85,14 @@ def audit_layer(
 def described(layer: NamedOperator) -> LayerAudit:
     """The facts of a layer that are known before anything is computed."""
     blank = LayerAudit(
-        layer.name, layer.type, skipped=layer.skipped, notes=layer.notes, uses=layer.uses
+        layer.name,
+        layer.type,
+        skipped=layer.skipped,
+        notes=layer.notes,
+        uses=layer.uses,
+        place=layer.place,
+        feeds=tuple(Feed(feed.place, feed.gain) for feed in layer.feeds),
+        followed_by=layer.followed_by,
     )
     op = layer.operator
     if op is None:

@@ -160,6 +160,22 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """A way from the output of a layer to another, with no layer between.
+
+    Attributes
+    ----------
+    place : int
+        Of the other layer, see `LayerAudit.place`; -1 for the model's output.
+    gain : float
+        What a typical gradient is multiplied by on its way back along it.
+    """
+
+    place: int
+    gain: float
+
+
+@dataclass(frozen=True)
 class LayerAudit:
     """One layer at one input size.
 
@@ -195,6 +211,13 @@ class LayerAudit:
         What else a reader should know.
     uses : int
         Calls at this input size in one forward pass; 0 if there was none.
+    place : int
+        In the forward pass, from 0; -1 where that is not known, as of an ONNX file.
+    feeds : tuple of Feed
+        Which layers read the output, with activations, normalizations and averages between.
+    followed_by : tuple of str
+        Activations and normalizations that act on the output before another layer does, except a
+        batch normalization that is folded in.
     """
 
     name: str
@@ -219,6 +242,9 @@ class LayerAudit:
     skipped: str = ""
     notes: tuple[str, ...] = ()
     uses: int = dataclasses.field(default=1, metadata=ADDED_LATER)
+    place: int = dataclasses.field(default=-1, metadata=ADDED_LATER)
+    feeds: tuple[Feed, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    followed_by: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
 
     @property
     def label(self) -> str:
@@ -247,8 +273,9 @@ class Finding:
     Attributes
     ----------
     kind : str
-        "exploding", "growing", "vanishing", "expanding", "singular", "ill-conditioned",
-        "not square", "uncertain", "skipped" or "shape" (rank-deficient by shape).
+        "gradient explodes", "gradient vanishes", "exploding", "growing", "vanishing", "expanding",
+        "singular", "ill-conditioned", "not square", "uncertain", "skipped" or "shape"
+        (rank-deficient by shape).
     text : str
         What it is, with the range of the numbers and the number of layers.
     layers : tuple of str
@@ -275,7 +302,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Network:
-    """The layers together, as if in series and without what stands between them.
+    """The layers together.
 
     A layer that is called several times counts as often, all at the place of its first call.
 
@@ -288,17 +315,22 @@ class Network:
     log10_product_folded : float
         The same with every batch normalization folded in.
     growth : tuple of float
-        Sum of log `LayerAudit.gain` up to and including each layer: what a typical gradient is
-        multiplied by, in logarithms, by the layers alone. Activations, skips and pooling between
-        them are not counted.
+        Logarithm of what a typical gradient at the output of the network is multiplied by on its
+        way back to the input of each audited layer. It is made of `LayerAudit.gain` and of the
+        typical gains of activations, normalizations and averages between; where branches meet,
+        squares add up. nan where the way is not known. An estimate: singular vectors of neighboring
+        layers are taken as unrelated.
     band : (float, float)
         What exp of that is meant to stay between.
     leaves_band : str, optional
-        The first layer after which it does not; None if there is none.
+        The layer nearest to the output of which it does not; None if there is none.
     seconds : float
         Sum over the layers.
     folded : int
         Number of audited layers with a batch normalization folded in.
+    chain : bool
+        Whether the growth is that of the layers alone, in series, since what stands between them is
+        not known.
     """
 
     audited: int
@@ -310,6 +342,7 @@ class Network:
     leaves_band: str | None
     seconds: float
     folded: int = dataclasses.field(default=0, metadata=ADDED_LATER)
+    chain: bool = dataclasses.field(default=True, metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True)

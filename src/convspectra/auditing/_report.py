@@ -17,8 +17,10 @@ from convspectra.text import comma_separated, plain, text_table, write_whole
 
 SCHEMA = "convspectra.audit"
 """The name by which a file is known to be an audit."""
-SCHEMA_VERSION, SCHEMA_MINOR = 1, 2
+SCHEMA_VERSION, SCHEMA_MINOR = 1, 3
 """Another version cannot be read; a minor one has more fields than those before it."""
+FINDINGS_BY_KIND = 2
+"""The minor version from which on a finding speaks of all layers of a kind."""
 INCOMPLETE = "incomplete: the audit was interrupted, and layers are missing"
 """The remark on an audit that was cut short."""
 
@@ -139,10 +141,12 @@ class AuditReport:
                 f"got {SCHEMA_VERSION}.{minor}"
             )
         fields = {name: data[name] for name in data if name not in ("schema", "version", "minor")}
-        if minor == SCHEMA_MINOR:
+        if minor >= FINDINGS_BY_KIND:
             report = decode(cls, fields, "report")
             check_purpose(report.circumstances.purpose)
-            return report
+            if minor == SCHEMA_MINOR:
+                return report
+            return report_of(report.circumstances, report.layers, report.network.band)
         older = decode(_Older, fields, "report")
         return report_of(older.circumstances, older.layers, older.network.band)
 
@@ -237,9 +241,10 @@ def report_of(
     band: tuple[float, float] = findings.BAND,
 ) -> AuditReport:
     """The report of these layers."""
+    network = findings.summary(layers, band)
     return AuditReport(
         circumstances,
         tuple(layers),
-        findings.summary(layers, band),
-        findings.findings(layers, circumstances.purpose),
+        network,
+        findings.findings(layers, circumstances.purpose, network),
     )

@@ -56,7 +56,8 @@ def records(layers: Sequence[LayerAudit]) -> list[dict[str, object]]:
     """Every number of every layer in full precision, the same keys for all.
 
     Nested values have dotted names such as ``applied.sigma_min.lower``; sizes are texts such as
-    "3x3", padding before and after is "0+1x0+1". The histogram is left out.
+    "3x3", padding before and after is "0+1x0+1". The histogram and
+    the graph of the layers are left out.
     """
     return [_record(LayerAudit, layer, "") for layer in layers]
 
@@ -67,11 +68,11 @@ def _record(kind: Any, value: Any, prefix: str) -> dict[str, object]:
     for name, hint in typing.get_type_hints(kind).items():
         inner = _without_none(hint)
         entry = None if value is None else getattr(value, name)
-        if name == "spectrum":
+        if name in ("spectrum", "feeds"):
             continue
         if dataclasses.is_dataclass(inner):
             flat |= _record(inner, entry, f"{prefix}{name}.")
-        elif name == "notes":
+        elif name in ("notes", "followed_by"):
             flat[prefix + name] = "; ".join(entry or ())
         else:
             flat[prefix + name] = _sizes(entry) if isinstance(entry, tuple) else entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,26 @@ _UNREACHED = "the forward pass of the example input does not reach it"
 
 _UNREAD = "no convolution or product with a matrix reads its {}"
 """Reason for a module with a matrix that nothing multiplies by; the parameters are in braces."""
+
+
+OUTPUT = -1
+"""The place of the model's output among what layers feed."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """A way from the output of a layer to another, with no layer between.
+
+    Attributes
+    ----------
+    place : int
+        Of the other layer in the forward pass, from 0; -1 for the model's output.
+    gain : float
+        What a typical gradient is multiplied by on its way back along it.
+    """
+
+    place: int
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,13 @@ class NamedOperator:
         What else a reader should know, such as a separate padding before the layer.
     uses : int
         Calls at this input size in the forward pass.
+    place : int
+        In the forward pass, from 0; -1 where that is not known.
+    feeds : tuple of Feed
+        What reads its output, with activations, normalizations and averages between. Backward ways,
+        of a layer that is called several times, are left out.
+    followed_by : tuple of str
+        Activations and normalizations that act on its output before another layer does.
     """
 
     name: str
@@ -53,6 +81,9 @@ class NamedOperator:
     skipped: str = ""
     notes: tuple[str, ...] = ()
     uses: int = 1
+    place: int = -1
+    feeds: tuple[Feed, ...] = ()
+    followed_by: tuple[str, ...] = ()
 
 
 def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]:
@@ -114,7 +145,8 @@ def traced_operators(
     programs too.
     """
     recorder = recorded_pass(model, example_input, lazy)
-    reached = [_named_operator(uses) for uses in _grouped(recorder.uses)]
+    groups = _grouped(recorder.uses)
+    reached = [_named_operator(i, groups, recorder.flow.output_gains) for i in range(len(groups))]
     return reached + list(_unread(model, recorder, lazy))
 
 
@@ -134,7 +166,10 @@ def _grouped(uses: list[Use]) -> list[list[Use]]:
     return list(groups.values())
 
 
-def _named_operator(uses: list[Use]) -> NamedOperator:
+def _named_operator(
+    place: int, groups: list[list[Use]], output_gains: Mapping[Use, float]
+) -> NamedOperator:
+    uses = groups[place]
     first = uses[0]
     notes = list(dict.fromkeys(note for use in uses for note in use.notes))
     scale, batch_norm, remark = _normalization(uses)
@@ -149,7 +184,34 @@ def _named_operator(uses: list[Use]) -> NamedOperator:
         first.skipped,
         tuple(notes),
         len(uses),
+        place,
+        _feeds(place, groups, output_gains, scale),
+        _followed_by(uses, batch_norm),
     )
+
+
+def _feeds(
+    place: int, groups: list[list[Use]], output_gains: Mapping[Use, float], scale: Tensor | None
+) -> tuple[Feed, ...]:
+    """The ways on from the last use; the scale that is folded into the layer is not in them."""
+    last = groups[place][-1]
+    later = range(place + 1, len(groups))
+    squares = {i: groups[i][0].fed_by[last] for i in later if last in groups[i][0].fed_by}
+    if last in output_gains:
+        squares[OUTPUT] = output_gains[last]
+    folded = 1.0 if scale is None else float(scale.square().mean())
+    return tuple(Feed(i, math.sqrt(square / (folded or 1.0))) for i, square in squares.items())
+
+
+def _followed_by(uses: list[Use], batch_norm: str) -> tuple[str, ...]:
+    """What acts on the output, in words; a batch normalization that is named is left out."""
+    normalizations = dict.fromkeys(kind for use in uses for kind in use.normalizations)
+    if batch_norm:
+        normalizations.pop("batch normalization", None)
+    activations = (
+        f"{a.name} {a.slope:g}" if a.slope else a.name for use in uses for a in use.activations
+    )
+    return tuple(dict.fromkeys([*normalizations, *activations]))
 
 
 def _normalization(uses: list[Use]) -> tuple[Tensor | None, str, str]:

@@ -62,7 +62,8 @@ class Reader:
 class Use:
     """One application of a layer; `module` is set where it is one that was taken whole.
 
-    `padding` is set where separate operations pad, too; `operator` contains it.
+    `padding` is set where separate operations pad, too; `operator` contains it. `fed_by` has the
+    mean square gain of a gradient from the input back to each layer before it.
     """
 
     name: str
@@ -75,8 +76,9 @@ class Use:
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
-    fed_by: list[Use] = field(default_factory=list)
+    fed_by: dict[Use, float] = field(default_factory=dict)
     activations: list[Activation] = field(default_factory=list)
+    normalizations: list[str] = field(default_factory=list)
     reads_input: bool = False
     normalized: bool = False
     ends_branch: bool = False
@@ -135,7 +137,7 @@ class Recorder(TorchDispatchMode):
         self._outputs: dict[int, tuple[Tensor, Use]] = {}
         self._pixels = MovedPixels(self._depends)
         self._counts: dict[str, int] = {}
-        self._flow = SignalFlow()
+        self.flow = SignalFlow()
 
     def __torch_dispatch__(
         self,
@@ -159,7 +161,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._note_readers(func, args, kwargs)
         self._note_added(func, _tensors((args, kwargs)))
-        self._flow.note(func, args, kwargs, result)
+        self.flow.note(func, args, kwargs, result)
         if not any(frame.whole for frame in self.frames):
             self._note_layer(func, args, kwargs, result)
         if func.namespace == "aten":
@@ -244,19 +246,20 @@ class Recorder(TorchDispatchMode):
     def depend(self, value: Any) -> None:
         """Take the arrays in an example input as what everything else may depend on."""
         self._dependent.update(_storage(t) for t in _tensors(value))
-        self._flow.start(value)
+        self.flow.start(value)
 
     def add(self, use: Use, output: object = None, x: object = None) -> None:
         """Put a use on the list with its input, and watch who reads its output."""
         self.uses.append(use)
-        self._flow.begin(use, x)
-        self._flow.end(use, output)
+        self.flow.begin(use, x)
+        self.flow.end(use, output)
         if isinstance(output, Tensor):
             self._outputs[id(output)] = (output, use)
 
     def returned(self, value: Any) -> None:
         """The model's own output counts as read."""
         self._read_by(Reader("the model's output"), _tensors(value))
+        self.flow.returned(value)
 
     def _read_by(self, reader: Reader, tensors: list[Tensor]) -> None:
         for tensor in tensors:

@@ -110,6 +110,50 @@
     });
   }
 
+  // The picture is drawn anew with the colors of the page as attributes: outside the page there is
+  // no style sheet.
+  const painted = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size",
+    "font-family", "text-anchor", "display"];
+  document.getElementById("save-png").addEventListener("click", () => {
+    const plot = document.getElementById("overview-plot");
+    const copy = plot.cloneNode(true);
+    const elements = (svg) => [svg, ...svg.querySelectorAll("*")];
+    const drawn = elements(copy);
+    elements(plot).forEach((element, i) => {
+      const style = getComputedStyle(element);
+      for (const name of painted) drawn[i].setAttribute(name, style.getPropertyValue(name));
+    });
+    for (const text of copy.querySelectorAll("title, desc, .hit")) text.remove();
+    const { width, height } = plot.viewBox.baseVal;
+    const [scale, above] = [2, 34];
+    copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+    copy.setAttribute("width", scale * width);
+    copy.setAttribute("height", scale * height);
+    const image = new Image();
+    image.addEventListener("load", () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [scale * width, scale * (height + above)];
+      const page = getComputedStyle(document.body);
+      const context = canvas.getContext("2d");
+      context.fillStyle = page.backgroundColor;
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      context.drawImage(image, 0, scale * above);
+      context.scale(scale, scale);
+      context.fillStyle = page.color;
+      context.font = `15px ${page.fontFamily}`;
+      const legend = all(".legend li", plot.closest("figure")).map((li) => li.textContent.trim());
+      const signs = ["\u25cf", "\u25c6", "\u2336", "\u25cb"];
+      const words = legend.map((text, i) => `${signs[i]} ${text}`);
+      context.fillText(`${title}     ${words.join("   ")}`, 58, 22, width - 78);
+      const link = document.createElement("a");
+      link.download = "audit.png";
+      link.href = canvas.toDataURL("image/png");
+      link.click();
+    });
+    const source = new XMLSerializer().serializeToString(copy);
+    image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(source)}`;
+  });
+
   // The plot is one stop of the Tab key; the arrow keys move from layer to layer.
   const marks = all("#overview-plot .mark");
   const readout = document.getElementById("readout");
