@@ -204,7 +204,7 @@ def _feeds(
 
 
 def _followed_by(uses: list[Use], batch_norm: str) -> tuple[str, ...]:
-    """What acts on the output, in words; a batch normalization that is named is left out."""
+    """Words for what acts on the output; a batch normalization that is named is left out."""
     normalizations = dict.fromkeys(kind for use in uses for kind in use.normalizations)
     if batch_norm:
         normalizations.pop("batch normalization", None)
