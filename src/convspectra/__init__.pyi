@@ -1,6 +1,6 @@
 from . import matlab, penalties
 from .auditing import AuditReport, audit
-from .network import JacobianOperator
+from .network import JacobianOperator, LipschitzBound, LipschitzLayer, lipschitz_bound
 from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
@@ -46,6 +46,8 @@ __all__ = [
     "Explanation",
     "JacobianOperator",
     "LayerReport",
+    "LipschitzBound",
+    "LipschitzLayer",
     "PreconditionedLayer",
     "PreparationReport",
     "PreparedLayer",
@@ -61,6 +63,7 @@ __all__ = [
     "explain",
     "frobenius_norm",
     "kernel_to_weight",
+    "lipschitz_bound",
     "logabsdet",
     "matlab",
     "norm_bound",

@@ -56,6 +56,16 @@ class Segment:
         """The output for one value of the tensor at the start."""
         return self.selected(self._run(z, None))
 
+    @property
+    def model(self) -> nn.Module:
+        """The frozen copy."""
+        return self._model
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The positional arguments, converted."""
+        return self._inputs
+
     def input(self) -> Tensor:
         """The tensor at the start, by one run of the model."""
         if self._start is None:

@@ -1,0 +1,351 @@
+"""Both ends of a network's Lipschitz constant.
+
+Note [Composed bounds]. Between activations a network is linear. A difference of an activation is
+that of its input times a diagonal matrix of slopes, c I + r S with c and r the middle and half the
+width of their interval and S a diagonal matrix of norm at most 1. So what an array differs by is a
+sum ``sum_i T_i d_i`` over arrays behind activations, d_i known to be at most l_i, with T_i linear
+maps that go on through the middles c of the activations that are expanded. Its norm is at most
+``sum_i ||T_i|| l_i`` and at most ``||[T_1 / n_1, T_2 / n_2, ...]|| sqrt(sum_i (n_i l_i)^2)`` with
+n_i = ||T_i||. With no activation expanded it is the product of norms; each more gives another
+bound, and the least one is taken (Combettes and Pesquet 2020, for chains of averaged operators).
+
+References
+----------
+P. L. Combettes and J.-C. Pesquet (2020), "Lipschitz methods for layered network structures
+    driven by averaged activation operators", SIAM J. Math. Data Sci. 2,
+    doi:10.1137/19M1272780.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convspectra.network._frozen import undisturbed
+from convspectra.network._lipschitz_lower import sharpest
+from convspectra.network._lipschitz_maps import LinearMap, Norm, SideBySide, passes
+from convspectra.network._lipschitz_rules import Bounded, Linear, Slopes
+from convspectra.network._lipschitz_trace import Node, ancestors, traced
+from convspectra.network._segment import Segment, Selector
+from convspectra.text import text_table
+
+
+@dataclass(frozen=True)
+class LipschitzLayer:
+    """The share of one linear part of a network, up to the next activation.
+
+    Attributes
+    ----------
+    name : str
+        Of its layers, in their order.
+    operations : str
+        What is composed in it.
+    factor : float
+        The bound behind it over the largest one that it reads.
+    bound : float
+        On the Lipschitz constant of the network from its input to here.
+    expanded : int
+        Activations before it through which it is composed with the layers before.
+    methods : tuple of str
+        The ways to the norms, as `svds` calls them; "factors" where entries are only multiplied.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    >>> [(t.name, t.operations) for t in cs.lipschitz_bound(model, torch.ones(1, 4)).layers]
+    [('0', 'linear'), ('2', 'linear')]
+    """
+
+    name: str
+    operations: str
+    factor: float
+    bound: float
+    expanded: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """Both ends of the Lipschitz constant of a network, in the Euclidean norm.
+
+    Attributes
+    ----------
+    lower : float
+        Lower end of the norm of the Jacobian at `at`: the constant is at least so large.
+    upper : float
+        For every pair of inputs the outputs differ by at most so many times what they differ by.
+    layers : tuple of LipschitzLayer
+        What each linear part of the network adds to the upper end.
+    plain : float
+        The bound that products of norms along chains, and sums at skips, give.
+    at : Tensor
+        The input, of one sample, where the lower end was found.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> conv = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    >>> _ = torch.nn.init.dirac_(conv.weight)  # the identity
+    >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten())
+    >>> print(cs.lipschitz_bound(model, torch.ones(1, 1, 6, 6)))
+    Lipschitz constant in [1, 1] (products of norms: 1)
+    layers  operations   factor  bound
+    0       convolution  1       1
+    """
+
+    lower: float
+    upper: float
+    layers: tuple[LipschitzLayer, ...]
+    plain: float
+    at: Tensor
+
+    def __str__(self) -> str:
+        rows = [
+            {
+                "layers": layer.name,
+                "operations": layer.operations,
+                "factor": f"{layer.factor:.4g}",
+                "bound": f"{layer.bound:.4g}",
+            }
+            for layer in self.layers
+        ]
+        table = text_table(("layers", "operations", "factor", "bound"), rows)
+        return (
+            f"Lipschitz constant in [{self.lower:.6g}, {self.upper:.6g}] "
+            f"(products of norms: {self.plain:.6g})\n{table}"
+        )
+
+
+def lipschitz_bound(
+    model: nn.Module,
+    x: Any,
+    *,
+    select: Selector | None = None,
+    expand: int = 2,
+    ascent: int = 30,
+) -> LipschitzBound:
+    """Both ends of the Lipschitz constant of a network, in the Euclidean norm.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Copied, in evaluation mode and double precision: nothing of it changes.
+    x : Tensor, or tuple of positional arguments
+        Inputs (b, ...), at which the lower end is looked for. The upper end holds for all inputs of
+        this shape. Other arguments are held fixed; there is one input then.
+    select : callable, optional
+        The tensor that is meant, from the model's output; needed where there are several.
+    expand : int
+        Most activations that are expanded at once; 0 for products of norms alone.
+    ascent : int
+        Steps from the best input uphill.
+
+    Returns
+    -------
+    LipschitzBound
+
+    Raises
+    ------
+    ValueError
+        For an operation that has no bound, such as attention or layer normalization, or one whose
+        choice depends on the values of the input: it is named, with its module. For what
+        `JacobianOperator` refuses.
+
+    Notes
+    -----
+    The upper end: norms of the linear maps between activations, from the upper ends of `svds`,
+    composed (see docs/network.md). Those of composed maps with both sides above 512 fail with a
+    probability of 1e-10 each. The lower end: the lower end of the norm of one Jacobian.
+
+    Cost: one norm for each linear part and each of the `expand` activations before it, of a network
+    piece of so many layers: 20 to 60 products each; the lower end takes a norm of a Jacobian for
+    each input and for each ten steps, and two forward and backward passes a step. Memory: some
+    passes.
+
+    Source: Combettes and Pesquet, Lipschitz methods for layered network structures driven by
+    averaged activation operators, SIAM J. Math. Data Sci. 2 (2020), doi:10.1137/19M1272780.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> _ = torch.manual_seed(0)
+    >>> conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+    >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 3, padding=1))
+    >>> result = cs.lipschitz_bound(model, torch.randn(2, 1, 8, 8))
+    >>> 0 < result.lower <= result.upper < result.plain
+    True
+    """
+    for name, value, least in (("expand", expand, 0), ("ascent", ascent, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
+    samples = _samples(x)
+    segment = Segment(model, samples[0], None, None, select, torch.float64)
+    first = segment.input()
+    with torch.inference_mode(False):
+        with undisturbed(first.device):
+            start, end = traced(segment.model, segment.inputs, segment.selected)
+        lower, at = sharpest(model, samples, select, ascent)
+        with undisturbed(first.device):
+            network = _Network(start, end, first.new_zeros(()), expand)
+            upper, plain = network.bound()
+    return LipschitzBound(lower, upper, tuple(network.layers), plain, at)
+
+
+def _samples(x: Any) -> list[tuple[Any, ...]]:
+    """One tuple of arguments for each input."""
+    if isinstance(x, tuple):
+        return [x]
+    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"expected x to be a tensor of inputs (b, ...), got {shape}")
+    return [(image[None],) for image in x]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A part of a difference: a linear map, the bound on what it acts on, and its factor."""
+
+    map: LinearMap
+    norm: Norm
+    size: float
+
+
+class _Network:
+    """Bounds for every array of a traced network, from its input on."""
+
+    def __init__(self, start: Node, end: Node, like: Tensor, expand: int) -> None:
+        self._start, self._end, self._like, self._expand = start, end, like, expand
+        self._plain: dict[Node, float] = {start: 1.0}
+        self._before: dict[Node, float] = {}
+        self._behind: dict[Node, float] = {start: 1.0}
+        self._norms: dict[tuple[object, ...], Norm] = {}
+        self.layers: list[LipschitzLayer] = []
+
+    def bound(self) -> tuple[float, float]:
+        """An upper bound on the Lipschitz constant, and the one by products and sums of norms."""
+        for node in ancestors(self._end):
+            if isinstance(node.rule, (Slopes, Bounded)):
+                before, plain = self._bound_at(node.inputs)
+                self._before[node] = before
+                self._behind[node] = node.rule.constant * before
+                self._plain[node] = node.rule.constant * plain
+        if self._end in self._behind:
+            return self._behind[self._end], self._plain[self._end]
+        return self._bound_at((self._end,))
+
+    def _bound_at(self, targets: tuple[Node, ...]) -> tuple[float, float]:
+        """The least of the bounds with none, one, two, ... activations expanded, and the plain one.
+
+        The plain one is the sum of norms times plain bounds, with none expanded.
+        """
+        expanded: frozenset[Node] = frozenset()
+        best, chosen = math.inf, 0
+        first = self._sources(targets, expanded)
+        plain = sum(
+            self._norm(LinearMap(a, targets, expanded, self._like)).upper * self._plain[a]
+            for a in first
+        )
+        methods: dict[str, None] = {}
+        for count in range(self._expand + 1):
+            sources = self._sources(targets, expanded)
+            value, names = self._combined(targets, sources, expanded)
+            if value < best:
+                best, chosen, methods = value, count, names
+            # The last activation before the targets that is not expanded yet.
+            latest = [
+                n
+                for n in sources
+                if n not in expanded and isinstance(n.rule, Slopes) and n.rule.center != 0
+            ]
+            if not latest:
+                break
+            expanded |= {max(latest, key=lambda node: node.index)}
+        self._note(targets, first, best, chosen, methods)
+        return best, plain
+
+    def _norm(self, linear: LinearMap) -> Norm:
+        """The norm of a map, computed once."""
+        norm = self._norms.get(linear.key)
+        if norm is None:
+            norm = self._norms[linear.key] = linear.norm()
+        return norm
+
+    def _sources(self, targets: tuple[Node, ...], expanded: frozenset[Node]) -> list[Node]:
+        """The arrays that the targets are linear functions of, and the expanded activations."""
+        seen: set[Node] = set()
+        found: dict[int, Node] = {}
+        waiting = list(targets)
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in expanded or not passes(node, expanded):
+                found[node.index] = node
+            if passes(node, expanded):
+                waiting.extend(node.inputs)
+        return [found[index] for index in sorted(found)]
+
+    def _combined(
+        self, targets: tuple[Node, ...], sources: list[Node], expanded: frozenset[Node]
+    ) -> tuple[float, dict[str, None]]:
+        """The better of the sum and of the bound for all terms side by side."""
+        terms = []
+        for source in sources:
+            linear = LinearMap(source, targets, expanded, self._like)
+            size = self._behind[source]
+            if source in expanded:
+                assert isinstance(source.rule, Slopes)
+                size = source.rule.radius * self._before[source]
+            norm = self._norm(linear)
+            if norm.upper > 0 and size > 0:
+                terms.append(_Term(linear, norm, size))
+        names = dict.fromkeys(term.norm.method for term in terms)
+        total = sum(term.norm.upper * term.size for term in terms)
+        if len(terms) > 1:
+            joint = SideBySide([t.map for t in terms], [1 / t.norm.upper for t in terms]).norm()
+            beside = joint.upper * math.hypot(*(t.norm.upper * t.size for t in terms))
+            if beside < total:
+                return beside, names | {joint.method: None}
+        return total, names
+
+    def _note(
+        self,
+        targets: tuple[Node, ...],
+        sources: list[Node],
+        bound: float,
+        expanded: int,
+        methods: dict[str, None],
+    ) -> None:
+        nodes: dict[Node, None] = {}
+        for source in sources:
+            nodes |= dict.fromkeys(LinearMap(source, targets, frozenset(), self._like).program)
+        program = sorted(nodes, key=lambda node: node.index)
+        if all(isinstance(n.rule, Linear) and n.rule.moves for n in program):
+            return
+        names = dict.fromkeys(
+            n.module
+            for n in program
+            if n.module and isinstance(n.rule, Linear) and not n.rule.moves
+        )
+        largest = max(self._behind[source] for source in sources)
+        self.layers.append(
+            LipschitzLayer(
+                ", ".join(names) or program[-1].module,
+                ", ".join(dict.fromkeys(_WORDS.get(n.operation, n.operation) for n in program)),
+                bound / largest if largest > 0 else 0.0,
+                bound,
+                expanded,
+                tuple(methods),
+            )
+        )
+
+
+_WORDS = {"native_batch_norm": "batch norm", "addmm": "linear", "mm": "linear"}
+"""Names of operations for the table."""
