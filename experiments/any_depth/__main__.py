@@ -14,7 +14,7 @@ import csv
 import itertools
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     parser.add_argument("--rates", type=float, nargs="+", default=list(GRID))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of training; 150 by default")
+    parser.add_argument("--batch-size", type=int, help="64 by default")
     parser.add_argument("--quick", action="store_true", help="tiny networks, a few steps")
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else Settings()
-    if args.steps is not None:
-        settings = Settings(**{**asdict(settings), "steps": args.steps})
+    given = {"steps": args.steps, "batch_size": args.batch_size}
+    settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     images = data.load(args.data, settings.train_images, settings.test_images)
     path = args.out / "any_depth.csv"
     rows = read(path)
@@ -89,7 +90,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{name: row.get(name, "") for name in COLUMNS} for row in csv.DictReader(file)]
 
 
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import convspectra as cs
+from common.measure import peak_bytes
 from convspectra.paper.images import ImageSet
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -47,13 +48,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Test accuracy at the end, gradients of the first over the last layer, and the cost."""
+    """Test accuracy at the end, gradients of the first over the last layer, and the cost.
+
+    The memory is the most that the process has held, in this run or one before.
+    """
 
     accuracy: float
     ratio_before: float
     ratio_after: float
     learning_rate: float
     seconds_a_step: float
+    peak_gib: float
 
 
 def network(run: Run, settings: Settings, image_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -137,4 +142,4 @@ def train(
     with torch.no_grad():
         guesses = torch.cat([model(batch).argmax(1) for batch in images.test_images.split(250)])
     accuracy = float((guesses == images.test_labels).float().mean())
-    return Outcome(accuracy, before, after, learning_rate, seconds)
+    return Outcome(accuracy, before, after, learning_rate, seconds, peak_bytes() / 2**30)

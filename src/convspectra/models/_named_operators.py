@@ -146,7 +146,8 @@ def traced_operators(
     """
     recorder = recorded_pass(model, example_input, lazy)
     groups = _grouped(recorder.uses)
-    reached = [_named_operator(i, groups, recorder.flow.output_gains) for i in range(len(groups))]
+    feeds = _squared_gains(groups, recorder.flow.output_gains)
+    reached = [_named_operator(i, uses, feeds[i]) for i, uses in enumerate(groups)]
     return reached + list(_unread(model, recorder, lazy))
 
 
@@ -166,10 +167,24 @@ def _grouped(uses: list[Use]) -> list[list[Use]]:
     return list(groups.values())
 
 
-def _named_operator(
-    place: int, groups: list[list[Use]], output_gains: Mapping[Use, float]
-) -> NamedOperator:
-    uses = groups[place]
+def _squared_gains(
+    groups: list[list[Use]], output_gains: Mapping[Use, float]
+) -> list[dict[int, float]]:
+    """The ways on from the last use of each group to the first of others, and their gains."""
+    places = {uses[-1]: place for place, uses in enumerate(groups)}
+    found: list[dict[int, float]] = [{} for _ in groups]
+    for target, uses in enumerate(groups):
+        for source, square in uses[0].fed_by.items():
+            place = places.get(source, target)
+            if place < target:
+                found[place][target] = square
+    for source, square in output_gains.items():
+        if source in places:
+            found[places[source]][OUTPUT] = square
+    return found
+
+
+def _named_operator(place: int, uses: list[Use], squares: Mapping[int, float]) -> NamedOperator:
     first = uses[0]
     notes = list(dict.fromkeys(note for use in uses for note in use.notes))
     scale, batch_norm, remark = _normalization(uses)
@@ -185,20 +200,13 @@ def _named_operator(
         tuple(notes),
         len(uses),
         place,
-        _feeds(place, groups, output_gains, scale),
+        _feeds(squares, scale),
         _followed_by(uses, batch_norm),
     )
 
 
-def _feeds(
-    place: int, groups: list[list[Use]], output_gains: Mapping[Use, float], scale: Tensor | None
-) -> tuple[Feed, ...]:
-    """The ways on from the last use; the scale that is folded into the layer is not in them."""
-    last = groups[place][-1]
-    later = range(place + 1, len(groups))
-    squares = {i: groups[i][0].fed_by[last] for i in later if last in groups[i][0].fed_by}
-    if last in output_gains:
-        squares[OUTPUT] = output_gains[last]
+def _feeds(squares: Mapping[int, float], scale: Tensor | None) -> tuple[Feed, ...]:
+    """The ways on; the scale that is folded into the layer is not in them."""
     folded = 1.0 if scale is None else float(scale.square().mean())
     return tuple(Feed(i, math.sqrt(square / (folded or 1.0))) for i, square in squares.items())
 

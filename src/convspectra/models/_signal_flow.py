@@ -306,19 +306,22 @@ def _mean_square(values: Tensor | float) -> float:
 
 def layer_flows(uses: list[Use]) -> dict[str, LayerFlow]:
     """The flow around every layer of a recorded pass, by its name."""
-    names = list(dict.fromkeys(use.name for use in uses))
+    by_name: dict[str, list[Use]] = {}
+    feeds: dict[str, dict[str, None]] = {}
+    for use in uses:
+        by_name.setdefault(use.name, []).append(use)
+        for source in use.fed_by:
+            feeds.setdefault(source.name, {})[use.name] = None
     flows = {}
-    for name in names:
-        own = [use for use in uses if use.name == name]
+    for name, own in by_name.items():
         activations = list(dict.fromkeys(a for use in own for a in use.activations))
-        feeds = [use.name for use in uses if any(source.name == name for source in use.fed_by)]
         flows[name] = LayerFlow(
             name,
             activations[0] if len(activations) == 1 else None,
             any(use.normalized for use in own),
             tuple(dict.fromkeys(source.name for use in own for source in use.fed_by)),
             any(use.reads_input for use in own),
-            tuple(dict.fromkeys(feeds)),
+            tuple(feeds.get(name, ())),
             any(use.reads_concatenation for use in own),
             any(use.ends_branch for use in own),
             len(own),
