@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -43,11 +44,14 @@ def dense_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     x = inputs.detach().double().requires_grad_()
     outputs = model(x).reshape(len(x), -1)
     rows = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0].flatten(1) for y in outputs.T]
-    return torch.linalg.matrix_norm(torch.stack(rows, 1), 2).detach()
+    jacobians = torch.stack(rows, 1).detach()
+    if jacobians.shape[1] > jacobians.shape[2]:
+        jacobians = jacobians.mT
+    return torch.linalg.eigvalsh(jacobians @ jacobians.mT)[:, -1].sqrt()
 
 
 def upper(model: nn.Module, x: Tensor, expand: int = 2) -> float:
-    return cs.lipschitz_bound(model, x, expand=expand, ascent=0).upper
+    return cs.lipschitz_bound(model, x, expand=expand, scaling=0, ascent=0).upper
 
 
 def linear_norm(model: nn.Module, x: Tensor) -> float:
@@ -62,7 +66,7 @@ def linear_norm(model: nn.Module, x: Tensor) -> float:
 
 def check(model: nn.Module, inputs: Tensor) -> None:
     """No Jacobian and no difference quotient is above the upper end; each end is on its side."""
-    result = cs.lipschitz_bound(model, inputs[:2], ascent=6)
+    result = cs.lipschitz_bound(model, inputs[:1], ascent=1)
     largest = float(dense_norms(model, inputs).amax())
     assert largest <= result.upper * (1 + 1e-12)
     assert 0 < result.lower <= result.upper <= result.plain * (1 + 1e-12)
@@ -162,7 +166,7 @@ def test_two_layers_by_hand() -> None:
     whole, inner, outer = norm(second @ first) / 2, norm(first), norm(second)
     terms = [whole, outer / 2 * inner]
     beside = norm(np.hstack([second @ first / 2 / whole, second / outer])) * math.hypot(*terms)
-    result = cs.lipschitz_bound(model, torch.zeros(1, 8), ascent=0)
+    result = cs.lipschitz_bound(model, torch.zeros(1, 8), scaling=0, ascent=0)
     assert result.plain == pytest.approx(inner * outer, rel=1e-6)
     assert result.upper == pytest.approx(min(inner * outer, sum(terms), beside), rel=1e-6)
     assert upper(model, torch.zeros(1, 8), expand=0) == pytest.approx(inner * outer, rel=1e-6)
@@ -350,6 +354,56 @@ def test_ascent_raises_the_lower_end() -> None:
     climbed = cs.lipschitz_bound(model, x, ascent=30)
     assert still.lower == pytest.approx(float(dense_norms(model, x).amax()), rel=2e-3)
     assert 1.05 * still.lower < climbed.lower <= climbed.upper == still.upper
+
+
+def scaled_apart(model: nn.Sequential) -> None:
+    """Multiply channels before each ReLU by powers of ten, and divide by them after it."""
+    layers = [module for module in model if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for first, second in itertools.pairwise(layers):
+        factors = 10 ** torch.rand(len(first.weight))
+        ones = (1,) * (first.weight.ndim - 2)
+        first.weight.data *= factors.reshape(-1, 1, *ones)
+        first.bias.data *= factors
+        second.weight.data /= factors.reshape(1, -1, *ones)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)],
+        lambda: [conv(2, 8), nn.ReLU(), nn.MaxPool2d(2), conv(8, 8), nn.ReLU(), conv(8, 2)],
+    ],
+)
+def test_scaled_channels_are_found(make: Callable[[], list[nn.Module]]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*make())
+    x = torch.randn(1, 20) if isinstance(model[0], nn.Linear) else torch.randn(1, 2, 6, 6)
+    before = upper(model, x, expand=0)
+    scaled_apart(model)
+    result = cs.lipschitz_bound(model, x, expand=0, scaling=150, ascent=0)
+    assert result.scaled
+    assert result.plain > 3 * before
+    assert result.upper < 1.1 * before
+    if isinstance(model[1], nn.ReLU):
+        check(model, 2 * torch.randn(200, *x.shape[1:]))
+
+
+def test_channels_that_are_balanced_are_left() -> None:
+    model = nn.Sequential(conv(2, 2), nn.ReLU(), conv(2, 2))
+    for layer in (model[0], model[2]):
+        nn.init.dirac_(layer.weight)  # type: ignore[arg-type]
+    result = cs.lipschitz_bound(model, torch.randn(1, 2, 6, 6), ascent=0)
+    assert not result.scaled
+    assert result.upper == pytest.approx(1)
+
+
+def test_an_input_at_a_kink() -> None:
+    # The constant is 1; at 0 the gradients that PyTorch gives add up to 2.
+    model = Function(lambda x: 2 * x - x.relu() + (-x).relu())
+    result = cs.lipschitz_bound(model, torch.zeros(1, 6), ascent=0)
+    assert float(dense_norms(model, torch.zeros(1, 6))) == pytest.approx(2)
+    assert result.lower == pytest.approx(1, rel=2e-3)
+    assert result.lower <= 1
 
 
 def test_the_table_names_layers() -> None:

@@ -19,6 +19,7 @@ P. L. Combettes and J.-C. Pesquet (2020), "Lipschitz methods for layered network
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,17 @@ from torch import Tensor, nn
 
 from convspectra.network._frozen import undisturbed
 from convspectra.network._lipschitz_lower import sharpest
-from convspectra.network._lipschitz_maps import LinearMap, Norm, SideBySide, passes
-from convspectra.network._lipschitz_rules import Bounded, Linear, Slopes
-from convspectra.network._lipschitz_trace import Node, ancestors, traced
+from convspectra.network._lipschitz_maps import LinearMap, Norm, SideBySide
+from convspectra.network._lipschitz_parts import Part, parts, sources
+from convspectra.network._lipschitz_rules import Linear, Slopes
+from convspectra.network._lipschitz_scaling import channel_factors
+from convspectra.network._lipschitz_trace import Node, traced
 from convspectra.network._segment import Segment, Selector
 from convspectra.text import text_table
+
+WORTHWHILE = 0.99
+"""Scaled channels are taken where they lower the product of norms to so much of it, or less: then
+all norms are computed once more. A choice."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,9 @@ class LipschitzBound:
         What each linear part of the network adds to the upper end.
     plain : float
         The bound that products of norms along chains, and sums at skips, give.
+    scaled : bool
+        Whether channels were scaled between the layers: the bounds in `layers`, except the last,
+        are then those of the scaled channels.
     at : Tensor
         The input, of one sample, where the lower end was found.
 
@@ -103,6 +113,7 @@ class LipschitzBound:
     upper: float
     layers: tuple[LipschitzLayer, ...]
     plain: float
+    scaled: bool
     at: Tensor
 
     def __str__(self) -> str:
@@ -128,6 +139,7 @@ def lipschitz_bound(
     *,
     select: Selector | None = None,
     expand: int = 2,
+    scaling: int = 40,
     ascent: int = 30,
 ) -> LipschitzBound:
     """Both ends of the Lipschitz constant of a network, in the Euclidean norm.
@@ -143,6 +155,9 @@ def lipschitz_bound(
         The tensor that is meant, from the model's output; needed where there are several.
     expand : int
         Most activations that are expanded at once; 0 for products of norms alone.
+    scaling : int
+        Steps in which factors for the channels between layers are looked for that lower the bound
+        (Note [Scaled channels] in the source); 0 for none.
     ascent : int
         Steps from the best input uphill.
 
@@ -164,9 +179,10 @@ def lipschitz_bound(
     probability of 1e-10 each. The lower end: the lower end of the norm of one Jacobian.
 
     Cost: one norm for each linear part and each of the `expand` activations before it, of a network
-    piece of so many layers: 20 to 60 products each; the lower end takes a norm of a Jacobian for
-    each input and for each ten steps, and two forward and backward passes a step. Memory: some
-    passes.
+    piece of so many layers: 20 to 60 products each, and once more with scaled channels; a product
+    with each part and its transpose, for 8 vectors, for each step of `scaling`. The lower end takes
+    the norm of a Jacobian for each input and for 15 points on the way up, and two forward and
+    backward passes a step. Memory: some passes.
 
     Source: Combettes and Pesquet, Lipschitz methods for layered network structures driven by
     averaged activation operators, SIAM J. Math. Data Sci. 2 (2020), doi:10.1137/19M1272780.
@@ -181,8 +197,8 @@ def lipschitz_bound(
     >>> 0 < result.lower <= result.upper < result.plain
     True
     """
-    for name, value, least in (("expand", expand, 0), ("ascent", ascent, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    for name, value in (("expand", expand), ("scaling", scaling), ("ascent", ascent)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
     samples = _samples(x)
     segment = Segment(model, samples[0], None, None, select, torch.float64)
@@ -192,9 +208,24 @@ def lipschitz_bound(
             start, end = traced(segment.model, segment.inputs, segment.selected)
         lower, at = sharpest(model, samples, select, ascent)
         with undisturbed(first.device):
-            network = _Network(start, end, first.new_zeros(()), expand)
-            upper, plain = network.bound()
-    return LipschitzBound(lower, upper, tuple(network.layers), plain, at)
+            upper, plain, layers, factors = _upper(start, end, first, expand, scaling)
+    return LipschitzBound(lower, upper, tuple(layers), plain, bool(factors), at)
+
+
+def _upper(
+    start: Node, end: Node, first: Tensor, expand: int, scaling: int
+) -> tuple[float, float, list[LipschitzLayer], dict[Node, Tensor]]:
+    """The upper end, the plain bound, the layers, and the factors if they lower it."""
+    like = first.new_zeros(())
+    network = _Network(start, end, like, expand, {})
+    upper, plain = network.bound()
+    factors = channel_factors(start, end, like, scaling)
+    if factors and _Network(start, end, like, 0, factors).bound()[0] < WORTHWHILE * plain:
+        scaled = _Network(start, end, like, expand, factors)
+        lower, _ = scaled.bound()
+        if lower < upper:
+            return lower, plain, scaled.layers, factors
+    return upper, plain, network.layers, {}
 
 
 def _samples(x: Any) -> list[tuple[Any, ...]]:
@@ -217,10 +248,18 @@ class _Term:
 
 
 class _Network:
-    """Bounds for every array of a traced network, from its input on."""
+    """Bounds for every array of a traced network, from its input on.
 
-    def __init__(self, start: Node, end: Node, like: Tensor, expand: int) -> None:
-        self._start, self._end, self._like, self._expand = start, end, like, expand
+    With `factors` (Note [Scaled channels]) the difference at an activation is measured after its
+    channels have been multiplied by them.
+    """
+
+    def __init__(
+        self, start: Node, end: Node, like: Tensor, expand: int, factors: Mapping[Node, Tensor]
+    ) -> None:
+        self._end, self._like, self._expand = end, like, expand
+        self._factors = dict(factors)
+        self._inverse = {node: factor.reciprocal() for node, factor in factors.items()}
         self._plain: dict[Node, float] = {start: 1.0}
         self._before: dict[Node, float] = {}
         self._behind: dict[Node, float] = {start: 1.0}
@@ -229,45 +268,54 @@ class _Network:
 
     def bound(self) -> tuple[float, float]:
         """An upper bound on the Lipschitz constant, and the one by products and sums of norms."""
-        for node in ancestors(self._end):
-            if isinstance(node.rule, (Slopes, Bounded)):
-                before, plain = self._bound_at(node.inputs)
-                self._before[node] = before
-                self._behind[node] = node.rule.constant * before
-                self._plain[node] = node.rule.constant * plain
-        if self._end in self._behind:
-            return self._behind[self._end], self._plain[self._end]
-        return self._bound_at((self._end,))
+        for part in parts(self._end):
+            bound, plain = self._bound_at(part)
+            if part.reader is None:
+                return bound, plain
+            self._before[part.reader] = bound
+            self._behind[part.reader] = part.constant * bound
+            self._plain[part.reader] = part.constant * plain
+        return self._behind[self._end], self._plain[self._end]
 
-    def _bound_at(self, targets: tuple[Node, ...]) -> tuple[float, float]:
+    def _bound_at(self, part: Part) -> tuple[float, float]:
         """The least of the bounds with none, one, two, ... activations expanded, and the plain one.
 
         The plain one is the sum of norms times plain bounds, with none expanded.
         """
         expanded: frozenset[Node] = frozenset()
         best, chosen = math.inf, 0
-        first = self._sources(targets, expanded)
         plain = sum(
-            self._norm(LinearMap(a, targets, expanded, self._like)).upper * self._plain[a]
-            for a in first
+            self._norm(self._map(source, part, expanded)).upper * self._plain[source]
+            for source in sources(part.targets)
         )
         methods: dict[str, None] = {}
         for count in range(self._expand + 1):
-            sources = self._sources(targets, expanded)
-            value, names = self._combined(targets, sources, expanded)
+            before = sources(part.targets, expanded)
+            value, names = self._combined(part, before, expanded)
             if value < best:
                 best, chosen, methods = value, count, names
             # The last activation before the targets that is not expanded yet.
             latest = [
                 n
-                for n in sources
+                for n in before
                 if n not in expanded and isinstance(n.rule, Slopes) and n.rule.center != 0
             ]
             if not latest:
                 break
             expanded |= {max(latest, key=lambda node: node.index)}
-        self._note(targets, first, best, chosen, methods)
+        self._note(part, best, chosen, methods)
         return best, plain
+
+    def _map(self, source: Node, part: Part, expanded: frozenset[Node]) -> LinearMap:
+        reader = part.reader
+        return LinearMap(
+            source,
+            part.targets,
+            expanded,
+            self._like,
+            before=self._inverse.get(source),
+            behind=None if reader is None else self._factors.get(reader),
+        )
 
     def _norm(self, linear: LinearMap) -> Norm:
         """The norm of a map, computed once."""
@@ -276,29 +324,13 @@ class _Network:
             norm = self._norms[linear.key] = linear.norm()
         return norm
 
-    def _sources(self, targets: tuple[Node, ...], expanded: frozenset[Node]) -> list[Node]:
-        """The arrays that the targets are linear functions of, and the expanded activations."""
-        seen: set[Node] = set()
-        found: dict[int, Node] = {}
-        waiting = list(targets)
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in expanded or not passes(node, expanded):
-                found[node.index] = node
-            if passes(node, expanded):
-                waiting.extend(node.inputs)
-        return [found[index] for index in sorted(found)]
-
     def _combined(
-        self, targets: tuple[Node, ...], sources: list[Node], expanded: frozenset[Node]
+        self, part: Part, before: list[Node], expanded: frozenset[Node]
     ) -> tuple[float, dict[str, None]]:
         """The better of the sum and of the bound for all terms side by side."""
         terms = []
-        for source in sources:
-            linear = LinearMap(source, targets, expanded, self._like)
+        for source in before:
+            linear = self._map(source, part, expanded)
             size = self._behind[source]
             if source in expanded:
                 assert isinstance(source.rule, Slopes)
@@ -315,17 +347,11 @@ class _Network:
                 return beside, names | {joint.method: None}
         return total, names
 
-    def _note(
-        self,
-        targets: tuple[Node, ...],
-        sources: list[Node],
-        bound: float,
-        expanded: int,
-        methods: dict[str, None],
-    ) -> None:
+    def _note(self, part: Part, bound: float, expanded: int, methods: dict[str, None]) -> None:
         nodes: dict[Node, None] = {}
-        for source in sources:
-            nodes |= dict.fromkeys(LinearMap(source, targets, frozenset(), self._like).program)
+        before = sources(part.targets)
+        for source in before:
+            nodes |= dict.fromkeys(self._map(source, part, frozenset()).program)
         program = sorted(nodes, key=lambda node: node.index)
         if all(isinstance(n.rule, Linear) and n.rule.moves for n in program):
             return
@@ -334,7 +360,7 @@ class _Network:
             for n in program
             if n.module and isinstance(n.rule, Linear) and not n.rule.moves
         )
-        largest = max(self._behind[source] for source in sources)
+        largest = max(self._behind[source] for source in before)
         self.layers.append(
             LipschitzLayer(
                 ", ".join(names) or program[-1].module,

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from convspectra.network._lipschitz_parts import passes
 from convspectra.network._lipschitz_rules import Linear, Slopes
 from convspectra.network._lipschitz_trace import Node
 from convspectra.operator import (
@@ -52,12 +53,22 @@ class LinearMap:
         Activations that are passed through, by the slope in their middle.
     like : Tensor
         Of the dtype and device of the arrays.
+    before, behind : Tensor, optional
+        Factors of the source and of the target, of shapes that broadcast.
     """
 
     def __init__(
-        self, source: Node, targets: Sequence[Node], expanded: frozenset[Node], like: Tensor
+        self,
+        source: Node,
+        targets: Sequence[Node],
+        expanded: frozenset[Node],
+        like: Tensor,
+        *,
+        before: Tensor | None = None,
+        behind: Tensor | None = None,
     ) -> None:
         self.source, self.targets = source, tuple(targets)
+        self._before, self._after = before, behind
         self.program = _program(source, self.targets, expanded)
         self._like = like
         self._graph: tuple[Tensor, Tensor] | None = None
@@ -101,7 +112,8 @@ class LinearMap:
 
     def replay(self, value: Tensor) -> Tensor:
         """The target for one value of the source."""
-        values: dict[Node, Tensor] = {self.source: value}
+        first = value if self._before is None else value * self._before
+        values: dict[Node, Tensor] = {self.source: first}
         for node in self.program:
             given = [values.get(n) for n in node.inputs]
             if isinstance(node.rule, Slopes):
@@ -118,7 +130,7 @@ class LinearMap:
             values[t] if t in values else value.new_zeros(t.shape) for t in self.targets
         ]  # fmt: skip
         if len(parts) == 1:
-            return parts[0]
+            return parts[0] if self._after is None else parts[0] * self._after
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -170,10 +182,11 @@ class LinearMap:
         """Equal for maps that differ in additions of other arrays only."""
         chain = self._chain
         shape = self.targets[0].shape if len(self.targets) == 1 else self.targets
+        scaled = id(self._before), id(self._after)
         if chain is None:
-            return self.source, self.targets, tuple(self.program)
+            return self.source, self.targets, tuple(self.program), scaled
         steps = [node for node, scale in chain if scale is None or not bool((scale == 1).all())]
-        return self.source, shape, tuple(steps)
+        return self.source, shape, tuple(steps), scaled
 
     @cached_property
     def _chain(self) -> list[tuple[Node, Tensor | None]] | None:
@@ -203,23 +216,46 @@ class LinearMap:
         )
 
     def _layer(self) -> ConvOperator | None:
-        """The map as one layer with its outputs scaled; None if it is not one."""
-        op, size = None, math.prod(self.source.shape)
-        for node, scale in self._chain or []:
-            rule = node.rule
-            if scale is not None and scale.numel() == 1 and op is None:
+        """The map as one layer with its inputs and outputs scaled; None if it is not one."""
+        chain = self._chain or []
+        layers = [_layer_of(node) for node, _ in chain]
+        if sum(layer is not None for layer in layers) != 1:
+            return None
+        place = next(i for i, layer in enumerate(layers) if layer is not None)
+        found = layers[place]
+        assert found is not None
+        entries = self._like.new_ones(self.source.shape)
+        if self._before is not None:
+            entries = entries * self._before
+        for node, scale in chain[:place]:
+            if scale is not None:
+                entries = entries * scale
+            elif _keeps_all(node):
+                assert isinstance(node.rule, Linear)
+                entries = node.rule.map([entries])
+            else:
+                return None
+        op = scaled_channels(found.T, entries, (1, *found.input_shape))
+        op = None if op is None else op.T
+        for node, scale in chain[place + 1 :]:
+            if op is None or (scale is None and not _keeps_all(node)):
                 return None
             if scale is not None:
-                op = None if op is None else _scaled(op, scale, node.shape)
-                if op is None:
-                    return None
-                continue
-            assert isinstance(rule, Linear)
-            if rule.layer is not None and op is None:
-                op, size = rule.layer, math.prod(node.shape)
-            elif not rule.moves or math.prod(node.shape) != size:
-                return None
-        return op
+                op = scaled_channels(op, scale, node.shape)
+        if op is None or self._after is None:
+            return op
+        return scaled_channels(op, self._after, self.targets[0].shape)
+
+
+def _layer_of(node: Node) -> ConvOperator | None:
+    return node.rule.layer if isinstance(node.rule, Linear) else None
+
+
+def _keeps_all(node: Node) -> bool:
+    """Whether an operation of one array moves all of its entries, and writes no other."""
+    rule = node.rule
+    sizes = {math.prod(node.shape), *(math.prod(n.shape) for n in node.inputs)}
+    return isinstance(rule, Linear) and rule.moves and len(sizes) == 1
 
 
 class SideBySide:
@@ -259,15 +295,23 @@ def norm_of(op: LinearOperatorLike | ConvOperator) -> Norm:
     return Norm(float(result.upper[0]), result.method)
 
 
-def _scaled(op: ConvOperator | None, scale: Tensor, shape: tuple[int, ...]) -> ConvOperator | None:
-    """The layer with its output channels scaled; None if the factors differ within a channel."""
-    if op is None or shape[1:] != op.output_shape:
+def scaled_channels(op: ConvOperator, scale: Tensor, shape: tuple[int, ...]) -> ConvOperator | None:
+    """The layer with its output channels scaled; None if the factors differ within a channel.
+
+    Parameters
+    ----------
+    op : ConvOperator
+    scale : Tensor
+        Of a shape that broadcasts with `shape`.
+    shape : tuple of int
+        (1, *op.output_shape), or another, for which there is no such layer.
+    """
+    if shape != (1, *op.output_shape):
         return None
-    aligned = scale.reshape(*(1,) * (len(shape) - scale.ndim), *scale.shape)
-    if any(n > 1 for axis, n in enumerate(aligned.shape) if axis != 1):
+    factors = scale.expand(shape).reshape(shape[1], -1)
+    if not bool((factors == factors[:, :1]).all()):
         return None
-    channels = aligned.flatten().expand(shape[1])
-    weight = scaled_outputs(op.weight, channels, op.groups, op.transposed)
+    weight = scaled_outputs(op.weight, factors[:, 0], op.groups, op.transposed)
     return derived_operator(weight, op.geometry, op.groups, op.transposed)
 
 
@@ -288,11 +332,6 @@ def _program(source: Node, targets: tuple[Node, ...], expanded: frozenset[Node])
             made.add(node)
             program.append(node)
     return program
-
-
-def passes(node: Node, expanded: frozenset[Node]) -> bool:
-    """Whether a node is a linear function of its inputs here."""
-    return node in expanded or (isinstance(node.rule, Linear) and bool(node.inputs))
 
 
 @contextlib.contextmanager

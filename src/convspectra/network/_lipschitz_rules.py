@@ -77,9 +77,14 @@ class Slopes:
 
 @dataclass(frozen=True)
 class Bounded:
-    """A map of one or several arrays side by side with a Lipschitz constant."""
+    """A map of one or several arrays side by side with a Lipschitz constant.
+
+    `by_channel` says that each channel, along the axis 1, is mapped alone and positively
+    homogeneously, all in the same way.
+    """
 
     constant: float
+    by_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -473,7 +478,7 @@ def _max_pool(call: Call) -> Rule:
             for i in _window(call, axis, o, n, outputs):
                 counts[i] += 1
         most *= max(counts)
-    return Bounded(math.sqrt(most))
+    return Bounded(math.sqrt(most), by_channel=x.ndim == ndim + 2)
 
 
 def _window(call: Call, axis: int, o: int, n: int, outputs: int) -> list[int]:
