@@ -111,7 +111,7 @@ class _Look:
             self.at = (x + OFF * size * noise, *at[1:])
 
     def _quotient(self, model: nn.Module, select: Selector | None) -> float:
-        """What the function does along the direction, over how far it goes."""
+        """The difference of the function along the direction, over how far it goes."""
         segment = Segment(model, self.at, None, None, select, torch.float64)
         x = segment.inputs[0]
         length = STEP * (float(x.square().mean().sqrt()) or 1.0) * x.numel() ** 0.5
