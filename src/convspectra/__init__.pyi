@@ -1,6 +1,13 @@
 from . import matlab, penalties
 from .auditing import AuditReport, audit
-from .network import JacobianOperator, LipschitzBound, LipschitzLayer, lipschitz_bound
+from .network import (
+    GradientFlow,
+    JacobianOperator,
+    LipschitzBound,
+    LipschitzLayer,
+    gradient_flow,
+    lipschitz_bound,
+)
 from .operator import ConvOperator, kernel_to_weight, weight_to_kernel
 from .spectra import (
     ConvergenceError,
@@ -44,6 +51,7 @@ __all__ = [
     "CountResult",
     "DescentResult",
     "Explanation",
+    "GradientFlow",
     "JacobianOperator",
     "LayerReport",
     "LipschitzBound",
@@ -62,6 +70,7 @@ __all__ = [
     "descend",
     "explain",
     "frobenius_norm",
+    "gradient_flow",
     "kernel_to_weight",
     "lipschitz_bound",
     "logabsdet",

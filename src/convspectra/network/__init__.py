@@ -1,6 +1,16 @@
 """Whole networks: Jacobians, gradient flow, Lipschitz bounds."""
 
+from convspectra.network._flow_report import FlowLayer, GradientFlow
+from convspectra.network._gradient_flow import gradient_flow
 from convspectra.network._jacobian import JacobianOperator
-from convspectra.network._lipschitz import LipschitzBound, LipschitzLayer, lipschitz_bound
-
-__all__ = ["JacobianOperator", "LipschitzBound", "LipschitzLayer", "lipschitz_bound"]
+__all__ = [
+    "LEARNING_RATE_BUDGET",
+    "FlowLayer",
+    "GradientFlow",
+    "JacobianOperator",
+    "LipschitzBound",
+    "LipschitzLayer",
+    "gradient_flow",
+    "lipschitz_bound",
+    "suggested_rate",
+]

@@ -97,3 +97,15 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 def floating_leaves(value: Any) -> list[Tensor]:
     """The floating tensors in the output of a model."""
     return [t for t in tree_leaves(value) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+@contextlib.contextmanager
+def readable_errors(where: str) -> Iterator[None]:
+    """Errors that PyTorch raises inside, as a ValueError that says in which pass."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"expected a {where} that runs, got {type(error).__name__}: {text}"
+        ) from error

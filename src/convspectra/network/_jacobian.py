@@ -18,7 +18,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from convspectra.network._frozen import undisturbed
+from convspectra.network._frozen import readable_errors, undisturbed
 from convspectra.network._segment import Segment, Selector
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
@@ -258,7 +258,7 @@ class _Products:
         self, segment: Segment, dtype: torch.dtype, device: torch.device, method: str
     ) -> None:
         self._segment = segment
-        with _readable_errors("forward pass"):
+        with readable_errors("forward pass"):
             with torch.no_grad():
                 z = segment.input()
                 first, second = segment(z), segment(z)
@@ -275,7 +275,7 @@ class _Products:
             if not torch.equal(first, second):
                 _name_the_random_module(segment, z)
         self.z = z.detach().clone().requires_grad_()
-        with torch.enable_grad(), _readable_errors("forward pass with gradients"):
+        with torch.enable_grad(), readable_errors("forward pass with gradients"):
             self.y = segment(self.z)
         if not self.y.requires_grad:
             raise ValueError(
@@ -335,7 +335,7 @@ class _Products:
             torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
             for like in (self.z, self.y)
         )
-        with _readable_errors("backward pass"):
+        with readable_errors("backward pass"):
             back = self._vjp(y, False)
         _check_finite(self._segment, self.z, back)
         failures = []
@@ -439,15 +439,3 @@ def _check_finite(segment: Segment, z: Tensor, product: Tensor) -> None:
         f"expected a model that is differentiable at x, got NaN or Inf in its Jacobian of shape "
         f"{(end.numel(), z.numel())}, on the way up to {place}; move x away from there"
     )
-
-
-@contextlib.contextmanager
-def _readable_errors(where: str) -> Iterator[None]:
-    """Errors that PyTorch raises inside, as a ValueError that says in which pass."""
-    try:
-        yield
-    except (RuntimeError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"expected a {where} that runs, got {type(error).__name__}: {text}"
-        ) from error

@@ -23,6 +23,7 @@ from convspectra.models import (
     signal_flow,
     unwrapped,
 )
+from convspectra.network import LEARNING_RATE_BUDGET, suggested_rate
 from convspectra.operator import (
     is_isometric_possible,
     isometric_taps,
@@ -34,12 +35,6 @@ from convspectra.spectra import frobenius_norm
 from convspectra.text import text_table
 from convspectra.training._isometric_plans import IsometricPlan, isometric_plans, slope_spread
 
-LEARNING_RATE_BUDGET = 3.0
-"""Adam's learning rate times the sum of all fan-ins: 0.02 / L for L layers of 16 channels and 3 x 3
-taps, with which 20 to 1,000 layers train. One step changes the product of all layers by a part that
-grows with that sum: with 1e-3 at 100 layers it is seven times as long, and they do not train."""
-HIGHEST_RATE = 1e-2
-"""The learning rate of shallow networks: a choice, ten times Adam's default."""
 HEALTHY = (0.1, 10.0)
 """First over last gradient norm between which a network counts as healthy: a choice."""
 
@@ -358,7 +353,7 @@ def _report(
         mirrored = plan.mirrored_input or plan.mirrored_output
         rows.append(PreparedLayer(layer.name, name, plan.gain, mirrored, spread, plan.note))
     fan_ins = sum(layer.operator().weight[0].numel() for layer in layers if layer.name not in left)
-    rate = min(HIGHEST_RATE, LEARNING_RATE_BUDGET / fan_ins)
+    rate = suggested_rate(fan_ins)
     return PreparationReport(
         tuple(rows),
         rate,
