@@ -234,7 +234,7 @@ class Pieces:
         return sorted(places)
 
     def gains(self) -> Gains:
-        """What kernels, normalizations and all between them do to gradients of any direction."""
+        """Gains of kernels, normalizations and all between them, for gradients of any direction."""
         found = Gains([], {})
         for i, piece in enumerate(self.all):
             found.pieces.append(_kernel(piece) if piece.is_layer else _probed(piece))

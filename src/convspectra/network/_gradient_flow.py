@@ -1,4 +1,4 @@
-"""What a network does to signals and gradients, layer by layer, in numbers and in words."""
+"""A few images forward and back: numbers of every layer, a verdict, and words for it."""
 
 from __future__ import annotations
 
