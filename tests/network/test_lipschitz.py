@@ -42,7 +42,7 @@ def dense_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     """Norms of the dense Jacobians at a batch of inputs, by reverse mode, a row at a time."""
     model = copy.deepcopy(model).double().eval()
     x = inputs.detach().double().requires_grad_()
-    outputs = model(x).reshape(len(x), -1)
+    outputs = model(x.clone()).reshape(len(x), -1)
     rows = [torch.autograd.grad(y.sum(), x, retain_graph=True)[0].flatten(1) for y in outputs.T]
     jacobians = torch.stack(rows, 1).detach()
     if jacobians.shape[1] > jacobians.shape[2]:
@@ -116,6 +116,7 @@ LINEAR = {
     "parts": lambda: Function(lambda x: torch.cat([x[:, :1, 1:] * 2, x[:, 1:, :-1]], 1).sum(2)),
     "broadcast": lambda: Function(lambda x: x.mean((2, 3), keepdim=True) + torch.zeros(1, 2, 3, 3)),
     "einsum": lambda: Function(lambda x: torch.einsum("bchw,hk->bck", x, torch.ones(6, 4).to(x))),
+    "split": lambda: Function(lambda x: torch.cat([t * i for i, t in enumerate(x.split(2, 3))], 1)),
     "rolled": lambda: Function(lambda x: torch.roll(x, 1, -1).transpose(2, 3).reshape(1, -1)),
     "masked": lambda: Function(lambda x: x.masked_fill(torch.eye(6) > 0, 5.0)),
 }  # fmt: skip

@@ -217,11 +217,11 @@ def _upper(
 ) -> tuple[float, float, list[LipschitzLayer], dict[Node, Tensor]]:
     """The upper end, the plain bound, the layers, and the factors if they lower it."""
     like = first.new_zeros(())
-    network = _Network(start, end, like, expand, {})
+    network = Network(start, end, like, expand, {})
     upper, plain = network.bound()
     factors = channel_factors(start, end, like, scaling)
-    if factors and _Network(start, end, like, 0, factors).bound()[0] < WORTHWHILE * plain:
-        scaled = _Network(start, end, like, expand, factors)
+    if factors and Network(start, end, like, 0, factors).bound()[0] < WORTHWHILE * plain:
+        scaled = Network(start, end, like, expand, factors)
         lower, _ = scaled.bound()
         if lower < upper:
             return lower, plain, scaled.layers, factors
@@ -247,7 +247,7 @@ class _Term:
     size: float
 
 
-class _Network:
+class Network:
     """Bounds for every array of a traced network, from its input on.
 
     With `factors` (Note [Scaled channels]) the difference at an activation is measured after its
@@ -321,8 +321,12 @@ class _Network:
         """The norm of a map, computed once."""
         norm = self._norms.get(linear.key)
         if norm is None:
-            norm = self._norms[linear.key] = linear.norm()
+            norm = self._norms[linear.key] = self.norm_of(linear)
         return norm
+
+    def norm_of(self, linear: LinearMap) -> Norm:
+        """The norm of a map."""
+        return linear.norm()
 
     def _combined(
         self, part: Part, before: list[Node], expanded: frozenset[Node]

@@ -168,7 +168,7 @@ class LinearMap:
             # Each entry is at most one entry of the source, times a factor.
             ones = torch.ones(1, *self.input_shape, dtype=self.dtype, device=self.device)
             return Norm(float(self.apply(ones).abs().amax()), "factors")
-        layer = self._layer()
+        layer = self.layer()
         return norm_of(self if layer is None else layer)
 
     @property
@@ -215,7 +215,7 @@ class LinearMap:
             for node, scale in self._chain
         )
 
-    def _layer(self) -> ConvOperator | None:
+    def layer(self) -> ConvOperator | None:
         """The map as one layer with its inputs and outputs scaled; None if it is not one."""
         chain = self._chain or []
         layers = [_layer_of(node) for node, _ in chain]

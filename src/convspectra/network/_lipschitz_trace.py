@@ -37,6 +37,8 @@ _TAKES_NUMBERS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "uniq
 _MAKES_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros",
               "new_ones", "new_full", "new_empty_strided")  # fmt: skip
 """Operations that read the shape of an array only."""
+_SEVERAL = ("split", "split_with_sizes", "unbind", "chunk")
+"""Operations that give a list of arrays, each linear."""
 _LEAVES = ("tolist", "numpy", "__array__", "data_ptr")
 """Methods of a tensor that take it out of PyTorch."""
 _WITHOUT_GRADIENT = (
@@ -383,12 +385,10 @@ def _rule(
     i: int,
 ) -> Rule:
     """The rule of the i-th result."""
-    if i == 0 or name in ("split", "split_with_sizes", "unbind", "chunk"):
-        functional = _functional(func, name)
-        if len(results) > 1 and name in ("split", "split_with_sizes", "unbind", "chunk"):
-            functional = _Item(func, i)
-        call = Call(functional, name, arguments, lambda t: id(t) in sources, results[i:])
-        return rule_of(call)
+    several = name in _SEVERAL
+    if several or i == 0:
+        functional = _Item(func, i) if several else _functional(func, name)
+        return rule_of(Call(functional, name, arguments, lambda t: id(t) in sources, results[i:]))
     return Refused("no bound is known for this result of it")
 
 
@@ -406,7 +406,7 @@ class _Item:
     def __init__(self, func: torch._ops.OpOverload, i: int) -> None:
         self._func, self._i = func, i
 
-    def __call__(self, **arguments: Any) -> Tensor:
+    def __call__(self, /, **arguments: Any) -> Tensor:
         return self._func(**arguments)[self._i]
 
 
