@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from convspectra.paper.images import ImageSet, load_mnist_format
+from convspectra.paper.images import SUFFIXES, ImageSet, load_mnist_format
 
 LARGEST_SIDE = 16
 """Pixels a side after pooling. A choice: twice as many are four times the work of a step."""
-SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Endings of the image files that are read."""
 WHAT_TO_GIVE = (
     "--data takes Fashion-MNIST in IDX files (Debian: apt install dataset-fashion-mnist, then "
     "--data /usr/share/datasets/fashion-mnist), CIFAR-10's binary version (data_batch_1.bin, ..., "

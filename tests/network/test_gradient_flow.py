@@ -451,3 +451,10 @@ def test_a_computed_weight_has_no_gradient_to_show(images: Tensor) -> None:
     flow = cs.gradient_flow(model, images)
     assert [layer.weight_gradient > 0 for layer in flow.layers] == [True, False, True]
     assert flow.layers[1].weight_gradient != flow.layers[1].weight_gradient  # nan, not 0
+
+
+def test_the_band_is_wider_where_layers_are_normalized(images: Tensor) -> None:
+    assert cs.gradient_flow(plain(nn.Tanh, 1.0, 3), images).band == (0.1, 10.0)
+    flow = cs.gradient_flow(residual(0.3, norm=True), images)
+    assert flow.band == (1e-3, 1e3)
+    assert "and the band from 0.001 to 1000" in flow._repr_html_()

@@ -27,6 +27,7 @@ from convspectra.auditing import (
     smallest,
     violations,
 )
+from convspectra.cli._outputs import check_outputs
 from convspectra.cli._printing import input_shape, print_paths, print_report, say
 from convspectra.text import sizes
 
@@ -137,7 +138,8 @@ def _add_results(parser: argparse._ArgumentGroup) -> None:
 def run(parsed: argparse.Namespace, console: Console) -> int:
     """Audit, print and write."""
     max_bytes = _bytes(parsed.max_gib)
-    _check_outputs(parsed)
+    paths = {kind: getattr(parsed, kind) for kind in (*OUTPUTS, "journal")}
+    check_outputs(paths, {"the model file": parsed.file})
     journal = _journal(parsed)
     loading = importlib.import_module("convspectra.models.files")
     auditing = importlib.import_module("convspectra.auditing")
@@ -204,30 +206,6 @@ class _Bar:
         if not self._progress.disable:
             say(self._progress.console, f"{layer.label}: {text}  ({layer.seconds:.1f} s)")
         self._progress.update(self._task, completed=part)
-
-
-def _check_outputs(parsed: argparse.Namespace) -> None:
-    """Raise before anything is computed if a file cannot be written, or would replace the model."""
-    taken = {} if parsed.file is None else {os.path.realpath(parsed.file): "the model file"}
-    for kind in (*OUTPUTS, "journal"):
-        path = getattr(parsed, kind)
-        if path is None:
-            continue
-        real = Path(os.path.realpath(path))  # resolve() raises on a link that leads to itself
-        if str(real) in taken:
-            raise ValueError(
-                f"expected a file of its own for --{kind}, got {path}, {taken[str(real)]}"
-            )
-        taken[str(real)] = f"that of --{kind}"
-        if real.is_dir():
-            raise ValueError(f"expected a file for --{kind}, got {path}, which is a folder")
-        if any(place.is_symlink() for place in (real, *real.parents)):
-            raise ValueError(
-                f"expected a file for --{kind}, got {path}, a link that leads to itself"
-            )
-        present = next(place for place in (real, *real.parents) if place.exists())
-        if not (os.access(present, os.W_OK) and (present == real or present.is_dir())):
-            raise ValueError(f"expected a file that can be written for --{kind}, got {path}")
 
 
 def _journal(parsed: argparse.Namespace) -> Path | None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "audit": "which layers of a network blow gradients up or let them vanish",
     "compare": "two audits side by side",
     "demo": "train deep plain CNNs on real images, from several starts and with each penalty",
+    "flow": "whether signals and gradients vanish, explode or collapse, where, and what to do",
     "reproduce": "the figures and numbers of the paper's Section 4",
     "show": "an audit that was written as JSON, as a table or a page",
 }

@@ -20,19 +20,22 @@ STYLE = """
   overflow-wrap: anywhere; }
 .flow p { margin: 0 0 0.6rem; max-width: 46rem; overflow-wrap: anywhere; }
 .flow .soft { color: var(--soft); font-size: 0.85rem; }
-.flow svg { display: block; width: 100%; height: auto; margin: 1rem 0 0.2rem; }
-.flow svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.flow svg { display: block; width: 100%; max-width: 52rem; height: auto; margin: 1rem 0 0.2rem; }
+.flow svg text { fill: var(--soft); font: 9px system-ui, sans-serif; }
 .flow .wide { overflow-x: auto; }
 .flow table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 .flow th, .flow td { text-align: right; padding: 0.25rem 0.6rem; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 .flow th:first-child, .flow td:first-child { text-align: left; position: sticky; left: 0;
   background: Canvas; }
+.flow td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
 .flow th { color: var(--soft); font-weight: 600; }
 .flow tr.begins td { color: var(--rust); font-weight: 600; }
+@media (max-width: 40rem) { .flow svg text { font-size: 15px; }
+  .flow td:first-child { min-width: 8rem; max-width: 9rem; } }
 """
 """The style of the section; nothing outside it is touched."""
-WIDTH, HEIGHT, LEFT, BOTTOM = 720.0, 220.0, 52.0, 22.0
+WIDTH, HEIGHT, LEFT, BOTTOM = 560.0, 200.0, 48.0, 22.0
 """Size of the figure and of its margins, in units of its own."""
 
 
@@ -65,7 +68,7 @@ def flow_section(flow: GradientFlow) -> str:
         f"<p>{what}</p><p>{why}</p><p>{todo}</p>{_figure(flow)}"
         '<p class="soft">Gradient at each layer over that at the last one except the head: '
         "measured (line), by kernels, slopes and normalizations alone (dashes), and the band from "
-        "0.1 to 10.</p>"
+        f"{flow.band[0]:g} to {flow.band[1]:g}.</p>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         "</div></section>"
     )
@@ -76,8 +79,9 @@ def _figure(flow: GradientFlow) -> str:
     measured = [_log10(layer.relative) for layer in flow.layers]
     predicted = [_log10(layer.predicted) for layer in flow.layers]
     finite = [v for v in (*measured, *predicted) if v is not None]
-    low = math.floor(min([-1.0, *finite])) - 0.2
-    high = math.ceil(max([1.0, *finite])) + 0.2
+    lower, upper = (math.log10(end) for end in flow.band)
+    low = math.floor(min([lower, *finite])) - 0.2
+    high = math.ceil(max([upper, *finite])) + 0.2
     step = (WIDTH - LEFT) / max(1, len(measured) - 1)
     tall = HEIGHT - BOTTOM
 
@@ -108,8 +112,8 @@ def _figure(flow: GradientFlow) -> str:
     )
     return (
         f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="Gradients by layer">'
-        f'<rect x="{LEFT:.0f}" y="{down(1):.1f}" width="{WIDTH - LEFT:.0f}" '
-        f'height="{down(-1) - down(1):.1f}" fill="var(--band)"/>{marks}{begins}'
+        f'<rect x="{LEFT:.0f}" y="{down(upper):.1f}" width="{WIDTH - LEFT:.0f}" '
+        f'height="{down(lower) - down(upper):.1f}" fill="var(--band)"/>{marks}{begins}'
         f'<path d="{_line(predicted, across, down)}" fill="none" stroke="var(--rust)" '
         'stroke-dasharray="5 4"/>'
         f'<path d="{_line(measured, across, down)}" fill="none" stroke="var(--blue)" '

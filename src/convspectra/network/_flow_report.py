@@ -13,12 +13,13 @@ from convspectra.figures import new_figure
 from convspectra.network._flow_page import flow_page, flow_section
 from convspectra.text import text_table, write_whole
 
-BAND = (0.1, 10.0)
-"""Flow of gradients through a cut over that through the last one that counts as healthy: a choice,
-as in `prepare`."""
 COLLAPSED = 0.01
 """Share of the second moment that depends on the image below which images count as the same: their
 cosine is then above 0.99. A choice."""
+NAMES_SHOWN = 64
+"""Names of layers below a figure. A choice: more overlap at 16 inches."""
+NAME_LENGTH = 24
+"""Characters of a name below a figure. A choice: a third of the figure's height."""
 COLUMNS = {
     "layer": "name",
     "signal": "second_moment",
@@ -114,6 +115,8 @@ class GradientFlow:
         is measured.
     sentences : tuple of str
         What it is, why, and what to do.
+    band : (float, float)
+        Flow of gradients that counts as healthy: 0.1 to 10, or 0.001 to 1,000 with normalizations.
 
     Examples
     --------
@@ -130,6 +133,7 @@ class GradientFlow:
     begins: str
     causes: Mapping[str, float]
     sentences: tuple[str, str, str]
+    band: tuple[float, float]
 
     def __repr__(self) -> str:
         begins = f"begins={self.begins!r}, " if self.begins else ""
@@ -199,7 +203,7 @@ class GradientFlow:
         figure = new_figure(min(16.0, max(6.0, 0.22 * len(self.layers))), 5.5)
         above, below = figure.subplots(2, 1, sharex=True)
         places = range(len(self.layers))
-        above.axhspan(*BAND, color="#2b6299", alpha=0.1, linewidth=0)
+        above.axhspan(*self.band, color="#2b6299", alpha=0.1, linewidth=0)
         for key, style in (("relative", "o-"), ("predicted", "x--")):
             values = [_logarithmic(getattr(layer, key)) for layer in self.layers]
             label = "measured" if key == "relative" else "by gains alone"
@@ -220,13 +224,14 @@ class GradientFlow:
             if self.begins in names:
                 axes.axvline(names.index(self.begins), color="#b0491f", linewidth=1, alpha=0.7)
         step = -(-len(names) // NAMES_SHOWN)
-        below.set_xticks(places[::step], names[::step], rotation=90, fontsize=7)
+        below.set_xticks(places[::step], map(_end, names[::step]), rotation=90, fontsize=7)
         figure.suptitle(self.sentences[0], fontsize=9, wrap=True)
         return figure
 
 
-NAMES_SHOWN = 64
-"""Names of layers below a figure. A choice: more overlap at 16 inches."""
+def _end(name: str) -> str:
+    """The end of a name that is too long, where names differ most."""
+    return name if len(name) <= NAME_LENGTH else "..." + name[3 - NAME_LENGTH :]
 
 
 def _cell(value: str | float) -> str:

@@ -24,7 +24,7 @@ from convspectra.network._flow_pass import (
     remove_biases,
     saturation,
 )
-from convspectra.network._flow_report import BAND, COLLAPSED, FlowLayer, GradientFlow
+from convspectra.network._flow_report import COLLAPSED, FlowLayer, GradientFlow
 from convspectra.network._frozen import (
     converted,
     floating_leaves,
@@ -34,6 +34,9 @@ from convspectra.network._frozen import (
 )
 from convspectra.network._step_size import suggested_rate
 
+BAND = (0.1, 10.0)
+"""Flow of gradients through a cut over that through the last one that counts as healthy: a choice,
+as in `prepare`."""
 SATURATED = 0.25
 """Share of saturated entries from which a layer counts as saturated. A choice: a Gaussian of
 variance 1 is beyond 1.8 with probability 0.07, one of variance 6, as in tanh layers of gain 3, with
@@ -252,6 +255,7 @@ class _Found:
         self.first, self.last = self.behind(self.layers[0]), self.behind(self.layers[-2])
         normalizations = self.count - len(self.layers)
         self.normalized = normalizations >= NORMALIZED * len(self.layers)
+        self.band = NORMALIZED_BAND if self.normalized else BAND
 
     def check(self) -> None:
         """Raise for gradients that are not finite, or that there are none of."""
@@ -272,9 +276,8 @@ class _Found:
         rows = tuple(self._row(i) for i in self.layers)
         verdict = _verdict(rows, self)
         causes = self._causes()
-        return GradientFlow(
-            rows, verdict.kind, verdict.begins, causes, _sentences(rows, verdict, causes, self)
-        )
+        words = _sentences(rows, verdict, causes, self)
+        return GradientFlow(rows, verdict.kind, verdict.begins, causes, words, self.band)
 
     def _row(self, i: int) -> FlowLayer:
         piece = self.passed.all[i]
@@ -380,8 +383,7 @@ def _gradient_verdict(found: _Found) -> _Verdict | None:
     # A cut between a layer and its normalization would show the scale of the weights alone.
     places = [t for t in range(found.first, found.last + 1) if found.behind(t) == t]
     levels = [_log10(_ratio(found.flow[t], found.flow[found.last])) for t in places]
-    band = NORMALIZED_BAND if found.normalized else BAND
-    low, high = (math.log10(end) for end in band)
+    low, high = (math.log10(end) for end in found.band)
     outside = [not low <= level <= high for level in levels]
     if not any(outside):
         return None

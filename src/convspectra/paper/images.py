@@ -15,6 +15,11 @@ from torch import Tensor
 POOLED_SIZE = 14
 """Side of the images that the networks see. A choice: half of MNIST's 28."""
 
+SUFFIXES = (".jpg", ".jpeg", ".png")
+"""Endings of the image files that are read."""
+MODES = {1: "L", 3: "RGB"}
+"""Names that Pillow has for images by their channels."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -77,6 +82,81 @@ def load_mnist_format(folder: Path) -> ImageSet:
         parts += [pixels, torch.tensor(labels, dtype=torch.int64)]
     height, width = parts[0].shape[-2:]
     return _standardized(f"{folder.name}, {height} x {width}", *parts)
+
+
+def load_some(source: str | Path, count: int, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A few images as a network sees them: (count, channels, height, width), float32.
+
+    Parameters
+    ----------
+    source : str or path
+        "digits" for those of scikit-learn, or a folder with .png and .jpg files in it or in folders
+        of it; they are taken evenly from the sorted list.
+    count : int
+        At most so many.
+    shape : (channels, height, width), optional
+        What they are made to, with 1 or 3 channels; as they are in their files by default.
+
+    Returns
+    -------
+    Tensor
+        Of mean 0 and deviation 1, digits together and files channel by channel.
+
+    Raises
+    ------
+    ValueError
+        For a folder without images, images of several sizes without a shape, an image that cannot
+        be read, or a shape that images cannot have.
+    ImportError
+        Without scikit-learn for the digits, Pillow for files: install ``convspectra[demo]``.
+    """
+    if str(source) == "digits":
+        digits = load_digits().train_images[:count]
+        if shape is not None and shape != tuple(digits.shape[1:]):
+            raise ValueError(f"expected 1x8x8 for digits, got {'x'.join(map(str, shape))}")
+        return digits
+    if shape is not None and (len(shape) != 3 or shape[0] not in MODES):
+        raise ValueError(
+            f"expected images of 1 or 3 channels, as in 3x224x224, got {'x'.join(map(str, shape))}"
+        )
+    folder = Path(source)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise ValueError(
+            f"expected at least two images ({', '.join(SUFFIXES)}) in the folder {folder}, or "
+            f"digits, got {len(files)}"
+        )
+    number = min(count, len(files))
+    chosen = [files[i * len(files) // number] for i in range(number)]
+    images = [_read_file(path, shape) for path in chosen]
+    sizes = sorted({tuple(image.shape) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected images of one size in {folder}, got {sizes[0]} and {sizes[-1]}; say which, "
+            "as in --input 3x224x224"
+        )
+    pixels = torch.stack(images)
+    deviation, mean = torch.std_mean(pixels, (0, 2, 3), keepdim=True)
+    return (pixels - mean) / deviation.clamp_min(1e-6)
+
+
+def _read_file(path: Path, shape: tuple[int, ...] | None) -> Tensor:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "folders of images are read with Pillow: pip install 'convspectra[demo]'"
+        ) from error
+    try:
+        with Image.open(path) as image:
+            gray = image.mode in ("1", "L", "I;16") if shape is None else shape[0] == 1
+            pixels = image.convert(MODES[1 if gray else 3])
+            if shape is not None:
+                pixels = pixels.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+            values = np.array(pixels, dtype=np.float32)
+    except OSError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+    return torch.from_numpy(values.reshape(*values.shape[:2], -1).transpose(2, 0, 1).copy())
 
 
 def _standardized(

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+from torch import nn
+
 from convspectra.models._named_operators import NamedOperator
 from convspectra.models.files._errors import LoadError
 from convspectra.models.files._kinds import MAX_BYTES, model_kind
 from convspectra.models.files._torch_files import (
+    built,
     checkpoint_operators,
     exported_operators,
     factory_operators,
+    filled_module,
     safetensors_operators,
     script_operators,
 )
@@ -69,6 +73,36 @@ def load_operators(
     return plain(path.stem), [
         _printable(named) for named in _operators(path, shapes, factory, allow_pickle, max_bytes)
     ]
+
+
+def load_module(
+    factory: str, weights: str | PathLike[str] | None = None, allow_pickle: bool = False
+) -> nn.Module:
+    """The model that a factory returns, with the weights of a file where there is one.
+
+    Parameters
+    ----------
+    factory : str
+        "package.module:function", called without arguments.
+    weights : path, optional
+        Safetensors, or what ``torch.save`` writes of a state dict.
+    allow_pickle : bool
+        As in `load_operators`.
+
+    Raises
+    ------
+    LoadError
+        For every problem with the factory or the file.
+    """
+    if weights is None:
+        return built(factory)
+    path = Path(weights)
+    kind = model_kind(path, MAX_BYTES)
+    if kind not in ("safetensors", "checkpoint"):
+        raise LoadError(
+            f"{path}: expected weights, safetensors or a torch.save checkpoint, got {kind}"
+        )
+    return filled_module(path, kind, factory, allow_pickle)
 
 
 def _operators(

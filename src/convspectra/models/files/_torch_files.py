@@ -76,13 +76,22 @@ def safetensors_operators(
     path: Path, shapes: Sequence[tuple[int, ...]], factory: str | None
 ) -> list[NamedOperator]:
     """The layers of the factory's model with the weights of a safetensors file."""
+    return _filled_operators(path, _safetensors(path), shapes, factory)
+
+
+def filled_module(path: Path, kind: str, factory: str, allow_pickle: bool) -> nn.Module:
+    """The factory's model with the weights of a file that is a checkpoint or safetensors."""
+    content = _safetensors(path) if kind == "safetensors" else _unpickled(path, allow_pickle)
+    return _filled(path, content, factory)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file  # optional
     except ModuleNotFoundError as error:
         raise ImportError("pip install 'convspectra[safetensors]' to read safetensors") from error
     with refusing(path, "not a whole safetensors file", "copy the file again"):
-        content = load_file(path)
-    return _filled_operators(path, content, shapes, factory)
+        return load_file(path)
 
 
 def factory_operators(factory: str, shapes: Sequence[tuple[int, ...]]) -> list[NamedOperator]:
@@ -140,6 +149,11 @@ def _needs_pickle(error: BaseException | None) -> bool:
 def _filled_operators(
     path: Path, content: Any, shapes: Sequence[tuple[int, ...]], factory: str | None
 ) -> list[NamedOperator]:
+    return _run(path, _filled(path, content, factory), shapes, named_operators)
+
+
+def _filled(path: Path, content: Any, factory: str | None) -> nn.Module:
+    """The factory's model with the weights of a checkpoint."""
     state = _state_dict(path, content)
     if factory is None:
         raise LoadError(
@@ -150,7 +164,7 @@ def _filled_operators(
     _check_keys(path, factory, set(model.state_dict()), set(state))
     with refusing(path, f"the weights do not fit the model of {factory}"):
         model.load_state_dict(state, strict=True)
-    return _run(path, model, shapes, named_operators)
+    return model
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
