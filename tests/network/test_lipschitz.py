@@ -290,6 +290,10 @@ def test_parts_without_a_bound_are_named(name: str) -> None:
         (lambda x: F.threshold(x, 0.5, 2.0), "'threshold'.*it jumps"),
         (lambda x: F.hardshrink(x), "'hardshrink'.*it jumps"),
         (lambda x: x.float(), "'_to_copy'.*it casts to torch.float32"),
+        (lambda x: F.dropout(x, training=True), "without randomness in evaluation mode"),
+        (lambda x: F.rrelu(x, training=True), "'rrelu_with_noise'.*it is random"),
+        (lambda x: x + torch.rand_like(x), "'rand_like'.*it is random"),
+        (lambda x: x + torch.rand(8).to(x), "without randomness in evaluation mode"),
         (lambda x: x.std(1), "'std'.*no bound is known"),
         (lambda x: 2 * x - x.detach(), "'detach'.*derivative that gradients see is another one"),
         (torch.no_grad()(lambda x: x + 1), "'add'.*it runs without gradients"),
@@ -343,6 +347,27 @@ def test_nothing_of_the_model_changes() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(len(m._forward_hooks) == 0 for m in model.modules())
+
+
+def test_other_arguments_are_held_fixed() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return factor * x.tanh()
+
+    result = cs.lipschitz_bound(Scaled(), (torch.zeros(1, 5), torch.tensor(3.0)))
+    assert result.upper == pytest.approx(3)
+    assert result.lower == pytest.approx(3, rel=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_wrappers_and_inference_mode() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(conv(), nn.ReLU(), conv()), torch.randn(1, 2, 6, 6)
+    value = upper(model, x)
+    assert upper(nn.DataParallel(model), x) == value
+    assert upper(torch.compile(model), x) == value
+    with torch.inference_mode():
+        assert upper(model, x + 0) == value
 
 
 def test_ascent_raises_the_lower_end() -> None:

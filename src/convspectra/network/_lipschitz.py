@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class LipschitzBound:
     layers: tuple[LipschitzLayer, ...]
     plain: float
     scaled: bool
-    at: Tensor
+    at: Tensor = field(repr=False)
 
     def __str__(self) -> str:
         rows = [
@@ -201,9 +201,9 @@ def lipschitz_bound(
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
     samples = _samples(x)
-    segment = Segment(model, samples[0], None, None, select, torch.float64)
-    first = segment.input()
     with torch.inference_mode(False):
+        segment = Segment(model, samples[0], None, None, select, torch.float64)
+        first = segment.input()
         with undisturbed(first.device):
             start, end = traced(segment.model, segment.inputs, segment.selected)
         lower, at = sharpest(model, samples, select, ascent)

@@ -103,7 +103,8 @@ class Call:
 
     Attributes
     ----------
-    func : operation
+    func : callable
+        The operation, by the names of its arguments.
     name : str
         Without its namespace, and without the underscore of one that writes in place.
     arguments : mapping
@@ -243,6 +244,8 @@ _UNBOUNDED = {
 _ATTENTION = ("a product of two arrays that both depend on the input, as in attention or a gate, "
               "has no constant")  # fmt: skip
 """The reason for products."""
+_RANDOM = "it is random in evaluation mode"
+"""The reason for noise."""
 _ADDITIONS = ("add", "sub", "rsub")
 """Sums of two arrays, the second times alpha."""
 _BATCH_NORMS = (
@@ -267,6 +270,8 @@ def rule_of(call: Call) -> Rule:
     special = _SPECIAL.get(name)
     if special is not None:
         return special(call)
+    if torch.Tag.nondeterministic_seeded in call.func.tags:
+        return Refused(_RANDOM)
     if name in _UNBOUNDED:
         return Refused(_UNBOUNDED[name])
     if name in _MOVES:
@@ -418,6 +423,8 @@ def _cast(call: Call) -> Rule:
 
 def _leaky(call: Call) -> Rule:
     a = call.arguments
+    if a.get("training", False):
+        return Refused(_RANDOM)
     slope = a["negative_slope"] if "negative_slope" in a else (a["lower"] + a["upper"]) / 2
     return Slopes(min(slope, 1.0), max(slope, 1.0))
 

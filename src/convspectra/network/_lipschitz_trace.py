@@ -404,7 +404,7 @@ class _Item:
     """One of the several results of an operation."""
 
     def __init__(self, func: torch._ops.OpOverload, i: int) -> None:
-        self._func, self._i = func, i
+        self._func, self._i, self.tags = func, i, func.tags
 
     def __call__(self, /, **arguments: Any) -> Tensor:
         return self._func(**arguments)[self._i]
