@@ -2,6 +2,7 @@ from . import matlab, penalties
 from .auditing import AuditReport, audit
 from .network import (
     GradientFlow,
+    GradientFlowMonitor,
     JacobianOperator,
     LipschitzBound,
     LipschitzLayer,
@@ -52,6 +53,7 @@ __all__ = [
     "DescentResult",
     "Explanation",
     "GradientFlow",
+    "GradientFlowMonitor",
     "JacobianOperator",
     "LayerReport",
     "LipschitzBound",

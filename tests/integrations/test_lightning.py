@@ -301,3 +301,96 @@ def test_the_real_one_trains_as_by_hand_and_resumes_bit_for_bit(pl, callback, tm
     for one, other in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
         assert torch.equal(one, other)
     assert second.regularizer.report() == spectral.regularizer.report()
+
+
+@pytest.fixture
+def flow(pl):
+    from convspectra.integrations.lightning import GradientFlowCallback
+
+    return GradientFlowCallback
+
+
+class Kept:
+    """A logger for Lightning that keeps what it gets."""
+
+    def __new__(cls, pl):
+        from lightning.pytorch.loggers.logger import Logger
+
+        class Keeper(Logger):
+            name = version = "kept"
+
+            def __init__(self):
+                super().__init__()
+                self.rows = []
+
+            def log_metrics(self, metrics, step=None):
+                flow = {k: v for k, v in metrics.items() if k.startswith("flow/")}
+                if flow:
+                    self.rows.append((step, flow))
+
+            def log_hyperparams(self, *args, **kwargs):
+                pass
+
+        return Keeper()
+
+
+def first_gradients(accumulate):
+    """Norms of the gradients at both outputs in the first step, and that of the second weight."""
+    net, squares = network(), [0.0, 0.0]
+    for batch in BATCHES[:accumulate]:
+        first = net[0](batch)
+        second = net[2](net[1](first))
+        loss = second.square().mean() / accumulate
+        parts = torch.autograd.grad(loss, [first, second], retain_graph=True)
+        squares = [s + float(g.square().sum()) for s, g in zip(squares, parts, strict=True)]
+        loss.backward()
+    return [s**0.5 for s in squares], float(net[2].weight.grad.norm())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradient_flow_is_that_of_the_steps(pl, flow, accumulate):
+    module, kept = make(pl), Kept(pl)
+    fit(
+        pl, module, flow(every=2), logger=kept, accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.01, log_every_n_steps=1,
+    )  # fmt: skip
+    steps = [step for step, _ in kept.rows]
+    assert steps == list(range(0, len(BATCHES) // accumulate, 2))
+    values = kept.rows[0][1]
+    outputs, weight = first_gradients(accumulate)
+    assert values["flow/net.0/gradient"] == pytest.approx(outputs[0], rel=1e-4)
+    assert values["flow/net.2/gradient"] == pytest.approx(outputs[1], rel=1e-4)
+    assert values["flow/net.2/weight_gradient"] == pytest.approx(weight, rel=1e-4)
+    assert not any(m._forward_hooks for m in module.modules())
+    assert_same(module.net, fitted_without(pl, accumulate))
+
+
+def fitted_without(pl, accumulate):
+    module = make(pl)
+    fit(pl, module, accumulate_grad_batches=accumulate, gradient_clip_val=0.01)
+    return module.net
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_flow_is_without_the_scale_of_fp16(pl, flow, fused):
+    rows = []
+    for scale in (1.0, 1024.0):
+        module, kept = make(pl, lambda p: torch.optim.SGD(p, lr=0.1, fused=fused)), Kept(pl)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+        fit(pl, module, flow(every=1), logger=kept, plugins=[plugin], log_every_n_steps=1)
+        rows.append(kept.rows[0][1])
+    assert rows[0] == pytest.approx(rows[1], rel=0.02)
+
+
+def test_the_ratio_alone_and_what_is_refused(pl, flow):
+    module, kept = make(pl), Kept(pl)
+    fit(pl, module, flow(per_layer=False), logger=kept, log_every_n_steps=3)
+    assert [(step, list(values)) for step, values in kept.rows] == [
+        (0, ["flow/first_over_last"]),
+        (3, ["flow/first_over_last"]),
+    ]
+    with pytest.raises(ValueError, match="expected every to be an integer"):
+        flow(every=0)
+    with pytest.raises(ValueError, match="expected optimizer to be one of the module's 1"):
+        fit(pl, make(pl), flow(optimizer=1))

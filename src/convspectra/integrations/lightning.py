@@ -1,4 +1,4 @@
-"""The regularizer as a callback of Lightning: ``pip install 'convspectra[lightning]'``."""
+"""Callbacks of Lightning, the regularizer among them: ``pip install 'convspectra[lightning]'``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from convspectra.integrations import _shared as shared
+from convspectra.network import GradientFlowMonitor
 from convspectra.training import SpectralRegularizer
 
 try:
@@ -158,14 +159,10 @@ class SpectralCallback(Callback):
         if self.decoupled:
             self.regularizer.step(self._learning_rate)
         self._learning_rate = None
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of Lightning's own logs
         period = self.log_every_n_steps or trainer.log_every_n_steps
-        if not period or (step + 1) % period:
+        if not period or (_steps(trainer) + 1) % period:
             return
-        values = shared.scalars(self.regularizer.report(), self.per_layer)
-        trainer.callback_metrics.update({key: torch.tensor(v) for key, v in values.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        _log(trainer, shared.scalars(self.regularizer.report(), self.per_layer))
 
     def _build(self, trainer: Any, pl_module: Any) -> SpectralRegularizer:
         """Run the example the way the trainer runs a batch: on its device, in its precision."""
@@ -181,6 +178,109 @@ class SpectralCallback(Callback):
         example = precision.convert_input(trainer.strategy.batch_to_device(example))
         with precision.forward_context():
             return SpectralRegularizer(pl_module, example, **self.options)
+
+
+class GradientFlowCallback(Callback):
+    """Logs `GradientFlowMonitor`: gradients at layers, and the first one's over the last one's.
+
+    Parameters
+    ----------
+    every : int, optional
+        Steps of the optimizer from one record to the next; by default as often as the trainer logs.
+    per_layer : bool
+        Whether to log the norms of every layer, ``flow/<layer>/gradient`` and
+        ``flow/<layer>/weight_gradient``, beside ``flow/first_over_last``.
+    optimizer : int
+        Which of ``trainer.optimizers`` counts as a step, where there are several.
+
+    Attributes
+    ----------
+    monitor : GradientFlowMonitor or None
+        There while training runs.
+
+    Raises
+    ------
+    ValueError
+        If `every` is no integer of at least 1 or None; when training starts, for a module with
+        fewer than two layers or an optimizer that is not there.
+
+    Notes
+    -----
+    Norms are those of the step's own gradients, accumulated batches included, before clipping and
+    with the scale of fp16 taken off.
+
+    Examples
+    --------
+    >>> GradientFlowCallback(every=50).every
+    50
+    """
+
+    def __init__(
+        self, every: int | None = None, *, per_layer: bool = True, optimizer: int = 0
+    ) -> None:
+        shared.check_period("every", every)
+        self.every = every
+        self.per_layer = per_layer
+        self.optimizer = optimizer
+        self.monitor: GradientFlowMonitor | None = None
+        self._values: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the hooks on the module."""
+        if not 0 <= self.optimizer < len(trainer.optimizers):
+            raise ValueError(
+                f"expected optimizer to be one of the module's {len(trainer.optimizers)}, counted "
+                f"from 0, got {self.optimizer}"
+            )
+        every = self.every or trainer.log_every_n_steps
+        if every:
+            self.monitor = GradientFlowMonitor(pl_module, every)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Count the step, and keep what it recorded."""
+        if self.monitor is None or optimizer is not trainer.optimizers[self.optimizer]:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        values = self.monitor.step(scale)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # it takes the scale off itself
+            for key in values:
+                if key.endswith("/weight_gradient"):
+                    values[key] /= scale
+        self._values = values
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was recorded, at the step that Lightning's own logs have."""
+        values, self._values = self._values, {}
+        if values:
+            ratio = {k: v for k, v in values.items() if k == "flow/first_over_last"}
+            _log(trainer, values if self.per_layer else ratio)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the hooks off."""
+        self._remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.monitor is not None:
+            self.monitor.remove()
+            self.monitor = None
+
+
+def _steps(trainer: Any) -> int:
+    """The axis of Lightning's own logs."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _log(trainer: Any, values: dict[str, float]) -> None:
+    trainer.callback_metrics.update({key: torch.tensor(v) for key, v in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=_steps(trainer))
 
 
 def _learning_rate(optimizer: Any) -> float:

@@ -1,5 +1,6 @@
 """Whole networks: Jacobians, gradient flow, Lipschitz bounds."""
 
+from convspectra.network._flow_monitor import GradientFlowMonitor
 from convspectra.network._flow_report import FlowLayer, GradientFlow
 from convspectra.network._gradient_flow import gradient_flow
 from convspectra.network._jacobian import JacobianOperator
@@ -10,6 +11,7 @@ __all__ = [
     "LEARNING_RATE_BUDGET",
     "FlowLayer",
     "GradientFlow",
+    "GradientFlowMonitor",
     "JacobianOperator",
     "LipschitzBound",
     "LipschitzLayer",
