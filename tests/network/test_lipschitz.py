@@ -165,11 +165,13 @@ def test_two_layers_by_hand() -> None:
         return float(np.linalg.norm(a, 2))
 
     whole, inner, outer = norm(second @ first) / 2, norm(first), norm(second)
-    terms = [whole, outer / 2 * inner]
-    beside = norm(np.hstack([second @ first / 2 / whole, second / outer])) * math.hypot(*terms)
+    together = (whole + outer / 2 * inner) ** 0.5
+    blocks = [second @ first / 2 / whole**0.5, second / 2 * (inner / (outer / 2)) ** 0.5]
+    beside = norm(np.hstack(blocks)) * together
     result = cs.lipschitz_bound(model, torch.zeros(1, 8), scaling=0, ascent=0)
     assert result.plain == pytest.approx(inner * outer, rel=1e-6)
-    assert result.upper == pytest.approx(min(inner * outer, sum(terms), beside), rel=1e-6)
+    assert result.upper == pytest.approx(beside, rel=1e-6)
+    assert beside < together**2 < inner * outer
     assert upper(model, torch.zeros(1, 8), expand=0) == pytest.approx(inner * outer, rel=1e-6)
 
 

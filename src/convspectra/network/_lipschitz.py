@@ -5,9 +5,13 @@ that of its input times a diagonal matrix of slopes, c I + r S with c and r the 
 width of their interval and S a diagonal matrix of norm at most 1. So what an array differs by is a
 sum ``sum_i T_i d_i`` over arrays behind activations, d_i known to be at most l_i, with T_i linear
 maps that go on through the middles c of the activations that are expanded. Its norm is at most
-``sum_i ||T_i|| l_i`` and at most ``||[T_1 / n_1, T_2 / n_2, ...]|| sqrt(sum_i (n_i l_i)^2)`` with
-n_i = ||T_i||. With no activation expanded it is the product of norms; each more gives another
-bound, and the least one is taken (Combettes and Pesquet 2020, for chains of averaged operators).
+
+    ||[s_1 T_1, s_2 T_2, ...]|| sqrt(sum_i (l_i / s_i)^2)  for any s_i > 0,
+
+and with s_i = sqrt(l_i / ||T_i||) that is at most ``sum_i ||T_i|| l_i``, since the square of the
+norm of blocks side by side is at most the sum of theirs. With no activation expanded that sum is
+the product of norms along a chain; each more gives another bound, and the least one is taken
+(Combettes and Pesquet 2020, for chains of averaged operators, with sums).
 
 References
 ----------
@@ -345,8 +349,10 @@ class Network:
         names = dict.fromkeys(term.norm.method for term in terms)
         total = sum(term.norm.upper * term.size for term in terms)
         if len(terms) > 1:
-            joint = SideBySide([t.map for t in terms], [1 / t.norm.upper for t in terms]).norm()
-            beside = joint.upper * math.hypot(*(t.norm.upper * t.size for t in terms))
+            factors = [math.sqrt(term.size / term.norm.upper) for term in terms]
+            joint = SideBySide([term.map for term in terms], factors).norm()
+            sizes = [term.size / s for term, s in zip(terms, factors, strict=True)]
+            beside = joint.upper * math.hypot(*sizes)
             if beside < total:
                 return beside, names | {joint.method: None}
         return total, names
