@@ -149,6 +149,35 @@ def test_writes_in_place() -> None:
     assert upper(Function(writes), x) == pytest.approx(linear_norm(Function(writes), x), rel=1e-9)
 
 
+def writes_its_constant(x: Tensor) -> Tensor:
+    factor = torch.ones(8, dtype=x.dtype)
+    y = x * factor
+    factor.mul_(2)
+    return y
+
+
+def writes_into_several(x: Tensor) -> Tensor:
+    y = [x * 2, x * 3]
+    torch._foreach_mul_(y, 5.0)
+    return y[0] + y[1]
+
+
+def fills(x: Tensor) -> Tensor:
+    y = x * 2
+    y[:, :4].fill_(x[0, 5])
+    return y
+
+
+def gives_out(x: Tensor) -> Tensor:
+    y = torch.empty(1, 8, dtype=x.dtype)
+    torch.mul(x, 2, out=y)
+    return y
+
+
+def branches(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda t: t * 1.0, lambda t: t * 2.0, (x,))
+
+
 def test_writes_over_its_input() -> None:
     model = Function(lambda x: x.mul_(3)[:, :1].sub_(x[:, 1:]))
     x = torch.ones(1, 2, 6, 6)
@@ -296,6 +325,12 @@ def test_parts_without_a_bound_are_named(name: str) -> None:
         (lambda x: F.rrelu(x, training=True), "'rrelu_with_noise'.*it is random"),
         (lambda x: x + torch.rand_like(x), "'rand_like'.*it is random"),
         (lambda x: x + torch.rand(8).to(x), "without randomness in evaluation mode"),
+        (writes_its_constant, "'mul', that is written to later"),
+        (writes_into_several, "_foreach_mul_.*it writes into an array that it is given"),
+        (fills, "'fill'.*no bound is known"),
+        (gives_out, "'mul'.*it writes into an array that it is given"),
+        (branches, "'cond'|cond.*take this choice out"),
+        (lambda x: F.celu(x, -1.0), "'celu'.*where alpha is negative"),
         (lambda x: x.std(1), "'std'.*no bound is known"),
         (lambda x: 2 * x - x.detach(), "'detach'.*derivative that gradients see is another one"),
         (torch.no_grad()(lambda x: x + 1), "'add'.*it runs without gradients"),

@@ -179,6 +179,7 @@ _LINEAR = frozenset((
     "_upsample_nearest_exact3d", "upsample_bilinear2d", "upsample_trilinear3d",
     "upsample_bicubic2d", "im2col", "_upsample_bilinear2d_aa", "col2im", "index_select", "index",
     "gather", "cumsum", "tril", "triu", "neg", "as_strided", "unfold", "diag_embed",
+    "slice_scatter", "select_scatter", "index_add", "scatter_add",
 ))  # fmt: skip
 """Other operations that are linear in their floating arrays, taken together."""
 
@@ -201,7 +202,6 @@ _SLOPES = {
     "silu": (-0.09983934, 1.09983934),
     "mish": (-0.1127, 1.0885),
     "softplus": (0.0, 1.0),
-    "celu": (0.0, 1.0),
     "hardtanh": (0.0, 1.0),
     "relu6": (0.0, 1.0),
     "hardswish": (-0.5, 1.5),
@@ -442,6 +442,12 @@ def _elu(call: Call) -> Rule:
     return Slopes(min(ends), max(ends))
 
 
+def _celu(call: Call) -> Rule:
+    if call.arguments["alpha"] <= 0:
+        return Refused("the slope of celu is not bounded where alpha is negative")
+    return Slopes(0.0, 1.0)
+
+
 def _threshold(call: Call) -> Rule:
     if call.arguments["threshold"] != call.arguments["value"]:
         return Refused("it jumps at its threshold")
@@ -516,6 +522,7 @@ _SPECIAL: dict[str, Callable[[Call], Rule]] = {
     "leaky_relu": _leaky,
     "rrelu_with_noise": _leaky,
     "_prelu_kernel": _prelu,
+    "celu": _celu,
     "elu": _elu,
     "threshold": _threshold,
     "maximum": _extremum,

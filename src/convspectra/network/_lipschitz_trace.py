@@ -41,6 +41,8 @@ _SEVERAL = ("split", "split_with_sizes", "unbind", "chunk")
 """Operations that give a list of arrays, each linear."""
 _LEAVES = ("tolist", "numpy", "__array__", "data_ptr")
 """Methods of a tensor that take it out of PyTorch."""
+_WRITES = "it writes into an array that it is given"
+"""The reason for results that are written elsewhere."""
 _WITHOUT_GRADIENT = (
     "it runs without gradients, in torch.no_grad() or in a function with a backward of its own: "
     "the derivative that gradients see may be another one"
@@ -109,8 +111,12 @@ class Tape(TorchDispatchMode):
         Names of weights by the address of their storage.
     """
 
+    supports_higher_order_operators = True  # to refuse them by name
+
     def __init__(self, x: Tensor, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._constants: list[tuple[Tensor, int, str]] = []
+        self._kept: list[Tensor] = []
         self.nodes: list[Node] = []
         self.frames: list[tuple[str, nn.Module]] = []
         self._names = names
@@ -129,13 +135,14 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Run one operation and note what it makes of the input."""
         kwargs = kwargs or {}
-        if self._silent or not isinstance(func, torch._ops.OpOverload):
+        if self._silent:
             return func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         sources = {id(t): node for t in given if (node := self.node(t)) is not None}
         self._label = self._place(given)
-        name = func._schema.name.split("::")[-1]
-        if sources and name in _TAKES_NUMBERS:
+        plain = isinstance(func, torch._ops.OpOverload)
+        name = func._schema.name.split("::")[-1] if plain else str(func)
+        if sources and (name in _TAKES_NUMBERS or not plain):
             raise ValueError(
                 f"expected operations that do not depend on the values of the input, got {name!r} "
                 f"in {self._where()}: the bound is to hold for every input; take this choice out"
@@ -199,26 +206,40 @@ class Tape(TorchDispatchMode):
         results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         tensors = tree_leaves(arguments)
         order = tuple(sources[id(t)] for t in tensors if isinstance(t, Tensor) and id(t) in sources)
-        into = bool(written) and name.endswith("_") and written[0] is arguments.get("self")
+        into = name.endswith("_") and bool(written) and isinstance(written[0], Tensor)
+        into = into and written[0] is arguments.get("self")
         base = name[:-1] if into else name
-        if into and base in ("zero", "fill"):
+        if into and base in ("zero", "fill") and list(sources) == [id(written[0])]:
             self._write(written[0], None)
             return
-        unclear = bool(written) and not into and any(id(t) in sources for t in written)
+        others = [t for t in tree_leaves(written[1:] if into else written) if isinstance(t, Tensor)]
+        for t in others:
+            self._write(t, self._add(base, t.shape, order, Refused(_WRITES)))
+        self._constants += [
+            (t, t._version, base)
+            for t in tensors
+            if isinstance(t, Tensor) and id(t) not in sources and all(t is not w for w in written)
+        ]
+        refused = any(isinstance(node.rule, Refused) for node in order)
         for i, t in enumerate(results):
-            if not t.numel():
+            if not t.numel() or any(t is other for other in others):
                 continue
-            refused = next((n for n in order if isinstance(n.rule, Refused)), None)
-            if refused is not None:
-                self._record(t, base, order, Refused("it reads what has no bound"), into)
-                continue
-            if not torch.is_grad_enabled():
-                rule: Rule = Refused(_WITHOUT_GRADIENT)
-            elif unclear or (written and not into and "out" in arguments):
-                rule = Refused("it writes into an array that it is given")
+            if refused:
+                rule: Rule = Refused("it reads what has no bound")
+            elif not torch.is_grad_enabled():
+                rule = Refused(_WITHOUT_GRADIENT)
             else:
                 rule = _rule(func, base, arguments, sources, results, i)
             self._record(t, base, order, rule, into and t is written[0])
+
+    def check_constants(self) -> None:
+        """Raise a ValueError if an array was read as a constant and written to afterwards."""
+        for t, version, name in self._constants:
+            if t._version != version:
+                raise ValueError(
+                    f"expected constants to stay as they are, got one of shape {tuple(t.shape)}, "
+                    f"read by operation {name!r}, that is written to later in the same pass"
+                )
 
     def _record(
         self, t: Tensor, name: str, inputs: tuple[Node, ...], rule: Rule, into: bool
@@ -243,6 +264,7 @@ class Tape(TorchDispatchMode):
         before = self._states.get(_address(t))
         version = 0 if before is None else before.version + 1
         self._states[_address(t)] = _State(node, _layout(t), before, version)
+        self._kept.append(t)  # so that its address is not used again
         if node is None:
             self._known.pop(id(t), None)
         else:
@@ -335,6 +357,7 @@ def traced(
         stack.enter_context(tape)
         output = select(model(x, *inputs[1:]))
         end = tape.node(output)
+        tape.check_constants()
     if end is None:
         raise ValueError("expected an output that depends on the input, got one that does not")
     for node in ancestors(end):
