@@ -84,7 +84,9 @@ def check(model: nn.Module, inputs: Tensor) -> None:
 def test_no_jacobian_is_above(name: str) -> None:
     model, _ = network(name, 1)
     torch.manual_seed(0)
-    check(model, 2 * torch.randn(500, 2, 6, 6))
+    # 10,030 of them altogether; the transposed layer has the most rows.
+    count = 150 if name == "transposed" else 520
+    check(model, 2 * torch.randn(count, 2, 6, 6))
 
 
 @pytest.mark.slow
@@ -375,8 +377,8 @@ def test_nothing_of_the_model_changes() -> None:
     x = torch.randn(2, 2, 6, 6)
     state, kept = copy.deepcopy(model.state_dict()), x.clone()
     random = torch.random.get_rng_state()
-    first = cs.lipschitz_bound(model, x, ascent=3)
-    second = cs.lipschitz_bound(model, x, ascent=3)
+    first = cs.lipschitz_bound(model, x, ascent=1)
+    second = cs.lipschitz_bound(model, x, ascent=1)
     assert (first.lower, first.upper) == (second.lower, second.upper)
     assert torch.equal(random, torch.random.get_rng_state())
     assert torch.equal(x, kept)
@@ -443,12 +445,12 @@ def test_scaled_channels_are_found(make: Callable[[], list[nn.Module]]) -> None:
     x = torch.randn(1, 20) if isinstance(model[0], nn.Linear) else torch.randn(1, 2, 6, 6)
     before = upper(model, x, expand=0)
     scaled_apart(model)
-    result = cs.lipschitz_bound(model, x, expand=0, scaling=150, ascent=0)
+    result = cs.lipschitz_bound(model, x, expand=0, scaling=100, ascent=0)
     assert result.scaled
     assert result.plain > 3 * before
     assert result.upper < 1.1 * before
     if isinstance(model[1], nn.ReLU):
-        check(model, 2 * torch.randn(200, *x.shape[1:]))
+        check(model, 2 * torch.randn(50, *x.shape[1:]))
 
 
 def test_channels_that_are_balanced_are_left() -> None:

@@ -20,11 +20,11 @@ from convspectra.spectra import svds
 
 APART = 1.0
 """Distance of the two points of a pair at the start, over the norm of the input. On seven random
-ReLU networks of 3 to 5 layers 30 steps raise the norm by 1.1 to 1.9 times; from 0.1 the pair sees
-fewer kinks, and rises less on five of them. At half of it the result is about the same."""
+ReLU networks of 3 to 5 layers, 30 steps from 0.1 find a lower norm on five of them: the pair sees
+fewer kinks. At half of it the norms are about the same."""
 RATE = 0.2
-"""Step of Adam, over the root mean square of the input: 0.05 rises less on four of those networks,
-and 0.5 about as much."""
+"""Step of Adam, over the root mean square of the input: with 0.05 the norm is lower on six of those
+networks, and with 0.5 about the same."""
 LOOKS = 5
 """Jacobians whose norms are taken on the way up, after equal numbers of steps. A choice."""
 STEP = 1e-6
