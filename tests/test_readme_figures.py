@@ -52,6 +52,16 @@ def test_random_layers() -> None:
     assert f"worst relative error {worst:.1e}" in line
 
 
+def test_lipschitz_constant_of_a_critic() -> None:
+    rows = measured("lipschitz")["rows"]
+    by = {row["who"]: row for row in rows if row["layer"] == "critic, spectral_norm"}
+    line = fact("[Lipschitz constant](docs/network.md) of a critic")
+    ours = by["convspectra"]
+    assert f"between {ours['lower']:.3g} and {ours['upper']:.3g} " in line
+    assert f"reshaped norms: {by['product of reshaped norms']['value']:.3g};" in line
+    assert f"ECLipsE-Fast: at most {by['ECLipsE-Fast']['value']:.3g})" in line
+
+
 def test_smallest_singular_value() -> None:
     line = fact("smallest singular value of a layer 64 -> 64")
     own, circular = (spectra(SQUARE, "sigma_min", who) for who in ("convspectra", "circular FFT"))
