@@ -458,3 +458,45 @@ def test_the_band_is_wider_where_layers_are_normalized(images: Tensor) -> None:
     flow = cs.gradient_flow(residual(0.3, norm=True), images)
     assert flow.band == (1e-3, 1e3)
     assert "and the band from 0.001 to 1000" in flow._repr_html_()
+
+
+class Scaled(nn.Module):
+    """Pre-activation blocks whose branches are scaled down."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(blocks))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + 0.05 * block(x.tanh())
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_small_factor_is_no_saturation(images: Tensor) -> None:
+    torch.manual_seed(0)
+    flow = cs.gradient_flow(Scaled(40), images)
+    assert flow.verdict == "healthy"
+    assert max(layer.saturated for layer in flow.layers) < 0.1
+    assert sum(flow.causes.values()) == pytest.approx(0, abs=0.2)
+
+
+def test_a_saturated_channel_is_seen_beside_others(images: Tensor) -> None:
+    model = isometric(nn.Tanh, 4)
+    with torch.no_grad():
+        model[2].bias[:4] = 3.0
+    layer = cs.gradient_flow(model, images).layers[1]
+    assert layer.saturated == pytest.approx(0.5, abs=0.05)
+
+
+def test_directions_are_blamed_where_gains_are_in_order(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = plain(nn.Tanh, None, 60)
+    assert not cs.prepare(model, images).healthy
+    flow = cs.gradient_flow(model, images)
+    assert flow.verdict == "exploding"
+    assert flow.causes["alignment"] > 1
+    assert flow.sentences[2].startswith("Gains are in order, directions are not: ")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ NORMALIZATION_TYPES = (
 )
 """Modules that are pieces of their own beside layers."""
 FLAT = 0.1
-"""A slope below this part of the channel's largest counts as saturated: that of tanh beyond 1.8.
-A choice."""
+"""A slope below this part of the largest counts as saturated: that of tanh beyond 1.8. A choice."""
 
 Call = Callable[[nn.Module], Any]
 """Runs a model on the images."""
@@ -86,11 +85,14 @@ class Piece:
 
 @dataclass
 class Gains:
-    """Root mean square gains of gradients: of pieces, and of what lies between two of them."""
+    """Root mean square gains of gradients: of pieces, and of what lies between two of them.
+
+    `slopes` has the largest slope behind each entry of a piece's output, over the ways from there.
+    """
 
     pieces: list[float]
     between: dict[tuple[int, int], float]
-    slopes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    slopes: dict[int, Tensor]
 
 
 @dataclass
@@ -235,7 +237,7 @@ class Pieces:
 
     def gains(self) -> Gains:
         """Gains of kernels, normalizations and all between them, for gradients of any direction."""
-        found = Gains([], {})
+        found = Gains([], {}, {})
         for i, piece in enumerate(self.all):
             found.pieces.append(_kernel(piece) if piece.is_layer else _probed(piece))
             sources = self._sources(piece.arriving)
@@ -244,16 +246,18 @@ class Pieces:
                 sources, self._back(piece.arriving, signs, sources), strict=True
             ):
                 found.between[source, i] = _norm(part) / piece.arriving.numel() ** 0.5
-                found.slopes[source, i] = part.abs()
+                size, before = part.abs(), found.slopes.get(source)
+                found.slopes[source] = size if before is None else torch.maximum(before, size)
         return found
 
-    def acts_on_numbers_alone(self, way: tuple[int, int], slopes: Tensor) -> bool:
-        """Whether the map along a way is diagonal: it gives the same slopes to all ones."""
-        arriving = self.all[way[1]].arriving
-        if arriving.numel() != slopes.numel():
+    def acts_on_numbers_alone(self, way: tuple[int, int]) -> bool:
+        """Whether the map along a way is diagonal: signs and ones then find the same slopes."""
+        source, arriving = way[0], self.all[way[1]].arriving
+        if arriving.numel() != self.all[source].output.numel():
             return False
-        (part,) = self._back(arriving, torch.ones_like(arriving), [way[0]])
-        return bool(torch.allclose(part.abs(), slopes, rtol=1e-6, atol=0))
+        (signs,) = self._back(arriving, random_signs(arriving), [source])
+        (ones,) = self._back(arriving, torch.ones_like(arriving), [source])
+        return bool(torch.allclose(signs.abs(), ones.abs(), rtol=1e-6, atol=0))
 
 
 def flow_through_cuts(ways: Mapping[tuple[int, int], float], count: int) -> list[float]:
@@ -332,16 +336,16 @@ def random_signs(like: Tensor) -> Tensor:
 def saturation(piece: Piece, slopes: Tensor) -> tuple[float, float]:
     """Share of channels without any slope, and of entries on a flat part of a curved activation.
 
-    Slopes are compared with the largest one in their channel: a constant factor is no saturation.
-    An activation that is flat on its negative side alone, as GELU, does not count.
+    Slopes are compared with the largest one, and only in channels where they vary: a constant
+    factor is no saturation. An activation that is flat on its negative side alone, as GELU, does
+    not count.
     """
     channels = slopes.movedim(piece.channel_axis, 0).flatten(1)
     largest = channels.amax(1, keepdim=True)
     dead = float((largest == 0).double().mean())
     smallest = torch.where(channels > 0, channels, math.inf).amin(1, keepdim=True)
     curved = largest > 1.01 * smallest
-    limit = FLAT * torch.where(curved & (largest < FLAT), torch.ones_like(largest), largest)
-    flat = (channels < limit) & (channels > 0)
+    flat = (channels < FLAT * largest.max()) & (channels > 0) & curved
     positive = piece.output.detach().movedim(piece.channel_axis, 0).flatten(1) > 0
     if bool(positive.any()) and not bool((flat & positive).any()):
         return dead, 0.0

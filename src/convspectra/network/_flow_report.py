@@ -76,8 +76,8 @@ class FlowLayer:
     dead : float
         Share of channels whose slope is 0 for every image.
     saturated : float
-        Share of entries with less than a tenth of their channel's largest slope; 0 for piecewise
-        linear activations.
+        Share of entries with less than a tenth of the largest slope; 0 for piecewise linear
+        activations.
     """
 
     name: str

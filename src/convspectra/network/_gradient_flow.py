@@ -246,12 +246,15 @@ class _Found:
 
     def __post_init__(self) -> None:
         self.count = len(self.passed.all)
+        self.batch = _batch(self.passed)
         self.names = [piece.name for piece in self.passed.all]
         self.flow = flow_through_cuts(self.gradients.ways, self.count)
         self.expected, self.expected_flow = predicted(self.gradients, self.gains)
         self.readers: dict[int, list[int]] = {}
+        self.sources: dict[int, list[int]] = {}
         for source, place in self.gains.between:
             self.readers.setdefault(source, []).append(place)
+            self.sources.setdefault(place, []).append(source)
         self.first, self.last = self.behind(self.layers[0]), self.behind(self.layers[-2])
         normalizations = self.count - len(self.layers)
         self.normalized = normalizations >= NORMALIZED * len(self.layers)
@@ -281,7 +284,7 @@ class _Found:
 
     def _row(self, i: int) -> FlowLayer:
         piece = self.passed.all[i]
-        moment, share, cosine = _statistics(piece.output.detach(), _batch(self.passed))
+        moment, share, cosine = _statistics(piece.output.detach(), self.batch)
         behind = self.behind(i)
         ways = [(behind, place) for place in self.readers.get(behind, [])]
         dead, saturated = self._flat(ways)
@@ -311,17 +314,13 @@ class _Found:
         readers = self.readers.get(i, [])
         alone = len(readers) == 1 and not self.passed.all[readers[0]].is_layer
         # What is added to something else on the way is no longer the layer's own.
-        return readers[0] if alone and self.sources(readers[0]) == [i] else i
-
-    def sources(self, place: int) -> list[int]:
-        """The pieces that one reads."""
-        return [source for source, reader in self.gains.between if reader == place]
+        return readers[0] if alone and self.sources[readers[0]] == [i] else i
 
     def layer_before(self, place: int) -> str:
         """Name of the last layer that one reads, through normalizations or not."""
-        sources = self.sources(place)
-        while sources and max(sources) not in self.layers:
-            sources = self.sources(max(sources))
+        sources = self.sources.get(place)
+        while sources and not self.passed.all[max(sources)].is_layer:
+            sources = self.sources.get(max(sources))
         return self.names[max(sources)] if sources else self.names[place]
 
     def _flat(self, ways: Sequence[tuple[int, int]]) -> tuple[float, float]:
@@ -329,11 +328,9 @@ class _Found:
         if not ways:
             return 0.0, 0.0
         piece = self.passed.all[ways[0][0]]
-        slopes = torch.stack([self.gains.slopes[way] for way in ways]).amax(0)
-        dead, saturated = saturation(piece, slopes)
-        if saturated and not all(
-            self.passed.acts_on_numbers_alone(way, self.gains.slopes[way]) for way in ways
-        ):
+        dead, saturated = saturation(piece, self.gains.slopes[ways[0][0]])
+        # The nearest reader stands for all: there are as many as blocks along a skip.
+        if saturated and not self.passed.acts_on_numbers_alone(ways[0]):
             saturated = 0.0
         return dead, saturated
 
@@ -342,9 +339,9 @@ class _Found:
         plain = self.unbiased or self.gains
         known = [
             self._change(plain, lambda i: False, False),
-            self._change(plain, lambda i: i not in self.layers, False),
-            self._change(plain, lambda i: i not in self.layers, True),
-            self._change(self.gains, lambda i: i not in self.layers, True),
+            self._change(plain, lambda i: not self.passed.all[i].is_layer, False),
+            self._change(plain, lambda i: not self.passed.all[i].is_layer, True),
+            self._change(self.gains, lambda i: not self.passed.all[i].is_layer, True),
             self._change(self.gains, lambda i: True, True),
             _log10(_ratio(self.flow[self.first], self.flow[self.last])),
         ]
@@ -402,7 +399,7 @@ def _gradient_verdict(found: _Found) -> _Verdict | None:
     kind = "exploding" if sign > 0 else "vanishing"
     if 2 * sum(gains.values()) >= steps[step]:
         place = max(gains, key=gains.__getitem__)
-        blamed = "kernel" if place in found.layers else "normalization"
+        blamed = "kernel" if found.passed.all[place].is_layer else "normalization"
         return _Verdict(kind, found.names[place], blamed, alone)
     return _Verdict(kind, found.layer_before(between[0]), "activation", alone)
 
@@ -415,7 +412,7 @@ def _collapse_verdict(found: _Found) -> _Verdict | None:
     begins = ""
     for place in reversed(found.layers[1:]):
         arriving = found.passed.all[place].arriving.detach()
-        if _statistics(arriving, _batch(found.passed))[1] >= COLLAPSED:
+        if _statistics(arriving, found.batch)[1] >= COLLAPSED:
             break
         begins = found.layer_before(place)
     else:
@@ -447,7 +444,7 @@ def _sentences(
     return (
         _what(rows, verdict, found),
         _why(rows, verdict, causes, found),
-        f"{_remedy(rows, verdict, found)}; then {rate}.",
+        f"{_remedy(rows, verdict, causes, found)}; then {rate}.",
     )
 
 
@@ -508,7 +505,9 @@ def _why(
     return ". ".join(part[:1].upper() + part[1:] for part in whole.split(". ")) + "."
 
 
-def _remedy(rows: Sequence[FlowLayer], verdict: _Verdict, found: _Found) -> str:
+def _remedy(
+    rows: Sequence[FlowLayer], verdict: _Verdict, causes: Mapping[str, float], found: _Found
+) -> str:
     prepare = "Call cs.prepare(model, images)"
     row = next((row for row in rows if row.name == verdict.begins), None)
     if verdict.alone and verdict.blamed == "kernel" and row is not None and row.kernel > 0:
@@ -520,6 +519,15 @@ def _remedy(rows: Sequence[FlowLayer], verdict: _Verdict, found: _Found) -> str:
                 f"{row.name!r}).weight.data.mul_({factor:.3g}), or before training "
                 "cs.prepare(model, images)"
             )
+    total = sum(causes.values())
+    if verdict.kind in ("vanishing", "exploding") and 2 * abs(causes["alignment"] - total) < abs(
+        total
+    ):
+        return (
+            "Gains are in order, directions are not: put shortcuts around blocks, or take ReLU and "
+            "even numbers of channels and call cs.prepare(model, images), whose mirrored kernels "
+            "keep them"
+        )
     normalized = any(not piece.is_layer for piece in found.passed.all)
     if normalized and verdict.kind != "saturated":
         return (

@@ -8,6 +8,7 @@ arXiv:1702.08591), so that it is isometric where a ReLU alone halves the directi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,5 +202,12 @@ def slope_spread(plan: IsometricPlan, activation: Activation | None, depth: int)
 
 def _gaussian_points(variance: float) -> tuple[Tensor, Tensor]:
     """Points and weights of the mean over a Gaussian of mean 0."""
+    points, weights = _standard_points()
+    return points * math.sqrt(variance), weights
+
+
+@functools.cache
+def _standard_points() -> tuple[Tensor, Tensor]:
+    """Points and weights for variance 1: each layer asks for them once for each of all layers."""
     points, weights = np.polynomial.hermite_e.hermegauss(QUADRATURE_POINTS)
-    return torch.from_numpy(points * math.sqrt(variance)), torch.from_numpy(weights / weights.sum())
+    return torch.from_numpy(points), torch.from_numpy(weights / weights.sum())
