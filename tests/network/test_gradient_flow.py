@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import convspectra as cs
+from convspectra.paper.images import load_digits
+from convspectra.paper.stable_gradients import Settings, plain_network
 
 DEPTH = 30
 
@@ -492,11 +495,54 @@ def test_a_saturated_channel_is_seen_beside_others(images: Tensor) -> None:
     assert layer.saturated == pytest.approx(0.5, abs=0.05)
 
 
-def test_directions_are_blamed_where_gains_are_in_order(images: Tensor) -> None:
+@pytest.mark.parametrize(("depth", "verdict"), [(5, "healthy"), (8, "exploding")])
+def test_directions_are_blamed_where_gains_are_in_order(depth: int, verdict: str) -> None:
     torch.manual_seed(0)
-    model = plain(nn.Tanh, None, 60)
-    assert not cs.prepare(model, images).healthy
+    model = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(depth)])
+    for layer in model:
+        nn.init.constant_(layer.weight, 0.25)  # of rank 1, gain 1 and norm 4
+    flow = cs.gradient_flow(model, torch.randn(4, 16) + 1)
+    assert flow.causes["kernels"] == pytest.approx(0, abs=1e-6)
+    assert flow.causes["alignment"] == pytest.approx((depth - 2) * math.log10(4), rel=1e-6)
+    assert flow.verdict == verdict
+    assert flow.band == (1e-3, 1e3)
+    if verdict == "exploding":
+        assert flow.sentences[2].startswith("Gains are in order, directions are not: ")
+
+
+def test_saturated_features_before_the_head_are_no_disease(images: Tensor) -> None:
+    model = isometric(nn.Tanh, 5)
+    with torch.no_grad():
+        model[6].weight.mul_(9)
     flow = cs.gradient_flow(model, images)
-    assert flow.verdict == "exploding"
-    assert flow.causes["alignment"] > 1
-    assert flow.sentences[2].startswith("Gains are in order, directions are not: ")
+    assert flow.layers[3].saturated > 0.25
+    assert flow.verdict == "healthy"
+    with torch.no_grad():
+        model[4].weight.mul_(9)
+    assert cs.gradient_flow(model, images).begins == "4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arm", "verdict"), [("He", "healthy"), ("prepare", "healthy"), ("default", "vanishing")]
+)
+def test_trained_networks_raise_no_alarm(arm: str, verdict: str) -> None:
+    pytest.importorskip("sklearn")
+    digits = load_digits()
+    model = plain_network(20, Settings(), (1, 8, 8), 10, arm)
+    if arm == "prepare":
+        cs.prepare(model, digits.train_images[:8])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.5e-3)
+    for step in range(150):
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(digits.train_images), (64,), generator=generator)
+        loss = nn.functional.cross_entropy(
+            model(digits.train_images[chosen]), digits.train_labels[chosen]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    guesses = model(digits.test_images).argmax(1)
+    accuracy = float((guesses == digits.test_labels).double().mean())
+    assert (accuracy > 0.85) == (verdict == "healthy")
+    assert cs.gradient_flow(model, digits.test_images[:32]).verdict == verdict

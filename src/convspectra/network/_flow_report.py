@@ -116,7 +116,8 @@ class GradientFlow:
     sentences : tuple of str
         What it is, why, and what to do.
     band : (float, float)
-        Flow of gradients that counts as healthy: 0.1 to 10, or 0.001 to 1,000 with normalizations.
+        Flow of gradients that counts as healthy: 0.1 to 10; 0.001 to 1,000 with normalizations, or
+        where alignment makes most of the change.
 
     Examples
     --------

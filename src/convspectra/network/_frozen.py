@@ -105,7 +105,7 @@ def readable_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:300]
         raise ValueError(
             f"expected a {where} that runs, got {type(error).__name__}: {text}"
         ) from error
