@@ -59,7 +59,7 @@ def naive_dense(
     shape, columns = tuple(input_shape), math.prod(input_shape)
     if columns < 1:
         raise ValueError(f"expected an input_shape of positive integers, got {shape}")
-    like = next(module.parameters(), torch.empty(0))
+    like = next(module.parameters(), torch.empty(0, device="cpu"))
     offset = module(like.new_zeros(1, *shape)).flatten()
     needed = (offset.numel() + columns) * columns * like.element_size()
     if needed > max_bytes:

@@ -28,13 +28,14 @@ from convspectra.models import (
     divide_among_ranks,
     named_operators,
 )
-from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer
+from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer, not_compiled
 from convspectra.text import sizes
 
 Progress = Callable[[LayerAudit, float], None]
 """Called with every finished layer and the part of the whole work that is done by then."""
 
 
+@not_compiled
 def audit(
     model: nn.Module,
     example_input: Any,

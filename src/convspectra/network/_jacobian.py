@@ -26,6 +26,7 @@ from convspectra.operator import (
     check_bytes,
     check_choice,
     scipy_operator,
+    with_gradients,
 )
 
 METHODS = ("auto", "forward", "double backward")
@@ -99,6 +100,7 @@ class JacobianOperator:
     torch.Size([3, 2, 8, 8])
     """
 
+    @with_gradients
     def __init__(
         self,
         model: nn.Module,
@@ -219,7 +221,7 @@ class JacobianOperator:
         product = self.apply_adjoint if wide else self.apply
         blocks = []
         for first in range(0, side, AT_ONCE):
-            unit = torch.zeros(min(AT_ONCE, side - first), side, dtype=self.dtype)
+            unit = torch.zeros(min(AT_ONCE, side - first), side, dtype=self.dtype, device="cpu")
             unit[:, first:].fill_diagonal_(1)
             units = unit.to(self.device).reshape(-1, *shape)
             blocks.append(product(units).reshape(len(units), -1))
@@ -254,6 +256,7 @@ class JacobianOperator:
 class _Products:
     """Both products at one input, with the graph of one pass kept for those of reverse mode."""
 
+    @with_gradients
     def __init__(
         self, segment: Segment, dtype: torch.dtype, device: torch.device, method: str
     ) -> None:
@@ -286,11 +289,13 @@ class _Products:
         self._linear: tuple[Tensor, Tensor] | None = None
         self.method = self._working(method)
 
+    @with_gradients
     def forward(self, t: Tensor) -> Tensor:
         """J t for a batch."""
         name = self.method
         return self._batch(t, name, self._jvp if name == "forward" else self._double_backward)
 
+    @with_gradients
     def reverse(self, y: Tensor) -> Tensor:
         """J' y for a batch."""
         return self._batch(y, "reverse", self._vjp)

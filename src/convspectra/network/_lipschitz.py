@@ -38,6 +38,7 @@ from convspectra.network._lipschitz_rules import Linear, Slopes
 from convspectra.network._lipschitz_scaling import channel_factors
 from convspectra.network._lipschitz_trace import Node, traced
 from convspectra.network._segment import Segment, Selector
+from convspectra.operator import not_compiled, with_gradients
 from convspectra.text import text_table
 
 WORTHWHILE = 0.99
@@ -137,6 +138,8 @@ class LipschitzBound:
         )
 
 
+@not_compiled
+@with_gradients
 def lipschitz_bound(
     model: nn.Module,
     x: Any,
@@ -205,14 +208,13 @@ def lipschitz_bound(
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
     samples = _samples(x)
-    with torch.inference_mode(False):
-        segment = Segment(model, samples[0], None, None, select, torch.float64)
-        first = segment.input()
-        with undisturbed(first.device):
-            start, end = traced(segment.model, segment.inputs, segment.selected)
-        lower, at = sharpest(model, samples, select, ascent)
-        with undisturbed(first.device):
-            upper, plain, layers, factors = _upper(start, end, first, expand, scaling)
+    segment = Segment(model, samples[0], None, None, select, torch.float64)
+    first = segment.input()
+    with undisturbed(first.device):
+        start, end = traced(segment.model, segment.inputs, segment.selected)
+    lower, at = sharpest(model, samples, select, ascent)
+    with undisturbed(first.device):
+        upper, plain, layers, factors = _upper(start, end, first, expand, scaling)
     return LipschitzBound(lower, upper, tuple(layers), plain, bool(factors), at)
 
 

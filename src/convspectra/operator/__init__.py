@@ -75,6 +75,7 @@ from convspectra.operator._structure import (
     is_square_toeplitz,
     is_wide,
 )
+from convspectra.operator._surroundings import not_compiled, with_gradients
 
 __all__ = [
     "CONVOLUTION_TYPES",
@@ -125,6 +126,7 @@ __all__ = [
     "kernel_to_weight",
     "ldexp",
     "normalized",
+    "not_compiled",
     "pad",
     "phase_lengths",
     "polyphase",
@@ -140,5 +142,6 @@ __all__ = [
     "to_grid",
     "to_phases",
     "weight_to_kernel",
+    "with_gradients",
     "without_unread_taps",
 ]

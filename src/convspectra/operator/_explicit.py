@@ -111,7 +111,7 @@ def scipy_operator(
     like: Tensor,
 ) -> LinearOperator:
     """A SciPy operator on flat NumPy columns from batched maps on tensors typed as `like`."""
-    dtype = torch.zeros((), dtype=like.dtype).numpy().dtype
+    dtype = torch.zeros((), dtype=like.dtype, device="cpu").numpy().dtype
 
     def on_columns(
         function: Callable[[Tensor], Tensor], shape: tuple[int, ...]

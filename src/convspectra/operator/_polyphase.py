@@ -62,7 +62,7 @@ def phase_lengths(op: ConvOperator) -> Tensor:
         [-(-(n - phase) // s) for n, s, phase in zip(g.input_size, g.stride, phases, strict=True)]
         for phases in itertools.product(*map(range, g.stride))
     ]
-    return torch.tensor(lengths).repeat(op.weight.shape[1], 1).T.contiguous()
+    return torch.tensor(lengths, device="cpu").repeat(op.weight.shape[1], 1).T.contiguous()
 
 
 def to_phases(op: ConvOperator, x: Tensor) -> Tensor:

@@ -192,8 +192,8 @@ def _transforms(products: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _vandermonde(products: int, columns: int) -> Tensor:
     """Powers of the points, (n, columns); infinity has the leading coefficient."""
-    points = torch.tensor(POINTS[products], dtype=torch.float64)
-    finite = points[:, None] ** torch.arange(columns, dtype=torch.float64)
-    infinity = torch.zeros(1, columns, dtype=torch.float64)
+    points = torch.tensor(POINTS[products], dtype=torch.float64, device="cpu")
+    finite = points[:, None] ** torch.arange(columns, dtype=torch.float64, device="cpu")
+    infinity = torch.zeros(1, columns, dtype=torch.float64, device="cpu")
     infinity[0, -1] = 1
     return torch.cat([finite, infinity])

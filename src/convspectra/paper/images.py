@@ -48,9 +48,9 @@ def load_digits(test_images: int = 397, seed: int = 0) -> ImageSet:
             "a folder in the format of MNIST with --data"
         ) from error
     pixels, labels = load_sklearn_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    targets = torch.tensor(labels, dtype=torch.int64)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images = torch.tensor(pixels, dtype=torch.float32, device="cpu").reshape(-1, 1, 8, 8)
+    targets = torch.tensor(labels, dtype=torch.int64, device="cpu")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     held, kept = order[:test_images], order[test_images:]
     return _standardized(
         "scikit-learn digits, 8 x 8", images[kept], targets[kept], images[held], targets[held]
@@ -76,10 +76,10 @@ def load_mnist_format(folder: Path) -> ImageSet:
                 f"expected as many {prefix} labels as images in {folder}, got {len(labels)} "
                 f"labels for {len(images)} images"
             )
-        pixels = torch.tensor(images, dtype=torch.float32)[:, None]
+        pixels = torch.tensor(images, dtype=torch.float32, device="cpu")[:, None]
         if pixels.shape[-1] == 2 * POOLED_SIZE:
             pixels = torch.nn.functional.avg_pool2d(pixels, 2)
-        parts += [pixels, torch.tensor(labels, dtype=torch.int64)]
+        parts += [pixels, torch.tensor(labels, dtype=torch.int64, device="cpu")]
     height, width = parts[0].shape[-2:]
     return _standardized(f"{folder.name}, {height} x {width}", *parts)
 

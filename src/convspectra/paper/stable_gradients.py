@@ -146,7 +146,7 @@ def _train(arm: str, depth: int, images: ImageSet, settings: Settings, progress:
     for step in range(1, settings.steps + 1):
         network.train()
         chosen = torch.randint(
-            len(images.train_images), (settings.batch_size,), generator=generator
+            len(images.train_images), (settings.batch_size,), generator=generator, device="cpu"
         )
         loss = cross_entropy(network(images.train_images[chosen]), images.train_labels[chosen])
         optimizer.zero_grad()

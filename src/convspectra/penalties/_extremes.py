@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convspectra.operator import ConvOperator, check_band, check_gain, check_type
+from convspectra.operator import ConvOperator, check_band, check_gain, check_type, not_compiled
 from convspectra.penalties._spectrum import frobenius
 from convspectra.solvers import differentiable_once
 from convspectra.spectra import ConvergenceError, check_count, svds
@@ -29,6 +29,7 @@ CLUSTER_LIMIT = 64
 """Copies of a repeated value after which no more are looked for."""
 
 
+@not_compiled
 def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
     """-sigma_min(M); for k > 1, minus the mean of the k smallest singular values.
 
@@ -71,6 +72,7 @@ def sigma_min(op: ConvOperator, k: int = 1) -> Tensor:
     return -_extreme_values(op, k, "SM").mean()
 
 
+@not_compiled
 def sigma_max(op: ConvOperator, k: int = 1) -> Tensor:
     """sigma_max(M), the operator norm; for k > 1, the mean of the k largest singular values.
 
@@ -85,6 +87,7 @@ def sigma_max(op: ConvOperator, k: int = 1) -> Tensor:
     return _extreme_values(op, k, "LM").mean()
 
 
+@not_compiled
 def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
     """1/2 ||M||_F^2 - n gain sigma_min(M) with n = min(rows, columns), at least -n gain^2 / 2.
 
@@ -117,6 +120,7 @@ def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
     return frobenius(op) + gain * min(op.shape) * sigma_min(op)
 
 
+@not_compiled
 def cond(op: ConvOperator) -> Tensor:
     """The logarithm of the condition number, log sigma_max(M) - log sigma_min(M).
 
@@ -151,6 +155,7 @@ def cond(op: ConvOperator) -> Tensor:
     return (_extreme_values(op, 1, "LM").log() - smallest.log()).sum()
 
 
+@not_compiled
 def band(
     op: ConvOperator, lower: float = 0.5, upper: float = 2.0, k: int = 1, gain: float = 1.0
 ) -> Tensor:

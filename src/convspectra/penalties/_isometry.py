@@ -12,10 +12,12 @@ from convspectra.operator import (
     check_type,
     isometric_taps,
     isometric_target,
+    not_compiled,
     squared_frobenius_norm,
 )
 
 
+@not_compiled
 def isometry(
     op: ConvOperator,
     *,

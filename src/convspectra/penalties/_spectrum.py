@@ -13,12 +13,14 @@ from convspectra.operator import (
     IntArray,
     check_gain,
     check_type,
+    not_compiled,
     squared_frobenius_norm,
 )
 from convspectra.spectra import logabsdet
 from convspectra.torus import angles, half_count, half_multiplicity, symbols
 
 
+@not_compiled
 def frobenius(op: ConvOperator) -> Tensor:
     """1/2 ||M||_F^2.
 
@@ -45,6 +47,7 @@ def frobenius(op: ConvOperator) -> Tensor:
     return 0.5 * squared_frobenius_norm(op.weight.double(), op.geometry)
 
 
+@not_compiled
 def stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
     """Stein's loss ``sum_i (t_i^2 / 2 - log t_i - 1/2)``, t = s / gain, of the singular values s.
 
@@ -90,6 +93,7 @@ def stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
     return frobenius(op) / gain**2 - log_det - (0.5 - math.log(gain)) * min(op.shape)
 
 
+@not_compiled
 def circular_stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
     """Stein's loss of the layer wrapped around a torus: an approximation of `stein`.
 
@@ -148,6 +152,7 @@ def circular_stein(op: ConvOperator, gain: float = 1.0) -> Tensor:
     return loss * (min(op.shape) / count)
 
 
+@not_compiled
 def orthogonality(op: ConvOperator, gain: float = 1.0) -> Tensor:
     """||M'M - gain^2 I||_F^2 of the smaller Gram matrix: ``sum_i (s_i^2 - gain^2)^2``.
 

@@ -355,7 +355,7 @@ class _Recurrence:
 
     def vectors(self, coefficients: FloatArray) -> Tensor:
         """Combinations of the basis, orthonormal rows."""
-        weights = torch.tensor(coefficients.T.copy()).to(self._chunks[0])
+        weights = torch.tensor(coefficients.T.copy(), device="cpu").to(self._chunks[0])
         rows = self._chunks[0].new_zeros(len(weights), self._chunks[0].shape[1])
         for i, chunk in enumerate(self._chunks):
             part = weights[:, i * CHUNK : i * CHUNK + len(chunk)]

@@ -164,11 +164,11 @@ def tridiagonals(product: Callable[[Tensor], Tensor], start: Tensor, steps: int)
     rows, size = start.shape
     steps = min(steps, size)
     basis = start.new_zeros(rows, steps, size)
-    real = torch.zeros(2, rows, steps, dtype=torch.float64)
+    real = torch.zeros(2, rows, steps, dtype=torch.float64, device="cpu")
     eps = torch.finfo(start.dtype).eps
-    norm = torch.zeros(rows, dtype=torch.float64)
-    alive = torch.ones(rows, dtype=torch.bool)
-    last = torch.full((rows,), steps)
+    norm = torch.zeros(rows, dtype=torch.float64, device="cpu")
+    alive = torch.ones(rows, dtype=torch.bool, device="cpu")
+    last = torch.full((rows,), steps, device="cpu")
     q = start
     for j in range(steps):
         basis[:, j] = q

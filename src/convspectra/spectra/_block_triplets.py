@@ -266,7 +266,7 @@ def _null_vectors(
     free = torch.nonzero(covered.flatten() == 0).flatten()[:count]
     matvecs, converged = 0, True
     found = covered.new_zeros(len(free), covered.numel())
-    found[torch.arange(len(free)), free] = 1
+    found[torch.arange(len(free), device="cpu"), free] = 1
     for b, block in enumerate(blocks):
         rows, columns = block.op.shape
         spare = (rows - columns) if left else (columns - rows)

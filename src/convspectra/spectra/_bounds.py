@@ -17,11 +17,13 @@ from convspectra.operator import (
     independent_blocks,
     ldexp,
     normalized,
+    not_compiled,
     squared_frobenius_norm,
 )
 from convspectra.torus import circulant_norm_bound, gram_cost
 
 
+@not_compiled
 def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float:
     """A rigorous upper bound on sigma_max: what a certificate of a Lipschitz constant needs.
 
@@ -55,7 +57,7 @@ def norm_bound(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> float
     direct = scaled.T if scaled.transposed else scaled
     blocks = independent_blocks(direct)
     bound = max((_of_block(block.op, max_bytes) for block in blocks), default=0.0)
-    return float(ldexp(torch.tensor(bound, dtype=torch.float64), exponent))
+    return float(ldexp(torch.tensor(bound, dtype=torch.float64, device="cpu"), exponent))
 
 
 def tap_norm_bound(op: ConvOperator) -> float:

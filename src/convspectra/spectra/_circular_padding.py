@@ -245,9 +245,15 @@ def _largest_eigenvalue(product: Callable[[Tensor], LinearMap], like: Tensor) ->
         start = random_directions(len(chosen), order, like, generator)
         runs = tridiagonals(product(chosen), start, steps)
         rules = gauss_rules(runs, steps)
-        values = torch.tensor([rule.nodes[-1] for rule in rules], device=like.device)
-        residuals = torch.tensor([rule.residuals[-1] for rule in rules], device=like.device)
-        errors = torch.tensor([_error_of_largest(rule) for rule in rules], device=like.device)
+        values = torch.tensor(
+            [rule.nodes[-1] for rule in rules], dtype=torch.float64, device=like.device
+        )
+        residuals = torch.tensor(
+            [rule.residuals[-1] for rule in rules], dtype=torch.float64, device=like.device
+        )
+        errors = torch.tensor(
+            [_error_of_largest(rule) for rule in rules], dtype=torch.float64, device=like.device
+        )
         best = max(best, float(values.amax()))
         open_ = (values + residuals > best) & (errors > ACCURACY * best)
         if steps >= order or not bool(open_.any()):

@@ -21,6 +21,7 @@ from convspectra.operator import (
     check_type,
     is_circulant,
     normalized,
+    not_compiled,
 )
 from convspectra.solvers import SingularTriplets
 from convspectra.spectra._parts import Part, parts
@@ -88,6 +89,7 @@ class CountResult:
         return self.least
 
 
+@not_compiled
 def count(
     op: ConvOperator,
     lower: float = 0.0,

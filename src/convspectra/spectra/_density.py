@@ -25,6 +25,7 @@ from convspectra.operator import (
     check_positive_integer,
     is_circulant,
     normalized,
+    not_compiled,
 )
 from convspectra.solvers import (
     Tridiagonals,
@@ -103,6 +104,7 @@ class SpectralDensity:
     products: int
 
 
+@not_compiled
 def spectral_density(
     op: ConvOperator | LinearOperatorLike,
     bins: int = 60,

@@ -13,6 +13,7 @@ from convspectra.operator import (
     check_type,
     independent_blocks,
     normalized,
+    not_compiled,
 )
 from convspectra.spectra._auto import candidates, direct_ways
 from convspectra.spectra._request import Request
@@ -99,6 +100,7 @@ def _row(way: WayExplanation, block: BlockExplanation) -> dict[str, str]:
     }
 
 
+@not_compiled
 def explain(
     op: ConvOperator, which: str = "SM", *, k: int = 1, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> Explanation:

@@ -19,6 +19,7 @@ from convspectra.operator import (
     independent_blocks,
     ldexp,
     normalized,
+    not_compiled,
     scatter,
     without_unread_taps,
 )
@@ -31,6 +32,7 @@ RESIDUAL_LIMIT = 1e-2
 """Residual, relative to y, above which it refuses too: a choice, two digits of y are lost then."""
 
 
+@not_compiled
 def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     """The sum of the logarithms of the singular values, a 0-dim float64 tensor with gradient.
 
@@ -97,6 +99,7 @@ def _block_logabsdet(op: ConvOperator, max_bytes: int) -> Tensor:
     return last.logabsdet(op, max_bytes)
 
 
+@not_compiled
 def solve(
     op: ConvOperator, y: Tensor, adjoint: bool = False, *, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> Tensor:

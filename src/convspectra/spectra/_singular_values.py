@@ -21,6 +21,7 @@ from convspectra.operator import (
     check_type,
     ldexp,
     normalized,
+    not_compiled,
     squared_frobenius_norm,
 )
 from convspectra.solvers import SingularTriplets
@@ -111,6 +112,7 @@ class SVDResult:
     logabsdet: float | None
 
 
+@not_compiled
 def svds(
     op: ConvOperator | LinearOperatorLike,
     k: int = 1,
@@ -248,6 +250,7 @@ def svds(
     return _finish(scaled, triplets, method, exponent, return_singular_vectors)
 
 
+@not_compiled
 def sigma_max(
     op: ConvOperator | LinearOperatorLike,
     *,
@@ -283,6 +286,7 @@ def sigma_max(
     return float(_certified(op, "LM", method, tol, maxiter, generator, max_bytes).s[0])
 
 
+@not_compiled
 def sigma_min(
     op: ConvOperator | LinearOperatorLike,
     *,
@@ -318,6 +322,7 @@ def sigma_min(
     return float(_certified(op, "SM", method, tol, maxiter, generator, max_bytes).s[0])
 
 
+@not_compiled
 def cond(
     op: ConvOperator | LinearOperatorLike,
     *,
@@ -358,6 +363,7 @@ def cond(
     return float(largest.s[0]) / float(smallest.s[0])
 
 
+@not_compiled
 def svdvals(op: ConvOperator | LinearOperatorLike, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor:
     """All min(rows, columns) singular values, descending, float64.
 
@@ -387,6 +393,7 @@ def svdvals(op: ConvOperator | LinearOperatorLike, *, max_bytes: int = DEFAULT_M
     return ldexp(torch.linalg.svdvals(scaled.to_dense(max_bytes)), exponent)
 
 
+@not_compiled
 def frobenius_norm(op: ConvOperator) -> float:
     """||M||_F, from the weight and the tap counts alone.
 

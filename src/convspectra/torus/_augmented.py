@@ -186,7 +186,7 @@ class AugmentedFactorization:
 
 def _lengths(op: ConvOperator) -> Tensor:
     """How many points, from the first, each channel of K in a group has, (axes, channels)."""
-    outputs = torch.tensor(op.geometry.output_size)[:, None]
+    outputs = torch.tensor(op.geometry.output_size, device="cpu")[:, None]
     return torch.cat([outputs.expand(-1, op.weight.shape[0] // op.groups), phase_lengths(op)], 1)
 
 

@@ -271,7 +271,9 @@ def _tori(op: ConvOperator, lengths: Tensor | None) -> Iterator[CutTorus]:
 
 def _inside(op: ConvOperator, lengths: Tensor) -> Tensor:
     """1 at the points that a channel has, and 0 elsewhere, (channels, *input_size)."""
-    inside = torch.ones(op.weight.shape[1], dtype=op.dtype)
+    inside = torch.ones(op.weight.shape[1], dtype=op.dtype, device="cpu")
     for n, along in zip(op.geometry.input_size, lengths, strict=True):
-        inside = inside[..., None] * (torch.arange(n) < along.reshape(-1, *(1,) * inside.ndim))
+        inside = inside[..., None] * (
+            torch.arange(n, device="cpu") < along.reshape(-1, *(1,) * inside.ndim)
+        )
     return inside.repeat(op.groups, *(1,) * op.geometry.ndim).to(op.device)

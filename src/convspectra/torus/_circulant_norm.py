@@ -101,10 +101,10 @@ class _Cut:
         self.is_possible = self._border > 0 and (outputs or geometry.stride[axis] == 1)
         half = half_count(periods[-1], 0.0)
         grid = torch.stack(
-            torch.meshgrid(*(torch.arange(p) for p in periods), indexing="ij"), dim=-1
+            torch.meshgrid(*(torch.arange(p, device="cpu") for p in periods), indexing="ij"), dim=-1
         )
         mirrored = grid[..., -1] >= half
-        sizes = torch.tensor(periods)
+        sizes = torch.tensor(periods, device="cpu")
         grid = torch.where(mirrored[..., None], (sizes - grid) % sizes, grid)
         index = torch.zeros_like(grid[..., 0])
         for i, period in enumerate((*periods[:-1], half)):

@@ -50,7 +50,7 @@ class _Axis:
 
     def waves(self, theta: Tensor) -> Tensor:
         """exp(-i theta point) at these frequencies and the points of the border."""
-        angle = -theta[:, None] * torch.tensor(self.border, dtype=torch.float64)
+        angle = -theta[:, None] * torch.tensor(self.border, dtype=torch.float64, device="cpu")
         return torch.polar(torch.ones_like(angle), angle)
 
     def toeplitz(self, kernel: Tensor, rows: range, columns: range) -> Tensor:
@@ -143,7 +143,7 @@ class CutTorus:
         by_place = [frequencies[order.index(i)] for i in range(g.ndim)]
         symbol = symbols(op, by_place).permute(0, *(1 + i for i in order), -2, -1)
         # Inputs and outputs both begin at point 0 of the torus.
-        shift = torch.zeros((), dtype=torch.float64)
+        shift = torch.zeros((), dtype=torch.float64, device="cpu")
         for axis, theta in zip(self._axes, frequencies, strict=True):
             shift = shift[..., None] - axis.before * theta
         shift = torch.polar(torch.ones_like(shift), shift).to(symbol.device)
@@ -298,15 +298,17 @@ class CutTorus:
         The others are the interior's, or were cut out before.
         """
         axis = self._axes[cut]
-        out = torch.tensor(axis.border)[:, None] >= axis.lengths
+        out = torch.tensor(axis.border, device="cpu")[:, None] >= axis.lengths
         for later in self._axes[cut + 1 :]:
-            out = out.unsqueeze(-2) & (torch.arange(later.n)[:, None] < later.lengths)
+            out = out.unsqueeze(-2) & (torch.arange(later.n, device="cpu")[:, None] < later.lengths)
         return torch.nonzero(out.flatten()).flatten()
 
 
 def all_lengths(op: ConvOperator) -> Tensor:
     """The points of a layer that every channel of a group has, (axes, channels)."""
-    return torch.tensor(op.geometry.input_size)[:, None].expand(-1, op.weight.shape[1])
+    return torch.tensor(op.geometry.input_size, device="cpu")[:, None].expand(
+        -1, op.weight.shape[1]
+    )
 
 
 def order_of_cuts(periods: Sequence[int], lengths: Tensor) -> list[int]:

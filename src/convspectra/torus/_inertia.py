@@ -106,7 +106,7 @@ class InertiaTorus:
         symbol = symbols(layer, [frequencies[order.index(i)] for i in range(ndim)])
         symbol = symbol.permute(0, *(1 + i for i in order), -2, -1)
         # Outputs and inputs both begin at point 0 of the torus.
-        shift = torch.zeros((), dtype=torch.float64)
+        shift = torch.zeros((), dtype=torch.float64, device="cpu")
         for place, theta in zip(order, frequencies, strict=True):
             shift = shift[..., None] - layer.geometry.padding[place][0] * theta
         shift = torch.polar(torch.ones_like(shift), shift).to(symbol.device)
@@ -419,5 +419,5 @@ def inertia_cost(op: ConvOperator) -> InertiaCost:
 
 def channel_lengths(op: ConvOperator) -> Tensor:
     """How many points, from the first, each channel of K in a group has, (axes, channels)."""
-    outputs = torch.tensor(op.geometry.output_size)[:, None]
+    outputs = torch.tensor(op.geometry.output_size, device="cpu")[:, None]
     return torch.cat([outputs.expand(-1, op.weight.shape[0] // op.groups), phase_lengths(op)], 1)

@@ -25,7 +25,7 @@ def angles(period: int, phase: float = 0.0, count: int | None = None) -> Tensor:
 
     Functions on the cycle are multiplied by ``exp(2 pi i phase)`` as they go around.
     """
-    steps = torch.arange(period if count is None else count, dtype=torch.float64)
+    steps = torch.arange(period if count is None else count, dtype=torch.float64, device="cpu")
     return (steps + phase) * (2 * math.pi / period)
 
 
@@ -36,7 +36,7 @@ def half_count(period: int, phase: float) -> int:
 
 def half_multiplicity(period: int, phase: float) -> Tensor:
     """For how many of all frequencies each of those `half_count` stands, 1 or 2, float64."""
-    k = torch.arange(half_count(period, phase), dtype=torch.float64)
+    k = torch.arange(half_count(period, phase), dtype=torch.float64, device="cpu")
     own_mirror = torch.remainder(2 * (k + phase), period) == 0
     return 2.0 - own_mirror.double()
 
@@ -102,10 +102,10 @@ def _waves_of_taps(geometry: ConvGeometry, axis: int, theta: Tensor) -> Tensor:
 
     (frequencies, stride, taps), complex: Note [Polyphase].
     """
-    taps = torch.arange(geometry.kernel_size[axis]) * geometry.dilation[axis]
+    taps = torch.arange(geometry.kernel_size[axis], device="cpu") * geometry.dilation[axis]
     stride = geometry.stride[axis]
     waves = theta[:, None] * (taps // stride)
-    in_phase = torch.arange(stride)[:, None] == taps % stride
+    in_phase = torch.arange(stride, device="cpu")[:, None] == taps % stride
     return torch.polar(torch.ones_like(waves), waves)[:, None] * in_phase
 
 
@@ -150,7 +150,7 @@ def symbols_at(op: ConvOperator, frequencies: Tensor, max_bytes: int) -> Tensor:
     rows, columns = symbol_shape(op)
     size = 2 * weight.element_size() * op.groups * len(frequencies) * rows * columns
     check_bytes("the symbols", size, max_bytes)
-    table = torch.ones(len(frequencies), 1, 1, dtype=torch.complex128)
+    table = torch.ones(len(frequencies), 1, 1, dtype=torch.complex128, device="cpu")
     for axis, step in enumerate(torch.unravel_index(frequencies.cpu(), g.output_size)):
         of_axis = _waves_of_taps(g, axis, angles(g.output_size[axis])[step])
         table = torch.einsum("bsp,btq->bstpq", table, of_axis).flatten(3).flatten(1, 2)

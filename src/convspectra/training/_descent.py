@@ -30,7 +30,14 @@ import torch
 from torch import Tensor
 
 from convspectra import penalties
-from convspectra.operator import ConvOperator, check_choice, kernel_to_weight, weight_to_kernel
+from convspectra.operator import (
+    ConvOperator,
+    check_choice,
+    kernel_to_weight,
+    not_compiled,
+    weight_to_kernel,
+    with_gradients,
+)
 from convspectra.spectra import sigma_max, sigma_min
 
 ALGORITHMS = ("3.1", "3.2", "3.3")
@@ -84,6 +91,8 @@ class DescentResult:
         return self.status == "converged"
 
 
+@not_compiled
+@with_gradients
 def descend(
     kernel: Tensor,
     input_size: int | Sequence[int],

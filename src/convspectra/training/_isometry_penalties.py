@@ -112,7 +112,9 @@ class IsometryPenalties:
             form = frobenius_form(apart.flatten(0, 1), op.geometry, min(op.shape))
             form = form.reshape(apart.shape)
             values = 0.5 * (apart * form).flatten(1).sum(1, dtype=torch.float64)
-            scale = torch.tensor([factors[i] for i in chosen], device=values.device)
+            scale = torch.tensor(
+                [factors[i] for i in chosen], dtype=values.dtype, device=values.device
+            )
             total = total + (values * scale).sum()
             if moving:
                 for i, gradient in zip(chosen, form, strict=True):

@@ -43,7 +43,9 @@ from convspectra.operator import (
     frobenius_form,
     is_square_toeplitz,
     kernel_to_weight,
+    not_compiled,
     weight_to_kernel,
+    with_gradients,
 )
 from convspectra.spectra import direct_cost, frobenius_norm, svds
 from convspectra.training._descent import descend
@@ -114,6 +116,8 @@ class PreconditionedLayer:
         return before, after
 
 
+@not_compiled
+@with_gradients
 def precondition(
     model: nn.Module,
     example_input: Any,
@@ -252,7 +256,9 @@ def _refuse_unless_invertible(module: nn.Module, weight: Tensor) -> None:
         )
     before = {name: value.clone() for name, value in module.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
+    noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        weight
+    )
     asked = 1.5 * weight + weight.std() * noise
     try:
         _write(module, asked)

@@ -29,6 +29,8 @@ from convspectra.operator import (
     isometric_taps,
     isometric_target,
     normalized,
+    not_compiled,
+    with_gradients,
 )
 from convspectra.penalties import orthogonality
 from convspectra.spectra import frobenius_norm
@@ -138,6 +140,8 @@ class PreparationReport:
         )
 
 
+@not_compiled
+@with_gradients
 def prepare(
     model: nn.Module,
     images: Any,
@@ -315,7 +319,9 @@ def _gradient_ratio(model: nn.Module, images: Any, layers: Sequence[Layer]) -> f
                     f"expected the model to return a tensor, got {type(output).__name__}; wrap it"
                 )
             generator = torch.Generator().manual_seed(0)
-            direction = torch.randn(output.shape, generator=generator).to(output)
+            direction = torch.randn(
+                output.shape, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(output)
             found = torch.autograd.grad(
                 (output * direction).sum(), [outputs[end.name] for end in ends], allow_unused=True
             )

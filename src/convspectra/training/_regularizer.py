@@ -26,7 +26,13 @@ from convspectra.models import (
     signal_flow,
     unwrapped,
 )
-from convspectra.operator import ConvOperator, check_positive_integer, convolution_options
+from convspectra.operator import (
+    ConvOperator,
+    check_positive_integer,
+    convolution_options,
+    not_compiled,
+    with_gradients,
+)
 from convspectra.training._exact_penalties import Penalty
 from convspectra.training._fingerprint import Fingerprint, fingerprint
 from convspectra.training._gradients import Evaluation, Gradient, KnownGradient, give_gradient
@@ -181,6 +187,7 @@ class SpectralRegularizer:
     >>> loss.backward()
     """
 
+    @not_compiled
     def __init__(
         self,
         model: nn.Module,
@@ -246,6 +253,7 @@ class SpectralRegularizer:
         """How many times the weights had changed when the penalty was asked for."""
         return self._step
 
+    @not_compiled
     def __call__(self) -> Tensor:
         """The weighted sum over the layers as they stand now, a 0-dim tensor with gradient.
 
@@ -269,6 +277,8 @@ class SpectralRegularizer:
             [gradient and gradient.scaled(self._division.size) for gradient in gradients],
         )
 
+    @not_compiled
+    @with_gradients
     def add_gradient(self, scale: float = 1.0) -> float:
         """Add ``scale`` times the gradient to each ``.grad``; the weighted sum.
 
@@ -282,6 +292,8 @@ class SpectralRegularizer:
             )
         return float(value)
 
+    @not_compiled
+    @with_gradients
     def step(self, learning_rate: float) -> None:
         """Move the weights against the gradient, apart from the optimizer.
 
@@ -357,6 +369,8 @@ class SpectralRegularizer:
             penalties.contract(weights, rates)
         self._last, self._last_scale = None, self.weight * factor or self._last_scale
 
+    @not_compiled
+    @with_gradients
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
         self._weights()
@@ -364,6 +378,8 @@ class SpectralRegularizer:
             for i in self._division.own:
                 self._penalties.refresh(i, self._step)
 
+    @not_compiled
+    @with_gradients
     def report(self, *, settle: bool = True) -> RegularizerReport:
         """The knowledge of each layer, with its age and its enclosure; collective.
 
@@ -463,6 +479,7 @@ class SpectralRegularizer:
 
     # --- one evaluation --------------------------------------------------------------------------
 
+    @with_gradients
     def _evaluate(
         self, moving: bool, *, valued: bool = True, scale: float | None = None
     ) -> tuple[Tensor, dict[int, Tensor], Mapping[int, Gradient]]:

@@ -202,7 +202,7 @@ def _run(
 ) -> list[NamedOperator]:
     floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(floating, torch.float32)
-    inputs = tuple(torch.zeros(1, *shape, dtype=dtype) for shape in shapes)
+    inputs = tuple(torch.zeros(1, *shape, dtype=dtype, device="cpu") for shape in shapes)
     written = ", ".join(sizes((1, *shape)) for shape in shapes)
     with refusing(
         subject,

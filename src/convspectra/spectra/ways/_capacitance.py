@@ -45,7 +45,7 @@ class Capacitance(Way):
         """An LU factorization of the border matrix, from integers alone."""
         sides = zip(grid(op), grid_padding(op), strict=True)
         periods = [n + max(padding) for n, padding in sides]
-        lengths = torch.tensor(grid(op))[:, None].expand(-1, inputs_per_point(op))
+        lengths = torch.tensor(grid(op), device="cpu")[:, None].expand(-1, inputs_per_point(op))
         border = border_cost(periods, lengths)
         return Cost(op.groups * border.flops, float(op.groups * border.bytes))
 
