@@ -1,4 +1,4 @@
-"""What may surround a call, and must not change its numbers: no gradients, ``torch.compile``."""
+"""Surroundings of a call that must not change its numbers: gradients off, ``torch.compile``."""
 
 from __future__ import annotations
 
