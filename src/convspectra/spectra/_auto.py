@@ -24,6 +24,7 @@ from convspectra.spectra.ways import (
     GRAM,
     LANCZOS,
     LOBPCG,
+    TRIANGULAR,
     WAYS,
     WELL_CONDITIONED,
     Cost,
@@ -226,8 +227,9 @@ def direct_ways(op: ConvOperator, question: Question, max_bytes: int) -> list[Wa
     The dense matrix is first where it is small. Where it does not fit it is last: what the others
     cannot say is then refused with its size.
     """
-    if CIRCULANT.admits(op, question):
-        return [CIRCULANT]
+    for way in (CIRCULANT, TRIANGULAR):
+        if question in way.answers and way.admits(op, question):
+            return [way]
     if dense_work(op) <= SMALL_WORK:
         return [DENSE]
     able = [way for way in WAYS.values() if question in way.answers and way.admits(op, question)]

@@ -49,7 +49,8 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     -------
     Tensor
         -inf where M is rank deficient to working precision: a singular value of at most about
-        ``max(rows, columns) eps sigma_max``.
+        ``max(rows, columns) eps sigma_max``. Causal and masked layers have a determinant that a
+        single tap tells, however small their singular values are.
 
     Raises
     ------
@@ -60,7 +61,8 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     -----
     Cost: for zero padding one LU factorization of the border matrix of M or, where M is not square,
     of its augmented matrix, and one inversion of it for the gradient; for circular padding a QR
-    factorization of every symbol; else one of the dense M. The cheapest that fits is taken:
+    factorization of every symbol, for a causal or masked layer one of a tap; else one of the dense
+    M. The cheapest that fits is taken:
     ``explain(op, "logabsdet")`` tells which. Not twice differentiable: a second derivative raises.
 
     Examples

@@ -18,6 +18,7 @@ from convspectra.spectra.ways._lanczos import (
 )
 from convspectra.spectra.ways._lobpcg import Lobpcg
 from convspectra.spectra.ways._preconditioned import circulant_fits, circulant_helps
+from convspectra.spectra.ways._triangular import Triangular
 from convspectra.spectra.ways._way import (
     QUESTIONS,
     Cost,
@@ -34,6 +35,8 @@ GRAM = Gram()
 """The smaller Gram matrix."""
 CIRCULANT = Circulant()
 """The symbols of a circularly padded layer."""
+TRIANGULAR = Triangular()
+"""The diagonal block of a causal or masked layer, and substitution."""
 CAPACITANCE = Capacitance()
 """The exact inverse of a square zero-padded layer."""
 AUGMENTED = Augmented()
@@ -47,7 +50,17 @@ LOBPCG = Lobpcg()
 
 WAYS: dict[str, Way] = {
     way.name: way
-    for way in (DENSE, GRAM, CIRCULANT, CAPACITANCE, AUGMENTED, LANCZOS, DAVIDSON, LOBPCG)
+    for way in (
+        DENSE,
+        GRAM,
+        CIRCULANT,
+        TRIANGULAR,
+        CAPACITANCE,
+        AUGMENTED,
+        LANCZOS,
+        DAVIDSON,
+        LOBPCG,
+    )
 }
 """Every way by its name, direct ones first."""
 
@@ -61,6 +74,7 @@ __all__ = [
     "LANCZOS",
     "LOBPCG",
     "QUESTIONS",
+    "TRIANGULAR",
     "WAYS",
     "WELL_CONDITIONED",
     "Cost",
