@@ -110,6 +110,7 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
     "lipschitz_bound": lambda: on_model(
         lambda net, x: (b := cs.lipschitz_bound(net, x[:1], ascent=1)) and (b.lower, b.upper)
     ),
+    "gradient_flow": lambda: on_model(lambda net, x: str(cs.gradient_flow(net, x))),
     "precondition": lambda: changed(cs.precondition),
     "prepare": lambda: changed(cs.prepare),
     "descend": lambda: lambda: cs.descend(

@@ -278,7 +278,9 @@ def _steps(trainer: Any) -> int:
 
 
 def _log(trainer: Any, values: dict[str, float]) -> None:
-    trainer.callback_metrics.update({key: torch.tensor(v) for key, v in values.items()})
+    trainer.callback_metrics.update(
+        {key: torch.tensor(v, device="cpu") for key, v in values.items()}
+    )
     for logger in trainer.loggers:
         logger.log_metrics(values, step=_steps(trainer))
 

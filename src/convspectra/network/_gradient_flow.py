@@ -33,6 +33,7 @@ from convspectra.network._frozen import (
     undisturbed,
 )
 from convspectra.network._step_size import suggested_rate
+from convspectra.operator import not_compiled, with_gradients
 
 BAND = (0.1, 10.0)
 """Flow of gradients through a cut over that through the last one that counts as healthy: a choice,
@@ -61,6 +62,8 @@ random. Both passes do the same arithmetic in double precision; a choice far abo
 Loss = Callable[..., Tensor]
 
 
+@not_compiled
+@with_gradients
 def gradient_flow(model: nn.Module, images: Any, loss: Loss | None = None) -> GradientFlow:
     """Whether signals vanish, explode, collapse or saturate, where, why, and what to do.
 
