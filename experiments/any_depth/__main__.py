@@ -79,10 +79,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
 
 
 def code_version() -> str:
-    """The commit that the code is of, or the version of the package."""
-    command = ("git", "describe", "--always", "--dirty")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else cs.__version__
+    """The commit that the code is of, marked where files of code differ; else the version."""
+    commit, changed = (
+        subprocess.run(("git", *command), capture_output=True, text=True, check=False)
+        for command in (
+            ("describe", "--always"),
+            ("status", "--porcelain", "--untracked-files=no", "--", "*.py"),
+        )
+    )
+    if commit.returncode != 0:
+        return cs.__version__
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def read(path: Path) -> list[dict[str, str]]:
