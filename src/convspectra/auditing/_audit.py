@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from convspectra.auditing._environment import processor, versions
 from convspectra.auditing._findings import BAND, check_purpose
 from convspectra.auditing._journal import append_to_journal, journal_files, read_journal
 from convspectra.auditing._layer_audit import AuditOptions, audit_layer, cost, described
-from convspectra.auditing._record import Circumstances, LayerAudit
+from convspectra.auditing._record import Circumstances, Flow, LayerAudit
 from convspectra.auditing._report import AuditReport, report_of
 from convspectra.auditing._workers import answers
 from convspectra.models import (
@@ -28,6 +29,7 @@ from convspectra.models import (
     divide_among_ranks,
     named_operators,
 )
+from convspectra.network import GradientFlow, gradient_flow
 from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer, not_compiled
 from convspectra.text import sizes
 
@@ -50,6 +52,7 @@ def audit(
     progress: Progress | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     process_group: Any = DEFAULT_GROUP,
+    images: Any = None,
 ) -> AuditReport:
     """The conditioning of every convolution and linear layer of a model.
 
@@ -87,6 +90,9 @@ def audit(
         The layers are divided among its ranks, all of which return the same report; "default" is
         the group that ``torch.distributed`` was started with, if it was. With a journal each rank
         keeps its own, with its number at the end of the name, and reads those of all.
+    images : optional
+        A batch for `gradient_flow`: `report.flow` and `layer.gradient` then hold what signals and
+        gradients do, beside what the weights predict, and the findings rest on it.
 
     Returns
     -------
@@ -114,7 +120,8 @@ def audit(
     >>> [(layer.name, layer.shape, layer.applied.rank) for layer in report.layers]
     [('0', (288, 192), 192)]
     """
-    return audit_operators(
+    measured = None if images is None else gradient_flow(model, images)
+    report = audit_operators(
         named_operators(model, example_input),
         type(model).__name__,
         _shapes(example_input),
@@ -127,6 +134,15 @@ def audit(
         progress=progress,
         process_group=process_group,
     )
+    return report if measured is None else _with_flow(report, measured)
+
+
+def _with_flow(report: AuditReport, measured: GradientFlow) -> AuditReport:
+    """The same layers with their gradients, and the words about these."""
+    gradients = {layer.name: layer.relative for layer in reversed(measured.layers)}
+    layers = [replace(layer, gradient=gradients.get(layer.name)) for layer in report.layers]
+    flow = Flow(measured.verdict, measured.begins, measured.sentences)
+    return report_of(report.circumstances, layers, report.network.band, flow)
 
 
 def audit_operators(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from convspectra.auditing import _numbers as words
-from convspectra.auditing._record import Conditioning, Finding, LayerAudit, Network
+from convspectra.auditing._record import Conditioning, Finding, Flow, LayerAudit, Network
 from convspectra.auditing._shape_rank import rank_by_shape
 
 PURPOSES = ("training", "lipschitz", "invertible")
@@ -72,6 +72,7 @@ _LOST_IN_TRAINING = (
 )
 """The advice about small values where training is the purpose."""
 KINDS = (
+    _Kind("gradient flow", "", {"training": ""}, ("training",)),
     _Kind(
         "gradient explodes",
         "gradients from the output grow {range} times on their way back",
@@ -199,12 +200,16 @@ def summary(layers: Sequence[LayerAudit], band: tuple[float, float] = BAND) -> N
 
 
 def findings(
-    layers: Sequence[LayerAudit], purpose: str = "training", network: Network | None = None
+    layers: Sequence[LayerAudit],
+    purpose: str = "training",
+    network: Network | None = None,
+    flow: Flow | None = None,
 ) -> tuple[Finding, ...]:
     """One line for every kind of thing that a reader should know, alarms first.
 
     The gain of a single layer is an alarm only where the network does not make up for it, or where
-    what stands between the layers is not known.
+    what stands between the layers is not known. What was measured on images stands in the place of
+    what is predicted of the network.
 
     Raises
     ------
@@ -215,17 +220,22 @@ def findings(
     network = network or summary(layers)
     kinds = {kind.name: kind for kind in KINDS}
     groups: dict[tuple[str, str], list[_Trait]] = {}
-    for trait in (*_gradient_traits(layers, network), *itertools.chain(*map(_traits, layers))):
+    predicted = _gradient_traits(layers, network) if flow is None else ()
+    for trait in (*predicted, *itertools.chain(*map(_traits, layers))):
         if purpose in kinds[trait.kind].advice:
             groups.setdefault((trait.kind, trait.text), []).append(trait)
     found = [_finding(kinds[name], purpose, traits) for (name, _), traits in groups.items()]
-    if not network.chain and network.leaves_band is None:
+    if flow is not None and flow.verdict != "healthy" and purpose == "training":
+        what, _, advice = flow.sentences
+        found.append(Finding("gradient flow", what.rstrip("."), (flow.begins,), advice, True))
+    well = not network.chain and network.leaves_band is None
+    if well if flow is None else flow.verdict == "healthy":
         found = [_harmless(finding) for finding in found]
     order = [kind.name for kind in KINDS]
     return tuple(sorted(found, key=lambda f: (not f.alarm, order.index(f.kind), -len(f.layers))))
 
 
-def network_facts(network: Network) -> list[tuple[str, str]]:
+def network_facts(network: Network, flow: Flow | None = None) -> list[tuple[str, str]]:
     """The network as labels and texts."""
     which = "audited layers" if network.skipped else "layers"
     product = f"product of all sigma_max{' of the audited layers' if network.skipped else ''}"
@@ -242,6 +252,7 @@ def network_facts(network: Network) -> list[tuple[str, str]]:
     return [
         *found,
         (f"typical gain of a gradient {way}{folded}", _growth(network)),
+        *([("gradient flow on images", flow.verdict)] if flow else []),
         ("time", f"{network.seconds:.1f} s"),
     ]
 

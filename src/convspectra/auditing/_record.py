@@ -218,6 +218,8 @@ class LayerAudit:
     followed_by : tuple of str
         Activations and normalizations that act on the output before another layer does, except a
         batch normalization that is folded in.
+    gradient : float, optional
+        `FlowLayer.relative` of the first call, measured on images; None without any.
     """
 
     name: str
@@ -245,6 +247,7 @@ class LayerAudit:
     place: int = dataclasses.field(default=-1, metadata=ADDED_LATER)
     feeds: tuple[Feed, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
     followed_by: tuple[str, ...] = dataclasses.field(default=(), metadata=ADDED_LATER)
+    gradient: float | None = dataclasses.field(default=None, metadata=ADDED_LATER)
 
     @property
     def label(self) -> str:
@@ -273,7 +276,8 @@ class Finding:
     Attributes
     ----------
     kind : str
-        "gradient explodes", "gradient vanishes", "exploding", "growing", "vanishing", "expanding",
+        "gradient flow" (measured), "gradient explodes", "gradient vanishes" (predicted),
+        "exploding", "growing", "vanishing", "expanding",
         "singular", "ill-conditioned", "not square", "uncertain", "skipped" or "shape"
         (rank-deficient by shape).
     text : str
@@ -343,6 +347,24 @@ class Network:
     seconds: float
     folded: int = dataclasses.field(default=0, metadata=ADDED_LATER)
     chain: bool = dataclasses.field(default=True, metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The words of `gradient_flow` on images.
+
+    Attributes
+    ----------
+    verdict : {"healthy", "vanishing", "exploding", "collapsing", "saturated"}
+    begins : str
+        Name of the module where it begins; "" for a healthy network.
+    sentences : tuple of str
+        What it is, why, and what to do.
+    """
+
+    verdict: str
+    begins: str
+    sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convspectra.auditing import _findings as findings
 from convspectra.auditing import _table as audit_table
 from convspectra.auditing._findings import check_purpose
-from convspectra.auditing._record import Circumstances, Finding, LayerAudit, Network, decode, encode
+from convspectra.auditing._record import (
+    ADDED_LATER,
+    Circumstances,
+    Finding,
+    Flow,
+    LayerAudit,
+    Network,
+    decode,
+    encode,
+)
 from convspectra.auditing._rules import Violation, parse_rule, violations
 from convspectra.text import comma_separated, plain, text_table, write_whole
 
@@ -37,6 +46,8 @@ class AuditReport:
     network : Network
     findings : tuple of Finding
         What to look at first, in words.
+    flow : Flow, optional
+        The gradient flow on the images that were given.
 
     Examples
     --------
@@ -52,6 +63,7 @@ class AuditReport:
     layers: tuple[LayerAudit, ...]
     network: Network
     findings: tuple[Finding, ...]
+    flow: Flow | None = field(default=None, metadata=ADDED_LATER)
 
     def judged_for(self, purpose: str) -> AuditReport:
         """The same numbers with the findings for another purpose; nothing is computed again.
@@ -61,7 +73,7 @@ class AuditReport:
         purpose : "training", "lipschitz" or "invertible"
         """
         circumstances = replace(self.circumstances, purpose=purpose)
-        return report_of(circumstances, self.layers, self.network.band)
+        return report_of(circumstances, self.layers, self.network.band, self.flow)
 
     def check(self, *rules: str) -> tuple[Violation, ...]:
         """The layers that satisfy a rule, or of which that cannot be excluded.
@@ -146,7 +158,7 @@ class AuditReport:
             check_purpose(report.circumstances.purpose)
             if minor == SCHEMA_MINOR:
                 return report
-            return report_of(report.circumstances, report.layers, report.network.band)
+            return report_of(report.circumstances, report.layers, report.network.band, report.flow)
         older = decode(_Older, fields, "report")
         return report_of(older.circumstances, older.layers, older.network.band)
 
@@ -199,22 +211,26 @@ class AuditReport:
         # Here and not above: jinja2 takes longer to import than all the rest.
         from convspectra.auditing.html._page import page
 
-        facts = findings.network_facts(self.network)
-        return page(self.layers, facts, self.findings, self.circumstances)
+        facts = findings.network_facts(self.network, self.flow)
+        sentences = self.flow.sentences if self.flow else ()
+        return page(self.layers, facts, self.findings, self.circumstances, sentences)
 
     def _repr_html_(self) -> str:
         from convspectra.auditing.html._page import fragment
 
-        facts = findings.network_facts(self.network)
-        return fragment(self.layers, facts, self.findings, self.circumstances)
+        facts = findings.network_facts(self.network, self.flow)
+        sentences = self.flow.sentences if self.flow else ()
+        return fragment(self.layers, facts, self.findings, self.circumstances, sentences)
 
     def __str__(self) -> str:
         rows = [audit_table.table_row(layer) for layer in self.layers]
         columns = [column.name for column in audit_table.columns_for(self.layers)]
         incomplete = [] if self.circumstances.complete else [INCOMPLETE]
-        facts = [f"{label}: {text}" for label, text in findings.network_facts(self.network)]
+        network = findings.network_facts(self.network, self.flow)
+        facts = [f"{label}: {text}" for label, text in network]
         found = [f"{f.kind}: {f.line}" for f in self.findings]
-        lines = [*incomplete, *facts, "", *found]
+        measured = ["", *self.flow.sentences] if self.flow else []
+        lines = [*incomplete, *facts, *measured, "", *found]
         return "\n".join([text_table(columns, rows), "", *map(plain, lines)])
 
 
@@ -239,6 +255,7 @@ def report_of(
     circumstances: Circumstances,
     layers: Sequence[LayerAudit],
     band: tuple[float, float] = findings.BAND,
+    flow: Flow | None = None,
 ) -> AuditReport:
     """The report of these layers."""
     network = findings.summary(layers, band)
@@ -246,5 +263,6 @@ def report_of(
         circumstances,
         tuple(layers),
         network,
-        findings.findings(layers, circumstances.purpose, network),
+        findings.findings(layers, circumstances.purpose, network, flow),
+        flow,
     )

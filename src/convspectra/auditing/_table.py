@@ -30,6 +30,8 @@ class Column:
         From a layer to what is wrong with the number: "" for nothing.
     folded : bool
         Of the layer with its batch normalization folded in, and empty for the others.
+    measured : bool
+        Measured on images, and empty without any.
     """
 
     name: str
@@ -37,12 +39,14 @@ class Column:
     key: Callable[[LayerAudit], float | None] | None = None
     flag: Callable[[LayerAudit], str] = lambda layer: ""
     folded: bool = False
+    measured: bool = False
 
 
 def columns_for(layers: Sequence[LayerAudit]) -> tuple[Column, ...]:
-    """All columns, those of folded numbers only if there are any."""
+    """All columns, those of folded and of measured numbers only if there are any."""
     folded = any(layer.folded is not None for layer in layers)
-    return tuple(column for column in COLUMNS if folded or not column.folded)
+    measured = any(layer.gradient is not None for layer in layers)
+    return tuple(c for c in COLUMNS if (folded or not c.folded) and (measured or not c.measured))
 
 
 def table_row(layer: LayerAudit) -> dict[str, str]:
@@ -195,6 +199,12 @@ COLUMNS = (
         lambda layer: words.ABSENT if layer.gain is None else words.number(layer.gain),
         lambda layer: layer.gain,
     ),
+    Column(
+        "gradient",
+        lambda layer: words.ABSENT if layer.gradient is None else words.number(layer.gradient),
+        lambda layer: layer.gradient,
+        measured=True,
+    ),
     Column("rank", _rank, _of("applied", lambda numbers: numbers.rank, None)),
     _number("growth", _growth, lambda numbers: numbers.log_growth),
     Column(
@@ -213,6 +223,7 @@ COLUMN_IMPORTANCE = (
     "folded sigma_max",
     "folded sigma_min",
     "gain",
+    "gradient",
     "circular sigma_min",
     "type",
     "note",

@@ -57,6 +57,7 @@ def page(
     network: Sequence[tuple[str, str]],
     findings: Sequence[Finding],
     circumstances: Circumstances,
+    sentences: Sequence[str] = (),
 ) -> str:
     """The report as one HTML file.
 
@@ -72,6 +73,8 @@ def page(
     findings : sequence of Finding
         The most urgent ones first.
     circumstances : Circumstances
+    sentences : sequence of str
+        About what was measured on images.
 
     Returns
     -------
@@ -91,6 +94,7 @@ def page(
         anchors=_anchors(layers),
         kinds=_counts(entries),
         circumstances=circumstances,
+        sentences=sentences,
         plot=overview(layers),
         audited=sum(layer.applied is not None for layer in layers),
         with_findings=sum(bool(entry.alarms) for entry in entries),
@@ -106,9 +110,10 @@ def fragment(
     network: Sequence[tuple[str, str]],
     findings: Sequence[Finding],
     circumstances: Circumstances,
+    sentences: Sequence[str] = (),
 ) -> str:
     """The same page in a frame, for a notebook: its style and script stay inside."""
-    text = page(layers, network, findings, circumstances)
+    text = page(layers, network, findings, circumstances, sentences)
     return _environment().get_template("audit_frame.html").render(page=text)
 
 
