@@ -102,6 +102,9 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
     "count": lambda: lambda: int(cs.count(OP, 2.0, 3.1)),
     "spectral_density": lambda: lambda: cs.spectral_density(OP),
     "spectral_density quadrature": lambda: lambda: cs.spectral_density(OP, method="quadrature"),
+    "stable_rank": lambda: on_model(
+        lambda net, x: cs.stable_rank(cs.JacobianOperator(net, x[:1])).value
+    ),
     "explain": lambda: lambda: str(cs.explain(OP)),
     "audit": lambda: on_model(numbers_of_audit),
     "JacobianOperator": lambda: on_model(

@@ -19,6 +19,7 @@ from convspectra.spectra._singular_values import (
     svds,
     svdvals,
 )
+from convspectra.spectra._stable_rank import StableRank, stable_rank
 from convspectra.spectra.ways import glimpsed_ends
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Explanation",
     "SVDResult",
     "SpectralDensity",
+    "StableRank",
     "check_count",
     "circular_extremes",
     "circular_operator",
@@ -45,6 +47,7 @@ __all__ = [
     "sigma_min",
     "solve",
     "spectral_density",
+    "stable_rank",
     "svds",
     "svdvals",
     "tap_norm_bound",
