@@ -15,7 +15,7 @@ holds with twice their norm.
 References
 ----------
 R. Mathias (1998), "Quadratic residual bounds for the Hermitian eigenvalue problem", SIAM J. Matrix
-    Anal. Appl. 19.
+    Anal. Appl. 19, 541-550.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ found by Note [Deflation].
 References
 ----------
 C. C. Paige (1976), "Error analysis of the Lanczos algorithm for tridiagonalizing a symmetric
-    matrix", J. Inst. Maths Applics 18, 341-349.
+    matrix", J. Inst. Maths Applics 18, doi:10.1093/imamat/18.3.341.
 B. N. Parlett and D. S. Scott (1979), "The Lanczos algorithm with selective orthogonalization",
     Math. Comp. 33, doi:10.2307/2006037.
 """

@@ -9,7 +9,7 @@ A. V. Knyazev (2001), "Toward the optimal preconditioned eigensolver: locally op
     preconditioned conjugate gradient method", SIAM J. Sci. Comput. 23,
     doi:10.1137/S1064827500366124.
 U. Hetmaniuk and R. Lehoucq (2006), "Basis selection in LOBPCG", J. Comput. Phys. 218,
-    324-332.
+    doi:10.1016/j.jcp.2006.02.007.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def stable_rank(
     -----
     For Gaussian x, ``E ||A x||^2 = ||A||_F^2`` with the variance ``2 ||A'A||_F^2``, at most
     ``2 ||A||^2 ||A||_F^2`` (M. F. Hutchinson (1990), "A stochastic estimator of the trace of the
-    influence matrix for Laplacian smoothing splines", Commun. Stat. Simul. Comput. 19): the
-    standard error of a stable rank r is at most ``sqrt(2 r / probes)``.
+    influence matrix for Laplacian smoothing splines", Commun. Stat. Simul. Comput. 19,
+    doi:10.1080/03610919008812866): the standard error of a stable rank r is at most
+    ``sqrt(2 r / probes)``.
     Cost: that of the largest singular value, and `probes` products.
 
     Examples

@@ -12,7 +12,8 @@ cuts out any points, inverts it.
 
 References
 ----------
-Å. Björck (1967), "Iterative refinement of linear least squares solutions I", BIT 7.
+Å. Björck (1967), "Iterative refinement of linear least squares solutions I", BIT 7,
+    doi:10.1007/BF01939321.
 """
 
 from __future__ import annotations
