@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def sizes(entries: Sequence[int]) -> str:
@@ -29,6 +30,21 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Mapping[str, object]])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def data_frame(rows: Sequence[Mapping[str, object]]) -> Any:
+    """Rows as a pandas data frame.
+
+    Raises
+    ------
+    ImportError
+        Without pandas.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("a data frame takes pandas: pip install pandas") from error
+    return pandas.DataFrame(rows)
 
 
 def plain(text: str) -> str:

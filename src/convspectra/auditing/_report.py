@@ -22,7 +22,7 @@ from convspectra.auditing._record import (
     encode,
 )
 from convspectra.auditing._rules import Violation, parse_rule, violations
-from convspectra.text import comma_separated, plain, text_table, write_whole
+from convspectra.text import comma_separated, data_frame, plain, text_table, write_whole
 
 SCHEMA = "convspectra.audit"
 """The name by which a file is known to be an audit."""
@@ -201,11 +201,7 @@ class AuditReport:
         ImportError
             Without pandas.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("a data frame takes pandas: pip install pandas") from error
-        return pandas.DataFrame(self.records())
+        return data_frame(self.records())
 
     def _page(self) -> str:
         # Here and not above: jinja2 takes longer to import than all the rest.

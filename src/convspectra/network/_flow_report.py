@@ -11,7 +11,7 @@ from typing import Any
 
 from convspectra.figures import new_figure
 from convspectra.network._flow_page import flow_page, flow_section
-from convspectra.text import text_table, write_whole
+from convspectra.text import data_frame, text_table, write_whole
 
 COLLAPSED = 0.01
 """Share of the second moment that depends on the image below which images count as the same: their
@@ -166,11 +166,7 @@ class GradientFlow:
         ImportError
             Without pandas.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("a data frame takes pandas: pip install pandas") from error
-        return pandas.DataFrame(self.records())
+        return data_frame(self.records())
 
     def to_json(self, path: str | Path) -> None:
         """Write everything as JSON; numbers that are not finite are written as null."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,3 +110,12 @@ def readable_errors(where: str) -> Iterator[None]:
         raise ValueError(
             f"expected a {where} that runs, got {type(error).__name__}: {text}"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No word of what PyTorch's transforms do inside: they load scripts and batch by loops."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        warnings.filterwarnings("ignore", ".torch.jit", DeprecationWarning)
+        yield

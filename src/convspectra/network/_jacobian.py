@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from convspectra.network._frozen import readable_errors, undisturbed
+from convspectra.network._frozen import quiet, readable_errors, undisturbed
 from convspectra.network._segment import Segment, Selector
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
@@ -315,7 +314,7 @@ class _Products:
         def along(direction: Tensor) -> Tensor:
             return torch.func.jvp(self._segment, (z,), (direction,))[1]
 
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             if not batched:
                 return along(t.reshape(z.shape))
             directions = t.reshape(-1, *z.shape)
@@ -372,7 +371,7 @@ class _Products:
 def _derivative(output: Tensor, input_: Tensor, y: Tensor, batched: bool) -> Tensor:
     """The reverse-mode product, one or a batch, of a graph that is kept."""
     shape = (-1, *output.shape) if batched else output.shape
-    with _quiet():
+    with quiet():
         (result,) = torch.autograd.grad(
             output,
             input_,
@@ -382,15 +381,6 @@ def _derivative(output: Tensor, input_: Tensor, y: Tensor, batched: bool) -> Ten
             materialize_grads=True,
         )
     return result.detach()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No word of what PyTorch's transforms do inside: they load scripts and batch by loops."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        warnings.filterwarnings("ignore", ".torch.jit", DeprecationWarning)
-        yield
 
 
 def _check_sample(inputs: tuple[Any, ...]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from convspectra.network._frozen import quiet
 from convspectra.network._lipschitz_parts import passes
 from convspectra.network._lipschitz_rules import Linear, Slopes
 from convspectra.network._lipschitz_trace import Node
@@ -105,12 +105,12 @@ class LinearMap:
 
     def apply(self, x: Tensor) -> Tensor:
         """The products with a batch of arrays."""
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             return torch.cat([self._forward(part) for part in x.split(AT_ONCE)])
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """The products of the transpose with a batch of arrays."""
-        with _quiet():
+        with quiet():
             return torch.cat([self._adjoint(part) for part in y.split(AT_ONCE)])
 
     def replay(self, value: Tensor) -> Tensor:
@@ -340,11 +340,3 @@ def _program(source: Node, targets: tuple[Node, ...], expanded: frozenset[Node])
             made.add(node)
             program.append(node)
     return program
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        warnings.filterwarnings("ignore", ".torch.jit", DeprecationWarning)
-        yield

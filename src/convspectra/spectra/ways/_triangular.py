@@ -135,8 +135,8 @@ def _order_of(op: ConvOperator) -> _Order | None:
     if not is_square_toeplitz(op):
         return None
     used = op.weight.detach().flatten(2).ne(0).flatten(0, 1).any(0)
-    taps = [tap for tap, is_used in zip(_offsets(op), used.tolist(), strict=True) if is_used]
     offsets = _offsets(op)
+    taps = [tap for tap, is_used in zip(offsets, used.tolist(), strict=True) if is_used]
     left, axes, signs = taps, [], [1] * op.geometry.ndim
     remaining = list(range(op.geometry.ndim))
     while remaining:
