@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import convspectra
+from convspectra.cli._threads import wait_passively, watched
 from convspectra.text import plain
 
 COMMANDS = {
@@ -28,6 +29,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 2 for what went wrong, 130 for Ctrl-C."""
     chosen = _parser().parse_args(arguments)
+    wait_passively()
     command = importlib.import_module(f"convspectra.cli._{chosen.command}")
     parser = argparse.ArgumentParser(
         prog=f"convspectra {chosen.command}",
@@ -39,15 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Here and not above: rich comes with it, and the help is to be there at once.
     from convspectra.cli._printing import PipedConsole
 
+    def complain(text: str, style: str) -> None:
+        PipedConsole(stderr=True, emoji=False).print(
+            f"convspectra: {plain(text)}", style=style, markup=False, soft_wrap=True
+        )
+
     try:
-        return int(command.run(parsed, PipedConsole(emoji=False)))
+        with watched(lambda text: complain(text, "yellow")):
+            return int(command.run(parsed, PipedConsole(emoji=False)))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, ImportError, OSError, RecursionError) as error:
-        message = plain(" ".join(str(error).split()))
-        PipedConsole(stderr=True, emoji=False).print(
-            f"convspectra: {message}", style="red", markup=False, soft_wrap=True
-        )
+        complain(" ".join(str(error).split()), "red")
         return FAILED
 
 
