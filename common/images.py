@@ -1,6 +1,7 @@
 """Images for benchmarks and experiments: Fashion-MNIST, CIFAR-10, or any folder of images a class.
 
-All are averaged to at most 16 x 16 pixels: a run takes seconds, and a network is as deep as before.
+All are averaged to at most 16 x 16 pixels unless more are asked for: a run takes seconds, and a
+network is as deep as before.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ _CIFAR_CLASSES = 10
 """Classes of CIFAR-10: a larger label is another file's."""
 
 
-def load(folder: Path, train_images: int | None = None, test_images: int | None = None) -> ImageSet:
+def load(
+    folder: Path,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    *,
+    largest_side: int = LARGEST_SIDE,
+) -> ImageSet:
     """The images of a folder in any of the three forms, standardized per channel.
 
     Parameters
@@ -40,6 +47,8 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
     train_images, test_images : int, optional
         Take about this many, evenly over the classes and the first ones of each; all by default.
         Of a folder of images only these are decoded.
+    largest_side : int
+        Pixels a side; larger images are averaged.
 
     Raises
     ------
@@ -55,8 +64,8 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
         train = found.train_images, found.train_labels
         test = found.test_images, found.test_labels
     elif any(folder.glob("*_batch*.bin")):
-        train = _read_cifar(_cifar_training_files(folder))
-        test = _read_cifar([folder / "test_batch.bin"])
+        train = _read_cifar(_cifar_training_files(folder), largest_side)
+        test = _read_cifar([folder / "test_batch.bin"], largest_side)
     elif (folder / "data_batch_1").exists() or (folder / "batches.meta").exists():
         raise ValueError(
             f"{folder} is the python version of CIFAR-10, which is pickled: take the binary version"
@@ -68,14 +77,18 @@ def load(folder: Path, train_images: int | None = None, test_images: int | None 
                 f"expected the classes of {folder / 'train'} in {folder / 'test'}, {classes}, got "
                 f"{_classes(folder / 'test')}"
             )
-        train = _read_folders(folder / "train", classes, train_images)
-        test = _read_folders(folder / "test", classes, test_images)
+        train = _read_folders(folder / "train", classes, train_images, largest_side)
+        test = _read_folders(folder / "test", classes, test_images, largest_side)
     else:
         raise ValueError(f"expected images in {folder}, found none; {WHAT_TO_GIVE}")
     train_kept, train_labels = _even_subset(*train, train_images)
     test_kept, test_labels = _even_subset(*test, test_images)
     return _standardized(
-        folder.name, _pooled(train_kept), train_labels, _pooled(test_kept), test_labels
+        folder.name,
+        _pooled(train_kept, largest_side),
+        train_labels,
+        _pooled(test_kept, largest_side),
+        test_labels,
     )
 
 
@@ -119,11 +132,11 @@ def _even_subset(images: Tensor, labels: Tensor, limit: int | None) -> tuple[Ten
     return images[order], labels[order]
 
 
-def _pooled(images: Tensor) -> Tensor:
-    while max(images.shape[-2:]) > LARGEST_SIDE:
+def _pooled(images: Tensor, largest_side: int) -> Tensor:
+    while max(images.shape[-2:]) > largest_side:
         if images.shape[-2] % 2 or images.shape[-1] % 2:
             raise ValueError(
-                f"expected images of at most {LARGEST_SIDE} pixels a side, or of sides that can be "
+                f"expected images of at most {largest_side} pixels a side, or of sides that can be "
                 f"halved to that, got {tuple(images.shape[-2:])}"
             )
         images = avg_pool2d(images, 2)
@@ -137,7 +150,7 @@ def _cifar_training_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_cifar(files: list[Path]) -> tuple[Tensor, Tensor]:
+def _read_cifar(files: list[Path], largest_side: int) -> tuple[Tensor, Tensor]:
     records = []
     for path in files:
         if not path.is_file():
@@ -157,7 +170,7 @@ def _read_cifar(files: list[Path]) -> tuple[Tensor, Tensor]:
     together = torch.from_numpy(np.concatenate(records))
     # Pooled at once: whole, 50,000 images take 600 MB in float32.
     images = [
-        _pooled(part.reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE).float())
+        _pooled(part.reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE).float(), largest_side)
         for part in together[:, 1:].split(5000)
     ]
     return torch.cat(images), together[:, 0].long()
@@ -167,7 +180,9 @@ def _classes(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def _read_folders(folder: Path, classes: list[str], limit: int | None) -> tuple[Tensor, Tensor]:
+def _read_folders(
+    folder: Path, classes: list[str], limit: int | None, largest_side: int
+) -> tuple[Tensor, Tensor]:
     """Images of the folders of the classes, interleaved: one of each class after the other."""
     if not folder.is_dir() or not classes:
         raise ValueError(f"expected a folder for each class in {folder}, got none")
@@ -178,14 +193,14 @@ def _read_folders(folder: Path, classes: list[str], limit: int | None) -> tuple[
             raise ValueError(f"expected images ({', '.join(SUFFIXES)}) in {folder / name}, none")
         chosen += [(position, label, path) for position, path in enumerate(files[:quota])]
     chosen.sort()
-    images = [_read_image(path) for _, _, path in chosen]
+    images = [_read_image(path, largest_side) for _, _, path in chosen]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"expected images of one size in {folder}, got {sorted(shapes)}")
     return torch.stack(images), torch.tensor([label for _, label, _ in chosen])
 
 
-def _read_image(path: Path) -> Tensor:
+def _read_image(path: Path, largest_side: int) -> Tensor:
     try:
         from PIL import Image
     except ImportError as error:
@@ -195,4 +210,4 @@ def _read_image(path: Path) -> Tensor:
             pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     except OSError as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
-    return _pooled(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0]
+    return _pooled(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None], largest_side)[0]

@@ -10,9 +10,7 @@ suggests, chosen with the first seed.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -21,8 +19,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import convspectra as cs
 from common import images as data
+from common.growing_tables import code_version, read, write
 from convspectra.text import markdown_table
 from experiments.any_depth.figure import draw
 from experiments.any_depth.runs import ACTIVATIONS, ARMS, Outcome, Run, Settings, train
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     images = data.load(args.data, settings.train_images, settings.test_images)
     path = args.out / "any_depth.csv"
-    rows = read(path)
+    rows = read(path, COLUMNS)
     console = Console(stderr=True)
     torch.set_num_threads(1)
     code = code_version()  # of what runs, whatever is checked out meanwhile
@@ -72,43 +70,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
         outcome = train(run, images, settings)
         row = {**key, **asdict(outcome), "code": code}
         rows.append({name: str(row[name]) for name in COLUMNS})
-        write(path, rows)
+        write(path, rows, COLUMNS)
         console.print(f"{run}: {100 * outcome.accuracy:.1f}%", highlight=False)
     finish(args.out, rows)
     return rows
-
-
-def code_version() -> str:
-    """The commit that the code is of, marked where files of code differ; else the version."""
-    commit, changed = (
-        subprocess.run(("git", *command), capture_output=True, text=True, check=False)
-        for command in (
-            ("describe", "--always"),
-            ("status", "--porcelain", "--untracked-files=no", "--", "*.py"),
-        )
-    )
-    if commit.returncode != 0:
-        return cs.__version__
-    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that was written, or none."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: row.get(name, "") for name in COLUMNS} for row in csv.DictReader(file)]
-
-
-def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """The whole table; a run that is stopped leaves the rows before it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    with beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    beside.replace(path)
 
 
 def best(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:

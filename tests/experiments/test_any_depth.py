@@ -11,6 +11,7 @@ from helpers.idx_files import write_random_set
 from torch import nn
 
 import convspectra as cs
+from common.growing_tables import code_version
 from experiments.any_depth import __main__ as command
 from experiments.any_depth.runs import ARMS, Run, Settings, network, started
 
@@ -76,4 +77,4 @@ def test_starts(arm: str, activation: str) -> None:
 
 
 def test_it_names_the_code() -> None:
-    assert command.code_version()
+    assert code_version()
