@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convspectra.models import Activation, signal_flow
-from convspectra.models._signal_flow import MEAN_SQUARE_SLOPES
+from convspectra.models._gradient_paths import MEAN_SQUARE_SLOPES
 
 X = torch.zeros(2, 3, 8, 8)
 

@@ -184,15 +184,15 @@ def test_an_even_kernel_is_triangular_and_no_longer_refused():
     [
         ({"algorithm": "3.2"}, "expected algorithm .*got '3.2'"),
         ({"algorithm": None}, "expected algorithm .*got None"),
-        ({"condition": 1.0}, "expected condition to be finite and above 1, got 1.0"),
-        ({"condition": 0.5}, "expected condition to be finite and above 1, got 0.5"),
-        ({"condition": math.inf}, "expected condition to be finite and above 1, got inf"),
-        ({"condition": math.nan}, "expected condition to be finite and above 1, got nan"),
+        ({"condition": 0.5}, "expected condition to be finite and at least 1, got 0.5"),
+        ({"condition": math.inf}, "expected condition to be finite and at least 1, got inf"),
+        ({"condition": math.nan}, "expected condition to be finite and at least 1, got nan"),
         ({"condition": "2"}, "expected condition to be a number, got '2'"),
         ({"condition": True}, "expected condition to be a number, got True"),
         ({"gain": 0}, "expected gain to be finite and above 0, got 0"),
         ({"gain": -1.0}, "expected gain to be finite and above 0, got -1.0"),
-        ({"gain": None}, "expected gain to be a number, got None"),
+        ({"gain": "2"}, "expected gain to be a number, got '2'"),
+        ({"activation": "relu7"}, "expected activation .*got 'relu7'"),
         ({"max_iter": 0}, "expected max_iter to be a positive integer, got 0"),
         ({"max_iter": 10.0}, "expected max_iter to be a positive integer, got 10.0"),
         ({"max_iter": True}, "expected max_iter to be a positive integer, got True"),
@@ -211,3 +211,81 @@ def test_bad_options(options, message):
 def test_condition_is_infinite_where_the_smallest_value_is_lost():
     report = cs.PreconditionedLayer("a", (3,), (0.0, 0.5), (2.0, 1.0), 1, (3,), True)
     assert report.condition == (math.inf, 2.0)
+
+
+# --- gains ----------------------------------------------------------------------------------------
+
+
+def deep(activation: type[nn.Module], depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(3, 3, 3, padding=1), activation()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 2))
+
+
+SMALL = torch.zeros(1, 3, 4, 4)
+
+
+def values_of(conv: nn.Module) -> np.ndarray:
+    """All singular values on 4 x 4 points, by applying the layer to each unit vector."""
+    inputs = torch.eye(48).reshape(48, 3, 4, 4)
+    with torch.no_grad():
+        images = nn.functional.conv2d(inputs, conv.weight, padding=1).flatten(1)
+    return np.linalg.svd(images.double().numpy(), compute_uv=False)
+
+
+@pytest.mark.parametrize(
+    ("activation", "gain"),
+    [(nn.ReLU, 2**0.5), (nn.Tanh, 1 + 2**-0.5), (nn.Identity, 1.0), (nn.GELU, 1.5335)],
+)
+def test_the_gain_is_that_of_the_activation_behind_each_layer(
+    activation: type[nn.Module], gain: float
+) -> None:
+    torch.manual_seed(0)
+    model = deep(activation, 2)
+    for condition in (1.5, 1):
+        for layer in cs.precondition(model, SMALL, condition=condition):
+            values = values_of(dict(model.named_modules())[layer.name])
+            assert np.sqrt(np.mean(values**2)) == pytest.approx(gain, rel=1e-4)
+
+
+def test_an_activation_that_is_said() -> None:
+    torch.manual_seed(0)
+    model = deep(nn.Identity, 1)
+    (layer,) = cs.precondition(model, SMALL, activation="relu", condition=1)
+    assert layer.sigma_max[1] == pytest.approx(2**0.5)
+    (layer,) = cs.precondition(deep(nn.ReLU, 1), SMALL, activation="none", condition=1)
+    assert layer.sigma_max[1] == pytest.approx(1.0)
+
+
+def test_condition_1_is_the_nearest_isometric_kernel() -> None:
+    torch.manual_seed(0)
+    model = deep(nn.Identity, 1)
+    before = model[0].weight.detach().clone()
+    (layer,) = cs.precondition(model, SMALL, condition=1)
+    values = values_of(model[0])
+    np.testing.assert_allclose(values, 1.0, rtol=1e-5)
+    assert (layer.converged, layer.iterations) == (True, 0)
+    assert layer.condition[1] == pytest.approx(1.0, rel=1e-5)
+    u, _, vh = np.linalg.svd(before[:, :, 1, 1].double().numpy())
+    np.testing.assert_allclose(model[0].weight.detach()[:, :, 1, 1], u @ vh, atol=1e-6)
+
+
+def test_condition_1_needs_a_layer_with_isometric_kernels() -> None:
+    growing = nn.Conv2d(3, 3, 3, padding=2)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), growing)
+    before = state(model)
+    with pytest.raises(ValueError, match="layer '1': expected a layer that has isometric kernels"):
+        cs.precondition(model, SMALL, condition=1)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+@pytest.mark.parametrize("activation", ["auto", "relu"])
+def test_a_gain_that_lets_signals_die_is_warned_of(activation: str) -> None:
+    model = deep(nn.ReLU if activation == "auto" else nn.Identity, 24)
+    options = {"condition": 1, "activation": activation}
+    with pytest.warns(UserWarning, match="gain 1: a signal is 2e-04 of itself after the 24 layers"):
+        cs.precondition(model, SMALL, gain=1.0, **options)
+    cs.precondition(model, SMALL, gain=2**0.5, **options)
+    cs.precondition(deep(nn.Tanh, 24), SMALL, gain=1.0, condition=1)
+    cs.precondition(deep(nn.ReLU, 20), SMALL, gain=1.0, condition=1)

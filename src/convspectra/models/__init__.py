@@ -1,6 +1,7 @@
 """From a module or a file to named operators: one tracer, one reader a file format."""
 
 from convspectra.models._forward_pass import signal_flow, slow_attention
+from convspectra.models._gradient_paths import Activation
 from convspectra.models._layers import Layer, find_layers, named
 from convspectra.models._named_operators import NamedOperator, named_operators
 from convspectra.models._rank_division import (
@@ -10,7 +11,7 @@ from convspectra.models._rank_division import (
     refuse_sharded,
 )
 from convspectra.models._selection import Selection, is_convolution, selected, unwrapped
-from convspectra.models._signal_flow import Activation, LayerFlow
+from convspectra.models._signal_flow import LayerFlow
 
 __all__ = [
     "DEFAULT_GROUP",

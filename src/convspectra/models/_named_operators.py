@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -149,6 +149,30 @@ def traced_operators(
     feeds = _squared_gains(groups, recorder.flow.output_gains)
     reached = [_named_operator(i, uses, feeds[i]) for i, uses in enumerate(groups)]
     return reached + list(_unread(model, recorder, lazy))
+
+
+def with_flow(
+    named: Sequence[NamedOperator], uses: Sequence[Use], output_gains: Mapping[Use, float]
+) -> list[NamedOperator]:
+    """Layers that a file lists, each with its place, what it feeds and what follows it.
+
+    Parameters
+    ----------
+    named, uses : sequence of NamedOperator and of Use
+        The same layers, each called once.
+    output_gains : mapping of Use to float
+        Mean square gains of gradients from the model's output.
+    """
+    squares = _squared_gains([[use] for use in uses], output_gains)
+    return [
+        replace(
+            layer,
+            place=place,
+            feeds=_feeds(squares[place], layer.scale),
+            followed_by=_followed_by([use], layer.batch_norm),
+        )
+        for place, (layer, use) in enumerate(zip(named, uses, strict=True))
+    ]
 
 
 def _is_lazy(module: nn.Module) -> bool:

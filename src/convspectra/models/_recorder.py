@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from convspectra.models._gather import with_outer_padding
+from convspectra.models._gradient_paths import Activation
 from convspectra.models._linear_calls import (
     CONVOLUTIONS,
     LinearCall,
@@ -36,7 +37,7 @@ from convspectra.models._linear_calls import (
 )
 from convspectra.models._moved_pixels import MovedPixels
 from convspectra.models._selection import modules_of
-from convspectra.models._signal_flow import Activation, SignalFlow
+from convspectra.models._signal_flow import SignalFlow
 from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
 
 _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (

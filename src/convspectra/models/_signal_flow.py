@@ -1,23 +1,15 @@
 """Which activation follows each layer, which layers feed it, and where branches meet.
 
 Training needs to know it: the right gain of a layer is that of the activation behind it, and
-mirrored kernels fit only where both sides of a ReLU agree. An audit follows gradients along it.
-
-Note [Typical gradients]. Between the output of one layer and the input of another stand maps A, of
-which only a typical gain is known: E ||A'g||^2 / ||g||^2 for gradients g with independent entries.
-It is ||A||_F^2 / rows for a fixed map, such as a batch normalization, and the mean square slope at
-a standard normal input for an activation. An average of k numbers is counted as 1: it divides the
-norm of a gradient by sqrt(k), and weights before it add up k equal gradients. Where paths meet in a
-sum, their squares add up: their gradients are taken as uncorrelated. A normalization by statistics
-of its input divides by the root mean square that the layers right before it give to inputs of size
-1.
+mirrored kernels fit only where both sides of a ReLU agree. An audit follows gradients along it
+(Note [Typical gradients]).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +17,23 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from convspectra.models._gradient_paths import (
+    MEAN_SQUARE_SLOPES,
+    Activation,
+    Origin,
+    activated,
+    added,
+    is_centering,
+    joined,
+    leaky_slope,
+    mean_square,
+    normalized,
+    product,
+    slope_between,
+    softmax_slope,
+    with_statistics,
+)
 from convspectra.models._linear_calls import named_arguments, normalization_scale
-from convspectra.operator import squared_frobenius_norm
 
 if TYPE_CHECKING:
     from convspectra.models._recorder import Use
@@ -51,7 +58,9 @@ ACTIVATIONS = {
     "abs": "abs",
     "sin": "sin",
     "threshold": "relu",
-    "clamp_min": "relu",
+    "clamp": "hardtanh",
+    "clamp_min": "hardtanh",
+    "erf": "erf",
 }
 """Operations of PyTorch that act on every number alone, and what they are called here."""
 NORMALIZATIONS = {
@@ -64,50 +73,20 @@ NORMALIZATIONS = {
     "_fused_rms_norm": "RMS normalization",
 }
 """Normalizations as ATen calls them, and what they are called here."""
-MEAN_SQUARE_SLOPES = {
-    "relu": 0.5,
-    "tanh": 0.4644,
-    "gelu": 0.45585,
-    "silu": 0.37948,
-    "elu": 0.6681,
-    "sigmoid": 0.04484,
-    "hardtanh": 0.68269,
-    "hardswish": 0.35853,
-    "hardsigmoid": 0.0277,
-    "softplus": 0.29338,
-    "mish": 0.47908,
-    "sin": 0.56767,
-    "abs": 1.0,
-}
-"""Mean of the squared slope of an activation over a standard normal input, by quadrature; a test
-does it again."""
-
 _CONCATENATIONS = ("cat", "stack")
 """Operations that put arrays beside each other."""
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation by name, with the slope of a leaky ReLU."""
-
-    name: str
-    slope: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where an array comes from: the last layers before it; `waiting` are not activated yet.
-
-    `gains` has the mean square of the gradient at the output of each of these layers for one of
-    mean square 1 at the array (Note [Typical gradients]).
-    """
-
-    gains: Mapping[Use, float] = field(default_factory=dict)
-    waiting: tuple[Use, ...] = ()
-    external: bool = False
-    depth: int = 0
-    normalized: bool = False
-    concatenated: bool = False
+_POINTWISE = frozenset(
+    """_to_copy _unsafe_view add alias clamp clone contiguous detach div erf exp expand mul neg
+    permute pow reciprocal reshape rsqrt rsub sqrt square squeeze sub t transpose unsqueeze
+    view""".split()  # noqa: SIM905
+)
+"""Operations that make each entry of the result from one entry of each array."""
+_AVERAGES = ("mean", "sum", "var", "var_mean")
+"""Operations that average over entries, up to a factor."""
+_DEVIATIONS = ("std", "linalg_vector_norm", "norm")
+"""Roots of averages of squares, in one operation."""
+_ROOTS = ("sqrt", "rsqrt", "pow")
+"""Operations that make a deviation from an average of squares, or its inverse."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +135,7 @@ class SignalFlow:
     def start(self, inputs: Any) -> None:
         """Take the arrays of the example input as where everything begins."""
         for tensor in _tensors(inputs):
-            self._origins[tensor] = _Origin(external=True)
+            self._origins[tensor] = Origin(external=True)
 
     def begin(self, use: Use, x: object) -> None:
         """Note what feeds a layer."""
@@ -172,12 +151,12 @@ class SignalFlow:
         if isinstance(output, Tensor):
             depth = 1 + max((u.depth for u in use.fed_by), default=0)
             use.depth = depth
-            self._origins[output] = _Origin({use: 1.0}, (use,), depth=depth)
+            self._origins[output] = Origin({use: 1.0}, (use,), depth=depth)
 
     def returned(self, outputs: Any) -> None:
         """Note which layers reach the output of the model with no other between."""
         found = [o for t in _tensors(outputs) if (o := self._origins.get(t)) is not None]
-        self.output_gains = _added(found, [1.0] * len(found))
+        self.output_gains = added(found, [1.0] * len(found))
 
     def note(
         self,
@@ -188,101 +167,112 @@ class SignalFlow:
     ) -> None:
         """Pass an operation on from its arguments to its results."""
         tracked = [t for t in _tensors((args, kwargs)) if t in self._origins]
-        found = [self._origins[t] for t in tracked]
-        if not found:
+        if not tracked:
             return
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
+        found = [self._origins[t] for t in tracked]
+        if name in ACTIVATIONS:
+            origin = _activated(found, name, args, tracked[0])
+        elif name in NORMALIZATIONS:
+            origin = _normalized(joined(found, [1.0] * len(found)), func, args, kwargs)
+        elif name in ("mul", "div") and len(found) == 2:
+            origin = product(*found)
+        else:
+            origin = self._computed(name, args, kwargs, tracked, result)
+        for tensor in _tensors(result):
+            if tensor.is_floating_point() or tensor.is_complex():
+                self._origins[tensor] = origin
+
+    def _computed(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tracked: list[Tensor],
+        result: Any,
+    ) -> Origin:
+        """The origin of what an operation gives that is no activation or normalization."""
+        found = [self._origins[t] for t in tracked]
+        if name == "sub" and is_centering(found):
+            return replace(found[0], entry=object(), functions=())
         shares = [1.0] * len(found)
         if name in _CONCATENATIONS:  # each part of the gradient goes its own way
             whole = sum(t.numel() for t in _tensors((args, kwargs))) or 1
             shares = [t.numel() / whole for t in tracked]
-        joined = _Origin(
-            _added(found, shares),
-            tuple(dict.fromkeys(use for origin in found for use in origin.waiting)),
-            any(origin.external for origin in found),
-            max(origin.depth for origin in found),
-            any(origin.normalized for origin in found),
-            any(o.concatenated for o in found) or (name in _CONCATENATIONS and len(found) > 1),
+        origin = joined(
+            found,
+            shares,
+            concatenated=name in _CONCATENATIONS and len(found) > 1,
+            pointwise=name in _POINTWISE,
         )
-        squared_gain = 1.0
-        if name in ACTIVATIONS:
-            joined, squared_gain = _activated(joined, name, args, tracked[0])
-        elif name in NORMALIZATIONS:
-            arguments = named_arguments(func, args, kwargs)
-            joined, squared_gain = _normalized(joined, name, arguments)
-        elif name in ("mul", "div") and len(tracked) == 1:
-            squared_gain = _scaling(name, args, tracked[0])
-        elif name == "sum":  # as many averages
+        origin = with_statistics(
+            origin,
+            averages=name in _AVERAGES,
+            roots=name in _ROOTS,
+            norms=name in _DEVIATIONS,
+            pointwise=name in _POINTWISE,
+        )
+        if name in ("mul", "div") and len(found) == 1:
+            return origin.times(_scaling(name, args, tracked[0]))
+        if name == "sum":  # as many averages
             outputs = sum(t.numel() for t in _tensors(result))
-            squared_gain = (tracked[0].numel() / max(1, outputs)) ** 2
-        elif name in ("add", "sub") and len(found) > 1:
-            deepest = max(found, key=lambda origin: origin.depth)
-            if any(origin.depth < deepest.depth for origin in found):
-                for use in deepest.waiting:
-                    use.ends_branch = True
-        if squared_gain != 1.0:
-            gains = {use: gain * squared_gain for use, gain in joined.gains.items()}
-            joined = replace(joined, gains=gains)
-        for tensor in _tensors(result):
-            self._origins[tensor] = joined
+            return origin.times((tracked[0].numel() / max(1, outputs)) ** 2)
+        if name in ("add", "sub"):
+            end_branches(found)
+        return origin
 
 
-def _added(origins: Sequence[_Origin], shares: Sequence[float]) -> dict[Use, float]:
-    """The gains along all the paths that meet, which add up, each with its share of the squares."""
-    total: dict[Use, float] = {}
-    for origin, share in zip(origins, shares, strict=True):
-        for use, gain in origin.gains.items():
-            total[use] = total.get(use, 0.0) + share * gain
-    return total
+def end_branches(origins: Sequence[Origin]) -> None:
+    """Mark the layers whose output is added to that of a shorter path."""
+    deepest = max(origins, key=lambda origin: origin.depth)
+    if any(origin.depth < deepest.depth for origin in origins):
+        for use in deepest.waiting:
+            use.ends_branch = True
 
 
-def _activated(
-    origin: _Origin, name: str, args: tuple[Any, ...], x: Tensor
-) -> tuple[_Origin, float]:
-    slope = float(args[1]) if name == "leaky_relu" and len(args) > 1 else 0.0
-    activation = Activation(ACTIVATIONS[name], slope)
-    for use in origin.waiting:
-        if activation not in use.activations:
-            use.activations.append(activation)
-    return replace(origin, waiting=()), _mean_square_slope(activation, args, x)
-
-
-def _mean_square_slope(activation: Activation, args: tuple[Any, ...], x: Tensor) -> float:
-    if activation.name == "softmax":  # of n equal numbers: (I - 11'/n) / n
+def _activated(found: Sequence[Origin], name: str, args: tuple[Any, ...], x: Tensor) -> Origin:
+    origin = found[0] if len(found) == 1 else joined(found, [1.0] * len(found))
+    kind = ACTIVATIONS[name]
+    if kind == "hardtanh":
+        ends: list[float | None] = [-1.0, 1.0] if name == "hardtanh" else [None, None]
+        for i, given in enumerate(args[1:3]):
+            ends[i] = given if isinstance(given, int | float) else None
+        return clamped(origin, *ends)
+    if kind == "softmax":
         axis = args[1] if len(args) > 1 and isinstance(args[1], int) else -1
-        return 1.0 / max(1, x.shape[axis]) ** 2 if x.ndim else 1.0
-    if activation.name in ("leaky_relu", "prelu"):
-        slopes = args[1] if activation.name == "prelu" else activation.slope
-        return 0.5 * (1 + _mean_square(slopes))
-    return MEAN_SQUARE_SLOPES[activation.name]
+        return activated(origin, Activation(kind), softmax_slope(x.shape[axis] if x.ndim else 1))
+    if kind == "prelu":
+        return activated(origin, Activation(kind), leaky_slope(args[1]))
+    slope = float(args[1]) if name == "leaky_relu" and len(args) > 1 else 0.0
+    squared = leaky_slope(slope) if kind == "leaky_relu" else MEAN_SQUARE_SLOPES[kind]
+    return activated(origin, Activation(kind, slope), squared)
 
 
-def _normalized(origin: _Origin, name: str, arguments: dict[str, Any]) -> tuple[_Origin, float]:
+def clamped(origin: Origin, low: float | None, high: float | None) -> Origin:
+    """The origin of an array kept between limits; `relu` and `relu6` are of this kind."""
+    if low is None and high is None:
+        return origin
+    least = -math.inf if low is None else float(low)
+    most = math.inf if high is None else float(high)
+    if least > 0 and most == math.inf:  # a guard against a division by zero
+        return origin
+    name = {(0.0, math.inf): "relu", (0.0, 6.0): "relu6"}.get((least, most), "hardtanh")
+    return activated(origin, Activation(name), slope_between(least, most))
+
+
+def _normalized(
+    origin: Origin, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Origin:
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    arguments = named_arguments(func, args, kwargs)
     scale = normalization_scale(f"aten::{name}", arguments)
-    kind = NORMALIZATIONS[name]
+    kind, weight = NORMALIZATIONS[name], arguments.get("weight")
     if scale is None and kind == "batch normalization":
         # Instances become the channels of one image, which has no stored statistics.
         kind = "instance normalization"
-    for use in origin.waiting:
-        use.normalized = True
-        if kind not in use.normalizations:
-            use.normalizations.append(kind)
-    if scale is None:
-        skipped = origin.external or any(use not in origin.waiting for use in origin.gains)
-        size = math.fsum([float(skipped), *map(_squared_gain, origin.waiting)]) or 1.0
-        weight = arguments.get("weight")
-        squared_gain = (1.0 if weight is None else _mean_square(weight)) / size
-    else:
-        squared_gain = _mean_square(scale)
-    return replace(origin, normalized=True), squared_gain
-
-
-def _squared_gain(use: Use) -> float:
-    """||M||_F^2 / rows of a layer, and 1 for one that is not known."""
-    op = use.operator
-    if op is None:
-        return 1.0
-    return float(squared_frobenius_norm(op.weight.double(), op.geometry)) / op.shape[0]
+    factors = weight if scale is None else scale
+    square = 1.0 if factors is None else mean_square(factors)
+    return normalized(origin, kind, square, by_statistics=scale is None)
 
 
 def _scaling(name: str, args: tuple[Any, ...], x: Tensor) -> float:
@@ -292,16 +282,10 @@ def _scaling(name: str, args: tuple[Any, ...], x: Tensor) -> float:
         return 1.0
     if not isinstance(factors, Tensor | int | float):
         return 1.0
-    square = _mean_square(factors)
+    square = mean_square(factors)
     if name == "mul":
         return square
     return 1.0 / square if square > 0 else 1.0
-
-
-def _mean_square(values: Tensor | float) -> float:
-    if isinstance(values, Tensor):
-        return float(values.detach().double().square().mean()) if values.numel() else 1.0
-    return float(values) ** 2
 
 
 def layer_flows(uses: list[Use]) -> dict[str, LayerFlow]:

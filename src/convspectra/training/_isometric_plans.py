@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from convspectra.models import Activation, Layer, LayerFlow
-from convspectra.operator import is_isometric_possible
+from convspectra.operator import (
+    ConvOperator,
+    is_isometric_possible,
+    isometric_taps,
+    isometric_target,
+    normalized,
+)
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
@@ -28,11 +34,15 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": torch.nn.functional.hardswish,
     "tanh": torch.tanh,
     "sin": torch.sin,
+    "relu6": torch.nn.functional.relu6,
+    "hardtanh": torch.nn.functional.hardtanh,
 }
 """Activations whose moments are computed; others count as linear."""
 LINEAR_PAIRS = ("relu", "leaky_relu", "prelu", "gelu", "silu", "hardswish", "softplus")
 """Activations f with ``f(z) - f(-z) = c z``: mirrored kernels make them linear. c is 1, or 1 plus
 the slope of a leaky ReLU."""
+KNOWN_ACTIVATIONS = ("none", "relu", "leaky_relu", "prelu", *ACTIVATION_FUNCTIONS)
+"""Activations whose gain is known."""
 QUADRATURE_POINTS = 101
 """Points of Gauss-Hermite quadrature: a choice; half of them change no digit that is shown."""
 PRELU_SLOPE = 0.25
@@ -163,6 +173,31 @@ def activation_gain(activation: Activation | None, depth: int) -> float:
         return 1.0
     z, weights = _gaussian_points(1.0)
     return float((weights @ ACTIVATION_FUNCTIONS[activation.name](z).square()) ** -0.5)
+
+
+def isometric_weight(op: ConvOperator, plan: IsometricPlan) -> Tensor:
+    """The weight of the isometric layer nearest to one, in closed form: ``gain * Q``.
+
+    Raises
+    ------
+    ValueError
+        If the weight is zero: no layer is the nearest.
+    """
+    direct = op.T if op.transposed else op
+    halves = plan.mirrored_input, plan.mirrored_output
+    if op.transposed:
+        halves = halves[::-1]
+    scaled, exponent = normalized(direct)
+    if exponent is None:
+        raise ValueError("expected a weight that is not zero")
+    return isometric_target(
+        scaled.weight[None],
+        direct.groups,
+        isometric_taps(direct.geometry).taps,
+        plan.gain,
+        mirrored_input=halves[0],
+        mirrored_output=halves[1],
+    )[0]
 
 
 def _slope(activation: Activation | None) -> float:

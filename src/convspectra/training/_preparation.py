@@ -20,14 +20,13 @@ from convspectra.models import (
     LayerFlow,
     Selection,
     find_layers,
+    named,
     signal_flow,
     unwrapped,
 )
 from convspectra.network import LEARNING_RATE_BUDGET, suggested_rate
 from convspectra.operator import (
     is_isometric_possible,
-    isometric_taps,
-    isometric_target,
     normalized,
     not_compiled,
     with_gradients,
@@ -35,7 +34,12 @@ from convspectra.operator import (
 from convspectra.penalties import orthogonality
 from convspectra.spectra import frobenius_norm
 from convspectra.text import text_table
-from convspectra.training._isometric_plans import IsometricPlan, isometric_plans, slope_spread
+from convspectra.training._isometric_plans import (
+    IsometricPlan,
+    isometric_plans,
+    isometric_weight,
+    slope_spread,
+)
 
 HEALTHY = (0.1, 10.0)
 """First over last gradient norm between which a network counts as healthy: a choice."""
@@ -275,21 +279,8 @@ def _new_values(
         plan, op = plans[layer.name], layer.operator()
         weight, bias = layer.module._parameters["weight"], layer.module._parameters.get("bias")
         assert weight is not None
-        direct = op.T if op.transposed else op
-        halves = plan.mirrored_input, plan.mirrored_output
-        if op.transposed:
-            halves = halves[::-1]
-        scaled, exponent = normalized(direct)
-        if exponent is None:
-            raise ValueError(f"layer {layer.name!r}: expected a weight that is not zero")
-        target = isometric_target(
-            scaled.weight[None],
-            direct.groups,
-            isometric_taps(direct.geometry).taps,
-            plan.gain,
-            mirrored_input=halves[0],
-            mirrored_output=halves[1],
-        )[0]
+        with named(layer):
+            target = isometric_weight(op, plan)
         values.append((weight, target.to(weight.dtype)))
         if bias is not None:
             values.append((bias, torch.zeros_like(bias)))

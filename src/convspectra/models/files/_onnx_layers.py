@@ -25,6 +25,7 @@ from convspectra.models.files._onnx_file import (
     read_names,
     subgraphs,
 )
+from convspectra.models.files._onnx_flow import with_flows
 from convspectra.models.files._onnx_gather import gather_before
 from convspectra.models.files._onnx_options import convolution_options
 from convspectra.operator import ConvOperator
@@ -59,12 +60,16 @@ def onnx_operators(
     """Conv, ConvTranspose, Gemm and MatMul nodes with stored weights, in the order of the file."""
     scope = read_model(path, shapes, max_bytes)
     with refusing(path, "not a valid ONNX graph", "export it again"):
-        return list(_graph_operators(scope, scope.graph, inside=""))
+        return with_flows(scope, list(_graph_operators(scope, scope.graph, inside="")))
 
 
-def _graph_operators(scope: Scope, graph: GraphProto, inside: str) -> Iterator[NamedOperator]:
+def _graph_operators(
+    scope: Scope, graph: GraphProto, inside: str
+) -> Iterator[tuple[NodeProto | None, NamedOperator]]:
+    """The layers, each with its node, or None for one of a graph inside another."""
     for node in graph.node:
-        yield from _node_operators(scope, node, inside)
+        for named in _node_operators(scope, node, inside):
+            yield None if inside else node, named
         for inner in subgraphs(node):
             nested = Scope(
                 scope.path,
