@@ -34,6 +34,22 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+class ShiftedReLU(nn.Module):
+    """max(x, b) with a bias a channel that is learned, -1 at first.
+
+    "SReLU" of Qi, You, Wang, Ma and Malik, "Deep Isometric Learning for Visual Recognition", ICML
+    2020, arXiv:2006.16992.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((channels, 1, 1), -1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The larger one of input and bias."""
+        return torch.relu(x - self.bias) + self.bias
+
+
 def build(
     network: str,
     depth: int,

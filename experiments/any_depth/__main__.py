@@ -23,7 +23,7 @@ from common import images as data
 from common.growing_tables import code_version, read, write
 from convspectra.text import markdown_table
 from experiments.any_depth.figure import draw
-from experiments.any_depth.runs import ACTIVATIONS, ARMS, Outcome, Run, Settings, train
+from experiments.any_depth.runs import ACTIVATIONS, ARMS, STARTS, Outcome, Run, Settings, train
 
 OUT = Path("docs/experiments/any_depth")
 GRID = (1 / 3, 1.0, 3.0)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, str]]:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--depths", type=int, nargs="+", default=[20, 50, 100])
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(STARTS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(GRID))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="of training; 150 by default")
@@ -118,7 +118,8 @@ def finish(folder: Path, rows: Sequence[dict[str, str]]) -> None:
         "",
         "3 x 3 convolutions, no shortcuts, no normalization except in the arm of that name; "
         f"{rows[0]['images']}, {rows[0]['channels']} channels, batches of {rows[0]['batch_size']}. "
-        "The learning rate of every arm is the best of the same grid. Chance is 10%.",
+        "The learning rate of every arm is the best of the same grid. Chance is 10%. The figure "
+        "has the starts only; peers and the paper's penalties are in the table.",
         "",
         "Command: `python -m experiments.any_depth --data FOLDER`; code: " + ", ".join(codes) + ".",
         "",

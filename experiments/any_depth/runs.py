@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import convspectra as cs
+from common import peers
 from common.measure import peak_bytes
+from common.networks import ShiftedReLU
 from convspectra.paper.images import ImageSet
+from experiments.any_depth.starts import (
+    layer_sequential_unit_variance,
+    looks_linear,
+    peer_penalty,
+    tailored_slope,
+)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-ARMS = ("default", "He", "delta-orthogonal", "batch normalization", "isometry", "prepare")
+STARTS = ("default", "He", "delta-orthogonal", "batch normalization", "isometry", "prepare")
 """Starts by PyTorch, He et al., Xiao et al.; the ceiling; ours during and before training."""
+PEERS = (
+    "LSUV",
+    "looks-linear",
+    "tailored leaky ReLU",
+    "ISONet",
+    "OCNN",
+    "SRIP",
+    "spectral norm",
+)
+"""What others propose, in `common.peers` and `experiments.any_depth.starts`."""
+PENALTIES: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "prepare, frobenius": ("frobenius", {}),
+    "prepare, sigma_min": ("sigma_min", {}),
+    "prepare, conditioning": ("conditioning", {}),
+    "prepare, conditioning of 16": ("conditioning", {"k": 16}),
+}
+"""The paper's penalties in steps of their own, beside those of Adam, after `cs.prepare`."""
+ARMS = (*STARTS, *PEERS, *PENALTIES)
 RATE_BUDGET = 3.0
 """The learning rate 1 of the grid times the sum of the fan-ins, as in `cs.prepare`."""
 ISOMETRY_RATE = 0.1
 ISOMETRY_STEPS = 60
+PENALTY_RATE = 0.01
+"""Step size of the paper's penalties. A choice: their gradients then move a kernel by about one
+step of Adam."""
+PEER_WEIGHTS = {"OCNN": 0.1, "SRIP": 0.1, "ISONet": 1e-4}
+"""Weights of penalties in the loss: the one of `experiments.stable_gradients`, and ISONet's own."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +104,44 @@ def network(run: Run, settings: Settings, image_shape: tuple[int, ...], classes:
         channels = settings.channels
         if run.arm == "batch normalization":
             modules.append(nn.BatchNorm2d(channels))
-        modules.append(ACTIVATIONS[run.activation]())
+        modules.append(activation(run, channels))
     head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)]
     return nn.Sequential(*modules, *head)
+
+
+def activation(run: Run, channels: int) -> nn.Module:
+    """What stands behind a layer: the activation of the run, but for two recipes of their own."""
+    if run.arm == "ISONet" and run.activation == "relu":
+        return ShiftedReLU(channels)
+    if run.arm == "tailored leaky ReLU" and run.activation == "relu":
+        return nn.LeakyReLU(tailored_slope(run.depth))
+    return ACTIVATIONS[run.activation]()
 
 
 def started(model: nn.Module, run: Run, images: torch.Tensor) -> None:
     """The kernels that the arm starts from, in place."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     gain = math.sqrt(2) if run.activation == "relu" else 1.0
-    if run.arm == "prepare":
+    if run.arm.startswith("prepare"):
         cs.prepare(model, images[:8])
+    elif run.arm == "LSUV":
+        layer_sequential_unit_variance(model, images[:64])
+    elif run.arm == "looks-linear":
+        looks_linear(convolutions)
+    elif run.arm == "ISONet":
+        for conv in convolutions:
+            nn.init.dirac_(conv.weight)
+            nn.init.zeros_(conv.bias)
+    elif run.arm == "spectral norm":
+        peers.normalize_spectrally(model, run.seed)
     elif run.arm == "He":
         for conv in convolutions:
             nonlinearity = "relu" if run.activation == "relu" else "tanh"
             nn.init.kaiming_normal_(conv.weight, nonlinearity=nonlinearity)
             nn.init.zeros_(conv.bias)
-    elif run.arm == "delta-orthogonal":
+    elif run.arm in ("delta-orthogonal", "tailored leaky ReLU"):
+        if run.arm != "delta-orthogonal" and run.activation == "relu":
+            gain = math.sqrt(2 / (1 + tailored_slope(run.depth) ** 2))
         with torch.no_grad():
             for conv in convolutions:
                 conv.weight.zero_()
@@ -99,10 +152,25 @@ def started(model: nn.Module, run: Run, images: torch.Tensor) -> None:
 
 def gradient_ratio(model: nn.Module, images: ImageSet) -> float:
     """Norm of the gradient of the loss by the first kernel over that by the last one."""
-    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    kernels = [p for p in model.parameters() if p.ndim == 4]
     loss = cross_entropy(model(images.train_images[:64]), images.train_labels[:64])
     first, *_, last = torch.autograd.grad(loss, kernels)
     return float(first.double().norm() / last.double().norm().clamp_min(1e-300))
+
+
+def _regularizer(
+    model: nn.Module, run: Run, example: torch.Tensor
+) -> tuple[cs.SpectralRegularizer | None, float]:
+    """Our penalty of an arm and the size of its steps."""
+    if run.arm == "isometry":
+        schedule = cs.Schedule(stop=ISOMETRY_STEPS)
+        reg = cs.SpectralRegularizer(model, example, penalty="isometry", schedule=schedule)
+        return reg, ISOMETRY_RATE
+    if run.arm in PENALTIES:
+        penalty, options = PENALTIES[run.arm]
+        reg = cs.SpectralRegularizer(model, example, penalty=penalty, penalty_options=options)
+        return reg, PENALTY_RATE
+    return None, 0.0
 
 
 def train(
@@ -116,11 +184,8 @@ def train(
     learning_rate = run.rate * RATE_BUDGET / fan_ins
     before = gradient_ratio(model, images)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    reg = None
-    if run.arm == "isometry":
-        schedule = cs.Schedule(stop=ISOMETRY_STEPS)
-        example = images.train_images[:1]
-        reg = cs.SpectralRegularizer(model, example, penalty="isometry", schedule=schedule)
+    reg, step_size = _regularizer(model, run, images.train_images[:1])
+    kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     generator = torch.Generator().manual_seed(run.seed)
     started_at = time.process_time()
     for step in range(settings.steps):
@@ -130,11 +195,14 @@ def train(
         loss = cross_entropy(model(images.train_images[chosen]), images.train_labels[chosen])
         if not bool(loss.isfinite()):
             break
+        total = loss
+        if run.arm in PEER_WEIGHTS:
+            total = loss + PEER_WEIGHTS[run.arm] * peer_penalty(run.arm, kernels, generator)
         optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         optimizer.step()
         if reg is not None:
-            reg.step(ISOMETRY_RATE)
+            reg.step(step_size)
         progress(step)
     seconds = (time.process_time() - started_at) / settings.steps
     after = gradient_ratio(model, images)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from common.networks import ShiftedReLU
+
 ARMS = (
     "PyTorch",
     "He",
@@ -18,18 +20,6 @@ ARMS = (
     "prepare, then conditioning",
 )
 """Starts, with what stands beside them in training."""
-
-
-class ShiftedReLU(nn.Module):
-    """max(x, b) with a bias a channel that is learned, -1 at first: SReLU of ISONet."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.full((channels, 1, 1), -1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The larger one of input and bias."""
-        return torch.relu(x - self.bias) + self.bias
 
 
 class Block(nn.Module):

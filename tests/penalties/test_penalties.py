@@ -174,8 +174,9 @@ def test_floors_are_reached_at_orthogonal_layers(layer):
 def test_conditioning_is_the_sum_of_its_parts():
     for layer in CHECKED.values():
         op = layer.operator()
-        parts = penalties.frobenius(op) + min(op.shape) * penalties.sigma_min(op)
-        assert torch.equal(penalties.conditioning(op), parts)
+        for k in (1, min(3, *op.shape)):
+            parts = penalties.frobenius(op) + min(op.shape) * penalties.sigma_min(op, k)
+            assert torch.equal(penalties.conditioning(op, k=k), parts)
 
 
 # --- dtypes and failures --------------------------------------------------------------------------

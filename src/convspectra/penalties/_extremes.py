@@ -88,7 +88,7 @@ def sigma_max(op: ConvOperator, k: int = 1) -> Tensor:
 
 
 @not_compiled
-def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
+def conditioning(op: ConvOperator, gain: float = 1.0, k: int = 1) -> Tensor:
     """1/2 ||M||_F^2 - n gain sigma_min(M) with n = min(rows, columns), at least -n gain^2 / 2.
 
     Parameters
@@ -96,6 +96,8 @@ def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
     op : ConvOperator
     gain : float
         The singular value to reach, above 0; 1 in the paper.
+    k : int
+        The mean of the k smallest singular values in the place of sigma_min; 1 in the paper.
 
     Returns
     -------
@@ -108,7 +110,8 @@ def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
     -----
     Raises and costs what `sigma_min` does. A zero-padded square layer has many tiny singular
     values (Note [Border modes] in `torus/_capacitance.py`); this lifts one at a time while the
-    first term shrinks them all. `stein` has the same minimizer and lifts all of them.
+    first term shrinks them all, and with `k` it lifts k at a time. `stein` has the same minimizer
+    and lifts all of them.
 
     Examples
     --------
@@ -117,7 +120,7 @@ def conditioning(op: ConvOperator, gain: float = 1.0) -> Tensor:
     -10.0
     """
     check_gain(gain)
-    return frobenius(op) + gain * min(op.shape) * sigma_min(op)
+    return frobenius(op) + gain * min(op.shape) * sigma_min(op, k)
 
 
 @not_compiled

@@ -70,13 +70,17 @@ def _largest(low: Tensor, high: Tensor, mean_square: Tensor, k: int) -> Tensor:
     return high[:, :k].mean(1)
 
 
-def _conditioning(gain: float = 1.0) -> ExtremePenalty:
+def _conditioning(gain: float = 1.0, k: int = 1) -> ExtremePenalty:
     check_gain(gain)
-    return ExtremePenalty(1, 0, partial(_square_less_smallest, gain=gain), whole_spectrum_step)
+    check_positive_integer("k", k)
+    function = partial(_square_less_smallest, gain=gain, k=k)
+    return ExtremePenalty(k, 0, function, whole_spectrum_step)
 
 
-def _square_less_smallest(low: Tensor, high: Tensor, mean_square: Tensor, gain: float) -> Tensor:
-    return 0.5 * mean_square - gain * low[:, 0]
+def _square_less_smallest(
+    low: Tensor, high: Tensor, mean_square: Tensor, gain: float, k: int
+) -> Tensor:
+    return 0.5 * mean_square - gain * low[:, :k].mean(1)
 
 
 def _cond() -> ExtremePenalty:
