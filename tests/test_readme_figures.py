@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.any_depth.__main__ import best, read
+from common.growing_tables import read
+from experiments.any_depth.__main__ import COLUMNS, best
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,7 +36,7 @@ def percent(arm: str, depth: int, activation: str) -> str:
     """Test accuracy, the mean over the seeds, at the best learning rate that was tried."""
     chosen = (
         line
-        for line in best(read(ROOT / "docs/experiments/any_depth/any_depth.csv"))
+        for line in best(read(ROOT / "docs/experiments/any_depth/any_depth.csv", COLUMNS))
         if (line["arm"], line["depth"], line["activation"]) == (arm, depth, activation)
     )
     return f"{max(float(line['test accuracy'].rstrip('%')) for line in chosen):.0f}%"
