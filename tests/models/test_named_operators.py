@@ -282,16 +282,42 @@ def test_attention_that_is_not_reached():
     assert "does not reach it" in named.skipped
 
 
+def test_parts_of_a_weight_and_what_is_computed_from_it_are_layers_of_their_own():
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        stacked, weight = self.stacked, self.layer.weight
+        y = F.linear(x, stacked[:4]) + F.linear(x, stacked[4:]) + F.linear(x, stacked[::2])
+        y = y + self.layer(x) + F.linear(x, 2 * weight) + F.linear(x, 2 * weight)
+        return y + F.linear(x, weight[:, [0, 2, 1, 3]])  # the list takes a freed address, perhaps
+
+    model = Given(forward, layer=nn.Linear(4, 4))
+    model.stacked = nn.Parameter(floats(8, 4))
+    found = {named.name: named for named in named_operators(model, floats(2, 4))}
+    weight = model.layer.weight.detach()
+    expected = {
+        "stacked[0:4]": model.stacked[:4],
+        "stacked[4:8]": model.stacked[4:],
+        "stacked[from 0]": model.stacked[::2],
+        "layer": weight,
+        "layer (2)": 2 * weight,
+        "layer (3)": weight[:, [0, 2, 1, 3]],
+    }
+    assert list(found) == list(expected)
+    for name, matrix in expected.items():
+        torch.testing.assert_close(found[name].operator.weight, matrix.detach())
+    assert [named.uses for named in found.values()] == [1, 1, 1, 1, 2, 1]
+
+
 class OwnAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.in_proj_weight)
 
 
 def test_attention_with_a_forward_of_its_own_is_taken_from_its_operations():
-    named, out = named_operators(nn.Sequential(OwnAttention(4, 1)), floats(1, 4))
-    assert (named.name, out.name) == ("0.in_proj_weight", "0.out_proj")
+    *maps, out = named_operators(nn.Sequential(OwnAttention(4, 1)), floats(1, 4))
+    assert [named.name for named in maps] == ["0.query", "0.key", "0.value"]
+    assert out.name == "0.out_proj"
     assert "does not reach it" in out.skipped
-    assert named.operator.shape == (12, 4)
+    assert [named.operator.shape for named in maps] == [(4, 4)] * 3
 
 
 POSITIONS = {

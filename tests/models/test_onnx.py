@@ -162,6 +162,58 @@ def constant(name: str, value: np.ndarray) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
 
 
+def test_amounts_of_a_pad_that_are_computed_from_sizes(tmp_path):
+    """Numbers without an axis stay numbers: one of one axis cannot be put beside another."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        constant("i", np.array(2)),
+        helper.make_node("Gather", ["s", "i"], ["n"]),
+        constant("four", np.array(4)),
+        helper.make_node("Sub", ["four", "n"], ["d"]),  # 1
+        constant("a", np.array([0])),
+        helper.make_node("Unsqueeze", ["d", "a"], ["after"]),
+        constant("before", np.array([0, 0, 0, 0, 0])),
+        helper.make_node("Concat", ["before", "after"], ["p"], axis=0),
+        helper.make_node("Pad", ["x", "p"], ["q"]),
+        helper.make_node("Conv", ["q", "w"], ["y"]),
+    ]
+    content = model(nodes, {"w": array(2, 2, 3)}, (2, 3))
+    (named,) = loaded(tmp_path, content, (2, 3))
+    assert named.operator.geometry.padding == ((0, 1),)
+    agrees(named, content, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("equation", "weight", "shape"),
+    [
+        ("bcl,ol->bco", (4, 3), (2, 3)),
+        ("b c l , l o -> b o c", (3, 4), (2, 3)),
+        ("bsd,dhk->bshk", (3, 2, 4), (5, 3)),
+        ("bshk,hkd->bsd", (2, 4, 3), (5, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("left", [False, True])
+def test_einsum_with_one_stored_factor(tmp_path, equation, weight, shape, left):
+    if left:
+        terms, _, result = equation.partition("->")
+        equation = ",".join(terms.split(",")[::-1]) + "->" + result
+    names = ["w", "x"] if left else ["x", "w"]
+    nodes = [helper.make_node("Einsum", names, ["y"], equation=equation)]
+    content = model(nodes, {"w": array(*weight)}, shape)
+    (named,) = loaded(tmp_path, content, shape)
+    x = array(1, *shape, seed=5)
+    expected = torch.linalg.vector_norm(torch.from_numpy(evaluated(content, x).copy()))
+    letters = equation.replace(" ", "")
+    ours = letters.split("->")[0].split(",")[0 if left else 1]
+    result = letters.split("->")[1]
+    made = [weight[i] for i, letter in enumerate(ours) if letter in result]
+    summed = [weight[i] for i, letter in enumerate(ours) if letter not in result]
+    assert named.operator.shape == (int(np.prod(made)), int(np.prod(summed)))
+    # Rows and columns are in the order of the weight's axes; here they end the input, too.
+    y = torch.from_numpy(x).reshape(-1, named.operator.shape[1]) @ named.operator.weight.T
+    torch.testing.assert_close(torch.linalg.vector_norm(y), expected)
+
+
 def test_constant_identity_and_transpose_nodes_hold_weights(tmp_path):
     nodes = [
         constant("a", array(2, 3)),
@@ -364,9 +416,9 @@ PASSED_OVER = [
     (
         [
             constant("w", array(5, 2)),
-            helper.make_node("Einsum", ["x", "w"], ["y"], equation="bcl,lo->bco"),
+            helper.make_node("Einsum", ["x", "w"], ["y"], equation="bcl,lo->bclo"),
         ],
-        "Einsum",
+        "Einsum of bcl,lo->bclo is no product with one stored matrix",
     ),
     (
         [constant("w", array(1, 5, 2)), helper.make_node("MatMul", ["x", "w"], ["y"])],

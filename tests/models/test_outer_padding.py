@@ -215,11 +215,117 @@ def test_pixels_copied_into_an_empty_array():
         Given(lambda c, x: c(x[:, :, 1:].flip(3)), conv()),
         Given(lambda c, x: c(torch.cat([x, x.relu()], 2)), conv()),
         Given(lambda c, x: c(torch.cat([x[:, :1], x.tanh()[:, :2]], 1)), conv()),
-        Given(lambda c, x: c(F.pad(x, (1, 1)) * X.new_ones(9).cumsum(0)), conv()),
+        Given(lambda c, x: c(F.pad(x, (1, 1)).cumsum(3)), conv()),
+        Given(lambda c, x: c(F.pad(x, (1, 1)) + x.repeat(1, 1, 1, 2)[..., :9].exp()), conv()),
     ],
 )
 def test_no_note_where_nothing_is_padded(net):
     assert of(net).notes == ()
+
+
+RAMP = torch.linspace(0.5, 1, 9)
+ROWS = (torch.arange(10) % 3 > 0)[:, None]
+
+
+def doubled_rows(x: Tensor, p: int) -> Tensor:
+    x = x.clone()
+    x[:, :, 2 + p : 5 + p] *= 2
+    return x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, p: x + x,
+        lambda x, p: x * x,
+        lambda x, p: torch.maximum(x, -x),
+        lambda x, p: torch.where(x > 0, x, torch.zeros_like(x)),
+        lambda x, p: torch.where(ROWS[1 - p : 9 + p], x, 0.0),
+        lambda x, p: x.masked_fill(ROWS[1 - p : 9 + p], 0.0),
+        lambda x, p: x * RAMP[1 - p : 8 + p],
+        lambda x, p: x.addcmul(x, x),
+        lambda x, p: x * x.mean((2, 3), keepdim=True).sigmoid(),  # a gate for each channel
+        doubled_rows,
+    ],
+)
+def test_functions_of_each_entry_leave_the_padding_where_it_is(function):
+    """The function of the padded array is the padded function of the array."""
+    net = Given(lambda c, x: c(function(F.pad(x, (1, 1, 1, 1)), 1)), conv(bias=False))
+    named = of(net)
+    assert named.notes[0].startswith("its padding is that of a separate operation before it (pad")
+    scale = 1.0
+    if "mean" in function.__code__.co_names:  # of another number of pixels
+        scale = F.pad(X, (1, 1, 1, 1)).mean((2, 3), keepdim=True).sigmoid()
+    expected = net(X)
+    read = X * scale if isinstance(scale, Tensor) else function(X, 0)
+    torch.testing.assert_close(named.operator.matvec(read), expected)
+
+
+def edited(change) -> nn.Module:
+    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+        y = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        change(y, x)
+        return layer(y)
+
+    return Given(forward, conv(bias=False))
+
+
+def test_two_arrays_padded_alike():
+    net = Given(lambda c, x: c(F.pad(x, (1, 1)) * F.pad(x.exp(), (1, 1))), conv(bias=False))
+    torch.testing.assert_close(of(net).operator.matvec(X * X.exp()), net(X))
+
+
+def test_a_border_that_is_zeroed_is_zero_padding():
+    def change(y: Tensor, x: Tensor) -> None:
+        y[:, :, torch.tensor([0, -1])] = 0.0
+        y[..., 0] = 0.0
+        y[..., -1].zero_()
+
+    net = edited(change)
+    assert of(net).operator.geometry.padding_mode == "zeros"
+    torch.testing.assert_close(of(net).operator.matvec(X), net(X))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y, x: y[:, :, 1].mul_(2),  # the copy of this row is as it was
+        lambda y, x: y[:, :, 4].fill_(0),
+        lambda y, x: y[:, :, 1].copy_(x.tanh()[:, :, 0, :1]),
+        lambda y, x: y.__setitem__((..., slice(None), 1), y[..., :, 5].clone()),
+        lambda y, x: y.index_add_(3, torch.tensor([2]), x.exp().sum((2, 3))[..., None, None]
+                                  .expand(1, 3, 10, 1).contiguous()),
+        lambda y, x: y.__setitem__((y > 1).nonzero(as_tuple=True), 0.0),
+    ],
+)  # fmt: skip
+def test_what_was_edited_is_said_to_be_no_padding(change):
+    """The layer is judged on the array that it reads, and the note says so."""
+    named = of(edited(change))
+    assert named.operator.input_shape == (3, 10, 9)
+    assert "in a way that no padding of a convolution does" in named.notes[0]
+
+
+def test_arrays_put_beside_a_padded_one():
+    """Zeros on the left of two arrays that are computed."""
+    net = Given(lambda c, x: c(torch.cat([X.new_zeros(1, 3, 8, 1), x, x.exp()], 3)), conv())
+    assert of(net).operator.geometry.padding == ((0, 0), (1, 0))
+    named = of(
+        Given(lambda c, x: c(torch.cat([F.pad(x, (1, 1)), F.pad(x.exp(), (1, 1))], 3)), conv())
+    )
+    assert "no padding of a convolution" in named.notes[0]
+
+
+def test_the_inner_of_two_paddings_where_both_are_none():
+    """Zeros inside of a reflection: the layer owns the last one."""
+    net = nn.Sequential(nn.ZeroPad2d(1), nn.ReflectionPad2d(1), conv())
+    named = of(net)
+    assert (
+        named.operator.geometry
+        == of(
+            nn.Sequential(nn.ZeroPad2d(1), conv(padding=1, padding_mode="reflect"))
+        ).operator.geometry
+    )
+    assert "judged as if it were not; its padding is that of" in named.notes[0]
 
 
 def test_a_border_of_another_value_counts_as_bias():

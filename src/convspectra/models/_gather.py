@@ -5,14 +5,16 @@ itself only move pixels or write zeros. Run on an array of indices, 1 for the fi
 last array that is computed and 0 for a written zero, they give the table of what the layer reads.
 Where this table is a product over the axes, padding of a convolution does the same, and belongs to
 the layer. A value other than 0 that is written around the input adds a constant to the output, as
-a bias does: the linear map is that of zeros.
+a bias does: the linear map is that of zeros. A function of each entry, such as ReLU or the product
+with a mask, commutes with moving: its values are pixels of another array, moved alike, as long as
+all copies of a pixel have one value.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +98,13 @@ class Gather:
     constant: bool = False
 
 
-def with_outer_padding(op: ConvOperator, gather: Gather | None) -> tuple[ConvOperator, str]:
+def no_gather() -> None:
+    """For `with_outer_padding` where there are no two paddings, one inside the other."""
+
+
+def with_outer_padding(
+    op: ConvOperator, gather: Gather | None, last: Callable[[], Gather | None] = no_gather
+) -> tuple[ConvOperator, str]:
     """The layer with the padding that stands before it, and a note that says so.
 
     Parameters
@@ -105,12 +113,24 @@ def with_outer_padding(op: ConvOperator, gather: Gather | None) -> tuple[ConvOpe
         The layer on the array that it reads.
     gather : Gather, optional
         Of that array; None where nothing is known to move pixels.
+    last : callable
+        Asked where this is no padding of a convolution: the gather from the array that the last
+        padding operation read.
 
     Notes
     -----
     Cost: a few passes over the array. The layer is returned as it came where there is no padding,
     with an empty note, and where it cannot be expressed; it is another object where there is.
     """
+    padded, note = _absorbed(op, gather)
+    if padded is op and note:
+        inner, inner_note = _absorbed(op, last())
+        if inner is not op:
+            return inner, f"{note}; {inner_note}"
+    return padded, note
+
+
+def _absorbed(op: ConvOperator, gather: Gather | None) -> tuple[ConvOperator, str]:
     ndim = op.geometry.ndim
     if gather is None or ndim == 0:
         return op, ""
@@ -138,6 +158,38 @@ def with_outer_padding(op: ConvOperator, gather: Gather | None) -> tuple[ConvOpe
     return padded, note + _CONSTANT * (gather.constant and outer.mode == "zeros")
 
 
+def entrywise_labels(
+    parts: Sequence[npt.NDArray[Any]], zero: npt.NDArray[np.bool_]
+) -> IntArray | None:
+    """The pixels of a function of several arrays' entries: equal where all of these are.
+
+    Parameters
+    ----------
+    parts : sequence of arrays of one shape
+        Non-negative integers that say what stands at each entry of each array.
+    zero : array of bool
+        Where the result does not depend on the pixels.
+
+    Returns
+    -------
+    array of int64 or None
+        1, 2, ... in the order of the parts, the first before the second; 0 at `zero`. None if no
+        two entries are equal and none is 0: the result is an array as any other.
+    """
+    code = parts[0].astype(np.int64)
+    for part in parts[1:]:
+        scale = int(part.max(initial=0)) + 1
+        if int(code.max(initial=0)) > 2**62 // scale:
+            code = np.unique(code, return_inverse=True)[1].reshape(code.shape)
+        code = code * scale + part.astype(np.int64)
+    labels = np.zeros(code.shape, dtype=np.int64)
+    distinct, place = np.unique(code[~zero], return_inverse=True)
+    if len(distinct) == code.size:
+        return None
+    labels[~zero] = place.reshape(-1) + 1
+    return labels
+
+
 def outer_padding(index: IntArray) -> OuterPadding | None:
     """The padding that a table of indices describes.
 
@@ -157,6 +209,12 @@ def outer_padding(index: IntArray) -> OuterPadding | None:
     ValueError
         If the table is no product over the axes, or an axis is not padded as convolutions pad.
     """
+    read = index > 0
+    if np.bincount(index[read]).max(initial=0) <= 1:
+        # Moved but read once each: the array as it is, perhaps with zeros around it.
+        if read.all():
+            return None
+        index = np.where(read, np.cumsum(read).reshape(index.shape), 0)
     sources = _axis_sources(index)
     sizes = tuple(int(source.max()) + 1 for source in sources)
     modes = [_axis_modes(source, n) for source, n in zip(sources, sizes, strict=True)]
@@ -210,18 +268,33 @@ def _broadcast(vectors: Sequence[IntArray]) -> list[IntArray]:
 def _axis_modes(source: IntArray, n: int) -> dict[str, tuple[int, int]]:
     """The (before, after) with which each mode of padding reads these positions of n."""
     total = len(source) - n
-    found = {}
-    # The most even one first: of one pixel, say, there are several.
-    for before in sorted(range(total + 1), key=lambda b: abs(total - 2 * b)):
+    # The most even one first: of one pixel, say, there are several. Then other orders of the
+    # pixels, as a shuffle of channels into space leaves behind.
+    places = sorted(range(total + 1), key=lambda b: abs(total - 2 * b))
+    found = _modes_at(source, n, places)
+    if not found:
+        for before in places:
+            block = source[before : before + n]
+            if len(np.unique(block[block >= 0])) == n:
+                order = np.full(n + 1, -1)
+                order[block] = np.arange(n)
+                found = found or _modes_at(order[source], n, [before])
+    if not found:
+        raise ValueError("an axis is padded as no convolution pads")
+    return found
+
+
+def _modes_at(source: IntArray, n: int, places: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """The same where the array itself begins at one of these places."""
+    found: dict[str, tuple[int, int]] = {}
+    for before in places:
         if not (source[before : before + n] == np.arange(n)).all():
             continue
         for mode in PADDING_MODES:
-            pads = ((before, total - before),)
+            pads = ((before, len(source) - n - before),)
             if mode == "reflect" and max(pads[0]) >= n:
                 continue
             axis = ConvGeometry((n,), (1,), (1,), (1,), (1,), pads, mode)
             if mode not in found and (axis.padded_sources(0) == source).all():
                 found[mode] = pads[0]
-    if not found:
-        raise ValueError("an axis is padded as no convolution pads")
     return found

@@ -21,6 +21,9 @@ _PRODUCTS = {  # operation: its two factors
 }
 """Matrix products of ATen, with the names of their two factors."""
 
+ATTENTIONS = ("aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd")
+"""Operations that a trace without gradients has for attention and for a transformer's layer."""
+
 _NORMALIZATIONS = (
     "aten::native_batch_norm",
     "aten::cudnn_batch_norm",
@@ -84,6 +87,12 @@ def product_call(left: Tensor, right: Tensor, weight_is_left: bool) -> LinearCal
     if weight.ndim != 2:
         return None
     return LinearCall("Linear", weight if weight_is_left else weight.T, x)
+
+
+def attention_weights(arguments: dict[str, Any]) -> list[Tensor]:
+    """The weights of the linear layers in one of `ATTENTIONS`, in the order of their use."""
+    names = ("qkv_weight", "proj_weight", "ffn_weight_1", "ffn_weight_2")
+    return [arguments[name] for name in names if name in arguments]
 
 
 def normalization_scale(name: str, arguments: dict[str, Any]) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from convspectra.models._gather import Gather
+from convspectra.models._gather import Gather, entrywise_labels
 
 _PADDINGS = {
     "constant_pad_nd",
@@ -32,12 +32,19 @@ _REARRANGEMENTS = set(
 )
 """Operations that keep every pixel, except `select` and `split`; they never start a table."""
 
-_POINTWISE = set(
-    """abs add celu clamp clamp_max clamp_min cos div elu exp gelu hardsigmoid hardswish hardtanh
-    leaky_relu log_sigmoid mish mul neg pow relu relu6 rsub selu sigmoid silu sin softplus sub tanh
-    threshold""".split()  # noqa: SIM905
+_UNTAGGED = set(
+    """_native_batch_norm_legit_no_training _prelu_kernel add celu div hardswish hardtanh leaky_relu
+    log_sigmoid_forward masked_fill mul prelu relu relu6 rrelu selu silu sub where""".split()  # noqa: SIM905
 )
-"""Functions of each entry, with numbers for their other arguments; "relu_" is found here too."""
+"""Functions of each entry that PyTorch does not mark as such, here or in place; "relu_" is found
+here too, and a factor for each channel counts as one.
+"""
+
+_EDITS = set(
+    """index_copy index_add index_fill index_put index_reduce masked_scatter scatter scatter_add
+    scatter_reduce""".split()  # noqa: SIM905
+)
+"""Operations that change some entries of their first argument; "index_put_" is found here too."""
 
 _FACTORIES = set(
     """empty empty_like empty_strided empty_permuted full full_like new_empty new_empty_strided
@@ -45,8 +52,10 @@ _FACTORIES = set(
 )
 """Operations that make an array without reading one, into which pixels may be copied."""
 
-_WORDS = {"slice_scatter": "copy", "select_scatter": "copy", "copy_": "copy"}
-
+_WORDS = dict.fromkeys(
+    "copy_ fill_ index_put index_put_ select_scatter slice_scatter zero_".split(),  # noqa: SIM905
+    "copy",
+)
 """Operations by the names that a note gives them."""
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]
@@ -77,6 +86,25 @@ class _Storage:
     constant: bool = False
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One argument of a function of each entry.
+
+    Attributes
+    ----------
+    index : Tensor
+        What stands at each entry of the result: a pixel, or a constant.
+    follows : bool
+        Whether it depends on the example input.
+    exact : bool
+        Whether its zeros are the number 0.
+    """
+
+    index: Tensor
+    follows: bool
+    exact: bool
+
+
 class MovedPixels:
     """The `Gather` of every array, kept up with each operation of a pass.
 
@@ -84,6 +112,8 @@ class MovedPixels:
     ----------
     depends : callable
         Whether an array depends on the example input.
+    restarts : bool
+        Whether an operation that pads what was padded already starts a table anew.
 
     Notes
     -----
@@ -91,8 +121,9 @@ class MovedPixels:
     that comes of one, while that array lives.
     """
 
-    def __init__(self, depends: Callable[[Tensor], bool]) -> None:
+    def __init__(self, depends: Callable[[Tensor], bool], restarts: bool = False) -> None:
         self._depends = depends
+        self._restarts = restarts
         self._storages: dict[int, _Storage] = {}
 
     def gather(self, x: object) -> Gather | None:
@@ -114,7 +145,7 @@ class MovedPixels:
     ) -> None:
         """Follow one operation, after it ran; `where` is the module that it ran in."""
         name = func._schema.name.removeprefix("aten::")
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = _only(result)
         if not (outputs and args and all(t.layout is torch.strided for t in outputs)):
             return
         if any(
@@ -128,12 +159,17 @@ class MovedPixels:
         if name in _FACTORIES:
             self._forget(outputs)
             self._made(outputs[0], name)
-        elif name == "copy_":
-            self._copied(args[0], args[1], label)
+        elif name in ("copy_", "fill_", "zero_"):
+            source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else None
+            self._written(args[0], source, label)
         elif name in _PADDINGS | _COPIES | _REARRANGEMENTS:
             self._moved(func, name, args, kwargs, outputs, label)
-        elif plain in _POINTWISE:
-            self._mapped(func, args, kwargs, outputs[0])
+        elif torch.Tag.pointwise in func.tags or plain in _UNTAGGED:
+            self._mapped(func, plain, args, kwargs, outputs[0])
+        elif plain == "index_put" and self._put_at(args, outputs[0], label):
+            pass
+        elif plain in _EDITS:
+            self._edited(args[0], outputs[0], label)
         elif func._schema.is_mutable or not func.is_view:
             self._forget(outputs)
 
@@ -149,14 +185,16 @@ class MovedPixels:
         count = 2 if name.endswith("_scatter") else 1
         if name == "copy":  # its first argument gives a shape only
             args = (args[1], args[0].shape)
-        moving = [t for t in tree_leaves(args[:count]) if isinstance(t, Tensor)]
+        moving = _only(args[:count])
         starts = name in _PADDINGS or (name in _COPIES and _reaches_pixels(name, args, moving))
+        if self._restarts and name in _PADDINGS and self.gather(moving[0]) is not None:
+            self._rooted(moving[0])
         sources = self._sources(moving, starts)
         if sources is None:
             if not func.is_view:
                 self._forget(outputs)
             return
-        indices, found, constant = sources
+        indices, found, constant, origin = sources
         rest = [_replaced(a, indices) for a in args[:count]]
         args = tree_map_only(Tensor, Tensor.cpu, args[count:])
         if name == "constant_pad_nd":
@@ -173,8 +211,7 @@ class MovedPixels:
         by = tuple(dict.fromkeys(b for storage in found for b in storage.by))
         if name not in _REARRANGEMENTS and name != "slice" and label not in by:
             by = (*by, label)
-        origin = next((storage.origin for storage in found if storage.origin is not None), None)
-        every = [t for t in tree_leaves(index) if isinstance(t, Tensor)]
+        every = _only(index)
         if func.is_view:
             base = found[0]
             shared = {t.untyped_storage().data_ptr() for t in base.views.values()}
@@ -190,10 +227,11 @@ class MovedPixels:
 
     def _sources(
         self, moving: list[Tensor], starts: bool
-    ) -> tuple[dict[int, Tensor], list[_Storage], bool] | None:
-        """Indices of the arrays that are moved, by ``id``, and whether some constant is not 0.
+    ) -> tuple[dict[int, Tensor], list[_Storage], bool, object | None] | None:
+        """Indices of the arrays that are moved, by ``id``, whether some constant is not 0, and
+        where the pixels come from.
 
-        None if the arrays come from several.
+        None if no pixel was moved before, and none is now.
         """
         indices: dict[int, Tensor] = {}
         found: list[_Storage] = []
@@ -209,67 +247,180 @@ class MovedPixels:
             else:
                 indices[id(t)] = torch.zeros(t.shape, dtype=torch.float64, device="cpu")
                 constant = constant or bool(t.any())
-        origins = {id(storage.origin) for storage in found if storage.origin is not None}
-        if unknown:
-            if origins or not starts or len({(_address(t), _view(t)) for t in unknown}) > 1:
-                return None
-            storage, index = self._rooted(unknown[0])
+        several = len({(_address(t), _view(t)) for t in unknown}) > 1
+        beside = indices or not several  # constants, or another copy of the same
+        if unknown and not (starts and beside) and not any(s.by for s in found):
+            return None
+        for t in unknown:
+            storage, index = self._known(t)  # the same array may be there twice
+            if storage is None or index is None:
+                storage, index = self._rooted(t)
             found.append(storage)
-            indices.update({id(t): index for t in unknown})
+            indices[id(t)] = index
+        if not found:
+            return None
         constant = constant or any(storage.constant for storage in found)
-        return (indices, found, constant) if len(origins) <= 1 and found else None
+        origins = {id(s.origin): s.origin for s in found if s.origin is not None}
+        origin = next(iter(origins.values()), None)
+        if len(origins) > 1:
+            origin, most = object(), max(int(index.max()) for index in indices.values())
+            for t in moving:
+                storage, index = self._known(t)
+                if storage is not None and index is not None and storage.origin is not None:
+                    place = list(origins).index(id(storage.origin))
+                    indices[id(t)] = torch.where(index > 0, index + place * most, index)
+        return indices, found, constant, origin
 
-    def _copied(self, target: Tensor, source: Tensor, label: str) -> None:
+    def _written(self, target: Tensor, source: Tensor | None, label: str) -> None:
+        """Entries take the values of others, or one number, which they have already."""
         storage, index = self._known(target)
         if storage is None:
             return
         if index is None:
-            self._forget([target])
-        elif not self._depends(source) and self._known(source)[0] is None:
+            self._lost(target)
+        elif source is None or not (self._depends(source) or self._known(source)[0]):
             index.zero_()
-            storage.constant = storage.constant or bool(source.any())
+            storage.constant = storage.constant or bool(target.any())
+            storage.by = storage.by and tuple(dict.fromkeys((*storage.by, label)))
         elif (sources := self._sources([source], starts=True)) is None:
-            self._forget([target])
+            self._lost(target)
         else:
-            indices, (found,), constant = sources
+            indices, (found,), constant, _ = sources
+            labels = indices[id(source)]
             if None not in (storage.origin, found.origin) and storage.origin is not found.origin:
-                self._forget([target])
-                return
-            index.copy_(indices[id(source)])
-            storage.origin = storage.origin if found.origin is None else found.origin
+                most = int(_whole(index).max())
+                labels = torch.where(labels > 0, labels + most, labels)
+                storage.origin = object()
+            elif storage.origin is None:
+                storage.origin = found.origin
+            index.copy_(labels)
             storage.by = tuple(dict.fromkeys((*storage.by, *found.by, label)))
             storage.constant = storage.constant or constant
+
+    def _put_at(self, args: tuple[Any, ...], output: Tensor, label: str) -> bool:
+        """A constant is written at entries that are known; whether that is so."""
+        x, places, values = args[:3]
+        storage, index = self._known(x)
+        if storage is None or index is None or any(map(self._depends, (*_only(places), values))):
+            return False
+        if len(args) > 3 and args[3]:  # accumulate
+            return False
+        inside = _address(x) == _address(output)
+        index = index if inside else index.clone()
+        indices = [None if t is None else t.cpu() for t in places]
+        torch.ops.aten.index_put_(index, indices, index.new_zeros(()))
+        by = storage.by and tuple(dict.fromkeys((*storage.by, label)))
+        constant = storage.constant or bool(values.any())
+        if inside:
+            storage.by, storage.constant = by, constant
+        else:
+            self._forget([output])
+            self._put(output, index, storage.origin, by, constant)
+        return True
+
+    def _edited(self, x: Tensor, output: Tensor, label: str) -> None:
+        """Some entries of a padded array are changed, one cannot say which."""
+        storage, _ = self._known(x)
+        if storage is None or not storage.by:
+            self._forget([output])
+        elif _address(x) == _address(output):
+            storage.by = tuple(dict.fromkeys((*storage.by, label)))
+            self._lost(x)
+        else:
+            by = tuple(dict.fromkeys((*storage.by, label)))
+            self._put(output, _one_pixel(output.shape), object(), by, False)
+
+    def _lost(self, x: Tensor) -> None:
+        """A padded array is one no longer, or not as anybody could say: no layer pads like it."""
+        storage, _ = self._known(x)
+        if storage is None or not storage.by:
+            self._forget([x])
+            return
+        for index in storage.views.values():
+            _whole(index).fill_(1)
 
     def _mapped(
         self,
         func: torch._ops.OpOverload,
+        plain: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> None:
         """A function of each entry commutes with moving them; what 0 becomes may be a constant.
 
-        The function of the array that the pixels come from is another array: a new origin.
+        The function of the array that the pixels come from is another array: a new origin. Of
+        several arrays, entries are copies where they are in all (`entrywise_labels`).
         """
-        x = args[0]
-        storage, index = self._known(x) if isinstance(x, Tensor) else (None, None)
-        others = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, Tensor)]
-        if (
-            storage is None
-            or index is None
-            or any(t.numel() > 1 or self._depends(t) for t in others)
-        ):
+        tensors = _only((args, kwargs))
+        found = [storage for storage in map(self._padded, tensors) if storage is not None]
+        inside = _address(output) == _address(args[0]) if isinstance(args[0], Tensor) else False
+        if not found or (inside and self._padded(args[0]) is None):
             self._forget([output])
             return
-        zero = func(torch.zeros(1, dtype=x.dtype, device=x.device), *args[1:], **kwargs)
-        constant = storage.constant or bool(zero != 0)
-        if _address(output) != _address(x):
-            self._forget([output])
-            self._put(output, index, object(), storage.by, constant)
-        elif x.numel() * x.element_size() < x.untyped_storage().nbytes():
-            self._forget([x])  # a part was changed, the rest was not
+        by = tuple(dict.fromkeys(b for storage in found for b in storage.by))
+        try:
+            parts = [self._part(t, output) for t in tensors if t.numel() > 1 or self._depends(t)]
+        except RuntimeError:  # of shapes that are not put beside each other entry by entry
+            self._edited(args[0], output, plain)
+            return
+        tables = [part.index for part in parts if part.follows]
+        zero = _zeros(plain, parts)
+        same = all(torch.equal(tables[0], table) for table in tables[1:])
+        if same and len(tables) == len(parts):
+            labels: Tensor | None = tables[0]
         else:
-            storage.origin, storage.constant = object(), constant
+            found_labels = entrywise_labels([part.index.numpy() for part in parts], zero.numpy())
+            labels = None if found_labels is None else torch.from_numpy(found_labels).double()
+        constant = bool(output.detach().cpu()[zero].any())
+        if not inside:
+            self._forget([output])
+            if labels is not None:
+                self._put(output, labels.clone(), object(), by, constant)
+            return
+        storage, index = self._known(args[0])
+        if storage is None or index is None or not self._set_part(index, labels):
+            self._forget([output])
+            return
+        storage.origin, storage.by = object(), by
+        whole = output.numel() * output.element_size() >= output.untyped_storage().nbytes()
+        storage.constant = constant or (storage.constant and not whole)
+
+    def _padded(self, x: Any) -> _Storage | None:
+        """The storage of an array whose pixels were moved."""
+        storage, index = self._known(x) if isinstance(x, Tensor) else (None, None)
+        return None if storage is None or index is None or not storage.by else storage
+
+    def _part(self, x: Tensor, output: Tensor) -> _Part:
+        """What stands at each entry of an argument, in the shape of the result."""
+        storage, index = self._known(x)
+        follows = self._depends(x)
+        if storage is None or index is None:
+            index = torch.arange(1, x.numel() + 1, dtype=torch.float64, device="cpu")
+            if not follows:
+                values = x.detach().cpu().reshape(-1)
+                index = torch.unique(values, return_inverse=True)[1].double()
+            index = index.reshape(x.shape)
+        if index.ndim == 1 and output.ndim > 2 and index.numel() == output.shape[1]:
+            index = index.reshape(-1, *(1,) * (output.ndim - 2))  # one number for each channel
+        exact = storage is not None and not storage.constant
+        return _Part(index.expand(output.shape), follows, exact)
+
+    @staticmethod
+    def _set_part(index: Tensor, labels: Tensor | None) -> bool:
+        """Put labels at some entries of a table; whether it is one of moved pixels still."""
+        whole = _whole(index)
+        inside, second = torch.zeros_like(whole, dtype=torch.bool), torch.zeros_like(whole)
+        place = (index.shape, index.stride(), index.storage_offset())
+        inside.as_strided(*place).fill_(True)
+        if labels is None:
+            labels = torch.arange(1, index.numel() + 1, dtype=torch.float64, device="cpu")
+        second.as_strided(*place).copy_(labels.reshape(index.shape))
+        zero = torch.where(inside, second == 0, whole == 0)
+        found = entrywise_labels([whole.numpy(), second.numpy()], zero.numpy())
+        if found is not None:
+            whole.copy_(torch.from_numpy(found))
+        return found is not None
 
     def _made(self, output: Tensor, name: str) -> None:
         """An array that was just made, into which others may be copied."""
@@ -306,6 +457,10 @@ class MovedPixels:
             self._storages.pop(_address(t), None)
 
 
+def _only(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
 def _replaced(value: Any, indices: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return indices[id(value)]
@@ -322,6 +477,27 @@ def _reaches_pixels(name: str, args: tuple[Any, ...], moving: list[Tensor]) -> b
         dim = args[place] if len(args) > place else 0
         return bool(isinstance(dim, int) and dim % ndim >= min(2, ndim - 2))
     return True
+
+
+def _zeros(plain: str, parts: list[_Part]) -> Tensor:
+    """Where the function of each entry does not depend on the pixels."""
+    masks = [part.index == 0 for part in parts if part.follows]
+    zero = torch.stack(masks).all(0)
+    factors = parts if plain == "mul" else parts[:1] if plain == "div" else []
+    for part in factors:  # 0 times anything
+        if part.follows and part.exact:
+            zero = zero | (part.index == 0)
+    return zero
+
+
+def _whole(index: Tensor) -> Tensor:
+    """The memory behind a table, in one axis."""
+    return torch.empty(0, dtype=index.dtype, device="cpu").set_(index.untyped_storage())
+
+
+def _one_pixel(shape: torch.Size) -> Tensor:
+    """A table that no padding has: one pixel everywhere."""
+    return torch.ones(shape, dtype=torch.float64, device="cpu")
 
 
 def _address(x: Tensor) -> int:

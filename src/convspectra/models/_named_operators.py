@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convspectra.models._forward_pass import evaluated, recorded_pass
@@ -182,13 +183,27 @@ def _is_lazy(module: nn.Module) -> bool:
 
 
 def _grouped(uses: list[Use]) -> list[list[Use]]:
-    """The uses of one layer at one size together, in the order of the first."""
+    """The uses of one layer at one size together, in the order of the first.
+
+    Several weights computed from one stored array are several layers, with a number behind the
+    name.
+    """
     groups: dict[Any, list[Use]] = {}
+    weights: dict[str, list[Tensor]] = {}
     for use in uses:
         op = use.operator
+        if op is not None:
+            known = weights.setdefault(use.name, [])
+            place = next((i for i, w in enumerate(known) if _equal(w, op.weight)), len(known))
+            known += [op.weight] * (place == len(known))
+            use.name += f" ({place + 1})" * (place > 0)
         key = (use.name, use.skipped, op and (op.geometry, op.groups, op.transposed, op.shape))
         groups.setdefault(key, []).append(use)
     return list(groups.values())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
 
 
 def _squared_gains(

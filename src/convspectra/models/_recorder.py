@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -27,8 +28,10 @@ from torch.utils._pytree import tree_leaves
 from convspectra.models._gather import with_outer_padding
 from convspectra.models._gradient_paths import Activation
 from convspectra.models._linear_calls import (
+    ATTENTIONS,
     CONVOLUTIONS,
     LinearCall,
+    attention_weights,
     convolution_call,
     named_arguments,
     normalization_scale,
@@ -134,9 +137,11 @@ class Recorder(TorchDispatchMode):
         self._lazy = lazy
         self._views = {_view(t): name for name, t in reversed(stored.items()) if t.numel()}
         self._sources = {_storage(t): name for name, t in reversed(stored.items()) if t.numel()}
+        self._stored = set(self._sources)
         self._dependent: set[int] = set()
         self._outputs: dict[int, tuple[Tensor, Use]] = {}
         self._pixels = MovedPixels(self._depends)
+        self._last_pixels = MovedPixels(self._depends, restarts=True)
         self._counts: dict[str, int] = {}
         self.flow = SignalFlow()
 
@@ -168,6 +173,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "aten":
             where = self.frames[-1].name if self.frames else ""
             self._pixels.note(func, args, kwargs, result, where)
+            self._last_pixels.note(func, args, kwargs, result, where)
         self._note_origin(func, _tensors((args, kwargs)), _tensors(result))
         return result
 
@@ -236,7 +242,9 @@ class Recorder(TorchDispatchMode):
         return use
 
     def _set_operator(self, use: Use, op: ConvOperator, x: Tensor) -> None:
-        use.operator, note = with_outer_padding(op, self._pixels.gather(x))
+        use.operator, note = with_outer_padding(
+            op, self._pixels.gather(x), lambda: self._last_pixels.gather(x)
+        )
         if use.operator is not op:
             padded = use.operator.geometry
             use.input_size = padded.input_size
@@ -298,7 +306,13 @@ class Recorder(TorchDispatchMode):
         result: Any,
     ) -> None:
         name = func._schema.name
-        if name in CONVOLUTIONS:
+        if name in ATTENTIONS:
+            for weight in attention_weights(named_arguments(func, args, kwargs)):
+                for use in self._attention_call(weight) or [
+                    _linear_use(self._label(weight, "Linear"), weight)
+                ]:
+                    self.add(use)
+        elif name in CONVOLUTIONS:
             call = convolution_call(named_arguments(func, args, kwargs))
             self.add(self._call_use(call, self._depends(call.weight)), result, call.input)
         elif (factors := product_factors(name, named_arguments(func, args, kwargs))) is not None:
@@ -307,7 +321,11 @@ class Recorder(TorchDispatchMode):
                 return
             call_or_none = product_call(*factors, weight_is_left=left)
             if call_or_none is not None:
-                self.add(self._call_use(call_or_none, False), result, call_or_none.input)
+                uses = self._attention_call(call_or_none.weight)
+                for use in uses:
+                    self.add(use)
+                if not uses:
+                    self.add(self._call_use(call_or_none, False), result, call_or_none.input)
             else:
                 label = self._label(factors[0] if left else factors[1], "Linear")
                 reason = "a product with a batch of stored matrices is not supported"
@@ -324,6 +342,8 @@ class Recorder(TorchDispatchMode):
         source = self._sources.get(_storage(call.weight))
         if source is not None and _view(call.weight) not in self._views:
             use.notes.append(f"its weight is a part of {source} or computed from it")
+            if _storage(call.weight) in self._stored and source.endswith(use.name):
+                use.name += _rows(call.weight)
         try:
             weight = call.weight.detach()
             op = ConvOperator(weight, call.input_size, **_padding_of(call))
@@ -331,6 +351,22 @@ class Recorder(TorchDispatchMode):
         except ValueError as error:
             use.skipped = str(error)
         return use
+
+    def _attention_call(self, weight: Tensor) -> list[Use]:
+        """The maps in a product with the packed weight of an attention, or with a part of it."""
+        name = self._sources.get(_storage(weight), "")
+        size = weight.shape[1]
+        packed = name.rpartition(".")[2] == "in_proj_weight" and _storage(weight) in self._stored
+        if not packed or weight.stride() != (size, 1) or len(weight) % size:
+            return []
+        self.read.add(name)
+        first = weight.storage_offset() // size**2
+        parts = ("query", "key", "value")[first : first + len(weight) // size]
+        prefix = name.removesuffix("in_proj_weight")
+        return [
+            _linear_use(f"{prefix}{part}", block)
+            for part, block in zip(parts, weight.split(size), strict=False)
+        ]
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return not self._depends(tensor)
@@ -365,6 +401,12 @@ class Recorder(TorchDispatchMode):
     def _note_origin(
         self, func: torch._ops.OpOverload, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
+        if func._schema.name.startswith(
+            "aten::lift"
+        ):  # made out of sight, at an address used again
+            for key in {_storage(t) for t in inputs} - self._stored:
+                self._dependent.discard(key)
+                self._sources.pop(key, None)
         dependent = any(self._depends(t) for t in inputs)
         if func._schema.is_mutable and dependent:
             outputs = outputs + [t for t in inputs[:1] if not self._depends(t)]
@@ -423,12 +465,24 @@ def _attention_uses(name: str, module: nn.MultiheadAttention) -> Iterator[Use]:
         into = module.in_proj_weight.chunk(3)
     weights = dict(zip(("query", "key", "value"), into, strict=True))
     for part, weight in {**weights, "out_proj": module.out_proj.weight}.items():
-        use = Use(f"{name}.{part}".lstrip("."), "Linear")
-        try:
-            use.operator = ConvOperator(weight.detach(), ())
-        except ValueError as error:
-            use.skipped = str(error)
-        yield use
+        yield _linear_use(f"{name}.{part}".lstrip("."), weight)
+
+
+def _linear_use(name: str, weight: Tensor) -> Use:
+    use = Use(name, "Linear")
+    try:
+        use.operator = ConvOperator(weight.detach(), ())
+    except ValueError as error:
+        use.skipped = str(error)
+    return use
+
+
+def _rows(weight: Tensor) -> str:
+    """Which rows of a stored array a weight is, as an index; where it begins, if it is no rows."""
+    start, size = weight.storage_offset(), math.prod(weight.shape[1:])
+    if weight.is_contiguous() and start % size == 0:
+        return f"[{start // size}:{start // size + len(weight)}]"
+    return f"[from {start}]"
 
 
 def _script_constants(model: torch.jit.ScriptModule) -> Iterator[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ def _single_node(
         "one",
         [],
         [onnx.ValueInfoProto(name=name) for name in names],
-        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in given.items()],
+        [numpy_helper.from_array(np.asarray(a, order="C"), name) for name, a in given.items()],
     )
     if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
         opset = max(opset, 19)  # the first that the evaluator has; earlier ones say the same

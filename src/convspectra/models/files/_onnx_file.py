@@ -428,7 +428,7 @@ def _inferred_shapes(
     graph.node.extend(nodes)
     produced = {name for node in nodes for name in node.output}
     graph.initializer.extend(
-        onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
         for name, value in folded.items()
         if name not in produced
     )

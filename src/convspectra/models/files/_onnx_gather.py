@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, helper
 
-from convspectra.models._gather import Gather
+from convspectra.models._gather import Gather, entrywise_labels
 from convspectra.models.files._onnx_constants import Array, FoldingError, evaluated
 from convspectra.models.files._onnx_file import ONNX_DOMAINS, Scope, attributes, label
 
@@ -35,10 +35,11 @@ _MOVING = _COPYING | {
 """All operators that only move pixels."""
 
 _POINTWISE = frozenset(
-    """Abs Clip Elu Exp Gelu HardSigmoid HardSwish LeakyRelu Mish Neg Relu Selu Sigmoid Softplus
-    Sqrt Tanh""".split()  # noqa: SIM905
+    """Abs Add Clip Cos Div Elu Equal Erf Exp Gelu Greater GreaterOrEqual HardSigmoid HardSwish
+    LeakyRelu Less LessOrEqual Max Min Mish Mul Neg Not PRelu Pow Relu Selu Sigmoid Sign Sin
+    Softplus Softsign Sqrt Sub Sum Tanh ThresholdedRelu Where""".split()  # noqa: SIM905
 )
-"""Functions of each entry."""
+"""Functions of each entry, of one array or of several."""
 
 _NUMPY_MODES: dict[str, Any] = {
     "constant": "constant",
@@ -59,8 +60,10 @@ class _Traced:
     constant: bool = False
 
 
-def gather_before(scope: Scope, name: str) -> Gather | None:
+def gather_before(scope: Scope, name: str, restarts: bool = False) -> Gather | None:
     """Moves of pixels between the last computed value and this one; None for nothing.
+
+    With `restarts`, a node that pads what was padded already is the first of them.
 
     Notes
     -----
@@ -71,6 +74,8 @@ def gather_before(scope: Scope, name: str) -> Gather | None:
         return None
     traced: dict[str, _Traced] = {}
     for node in nodes:
+        if restarts and node.op_type == "Pad" and _mode(node) != "wrap":
+            traced.pop(node.input[0], None)
         found = _traced(scope, node, traced)
         if found is not None:
             traced |= found
@@ -95,8 +100,8 @@ def _chain(scope: Scope, name: str) -> list[NodeProto]:
 
 def _data(node: NodeProto) -> list[str]:
     """The inputs of a node that hold pixels."""
-    if node.op_type == "Concat":
-        return list(node.input)
+    if node.op_type == "Concat" or node.op_type in _POINTWISE:
+        return [name for name in node.input if name]
     return [node.input[i] for i in ((0, 2) if node.op_type == "ScatterND" else (0,))]
 
 
@@ -113,14 +118,11 @@ def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[s
         if not scope.is_constant(i)
     }
     if node.op_type in _POINTWISE:
-        (before,) = found.values()
-        output = node.output[0]
-        if not before.by:  # a computed value
-            return None
-        constant = before.constant or _at_zero(scope, node) != 0
-        return {output: _Traced(output, before.index, before.by, constant)}
-    if len({part.origin for part in found.values()}) != 1:
+        return _mapped(scope, node, data, found)
+    moved = any(part.by for part in found.values())
+    if not moved and len(found) == len(data) and len({p.origin for p in found.values()}) > 1:
         return None
+    found = _apart(found)
     try:
         values = {i: found[i].index if i in found else 0 * scope.constant(i) for i in data}
         values |= {i: scope.constant(i) for i in node.input if i and i not in data}
@@ -140,14 +142,29 @@ def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[s
     return {output: _Traced(origin, array, by, constant) for output, array in arrays.items()}
 
 
+def _apart(found: dict[str, _Traced]) -> dict[str, _Traced]:
+    """The same with labels of their own for the pixels of each origin."""
+    origins = list(dict.fromkeys(part.origin for part in found.values()))
+    if len(origins) == 1:
+        return found
+    most = max(float(part.index.max(initial=0)) for part in found.values())
+    return {
+        i: replace(
+            part,
+            origin=tuple(origins),
+            index=np.where(part.index > 0, part.index + most * origins.index(part.origin), 0),
+        )
+        for i, part in found.items()
+    }
+
+
 def _indices(shape: tuple[int, ...]) -> Array:
     return np.arange(1, math.prod(shape) + 1, dtype=np.float64).reshape(shape)
 
 
 def _padded(scope: Scope, node: NodeProto, x: Array) -> Array:
     """The indices with 0 around them, or with some of their own; negative amounts cut off."""
-    given = attributes(node)
-    mode = given["mode"].s.decode() if "mode" in given else "constant"
+    given, mode = attributes(node), _mode(node)
     if "pads" in given:
         amounts = list(given["pads"].ints)
     else:
@@ -181,12 +198,63 @@ def _of_doubles(node: NodeProto) -> NodeProto:
     return node
 
 
-def _at_zero(scope: Scope, node: NodeProto) -> float:
-    """The value of a function of each entry at 0."""
-    zero = np.zeros(1, dtype=np.float32)
+def _mode(node: NodeProto) -> str:
+    given = attributes(node)
+    return given["mode"].s.decode() if "mode" in given else "constant"
+
+
+def _mapped(
+    scope: Scope, node: NodeProto, data: list[str], found: dict[str, _Traced]
+) -> dict[str, _Traced] | None:
+    """A function of each entry: another array, whose pixels are moved alike."""
+    if not any(part.by for part in found.values()):  # a computed value
+        return None
+    output = node.output[0]
+    by = tuple(dict.fromkeys(b for part in found.values() for b in part.by))
     try:
-        values = {i: scope.constant(i) for i in node.input[1:] if i}
-        (value,) = evaluated(node, {node.input[0]: zero, **values}, scope.opset, 2**10).values()
-    except FoldingError:
-        return math.nan
-    return float(value[0])
+        constants = {i: scope.constant(i) for i in data if i not in found}
+        every = [part.index for part in found.values()] + list(constants.values())
+        shape = np.broadcast_shapes(*(array.shape for array in every))
+        indices = {i: np.broadcast_to(part.index, shape) for i, part in found.items()}
+        zero = np.all([index == 0 for index in indices.values()], axis=0)
+        factors = data if node.op_type == "Mul" else data[:1] if node.op_type == "Div" else []
+        for i in factors:  # 0 times anything
+            if i in found and not found[i].constant:
+                zero = zero | (indices[i] == 0)
+        tables = list(indices.values())
+        codes = [
+            np.unique(array, return_inverse=True)[1].reshape(array.shape)
+            for array in constants.values()
+            if array.size > 1
+        ]
+        labels: Array | None = tables[0]
+        if codes or not all(np.array_equal(tables[0], table) for table in tables[1:]):
+            labels = entrywise_labels([*tables, *(np.broadcast_to(c, shape) for c in codes)], zero)
+        constant = _at_zeros(scope, node, zero, {i: found[i].index.shape for i in found}, constants)
+    except (FoldingError, ValueError):  # no value, or shapes that do not fit
+        return None
+    if labels is None:
+        return None
+    return {output: _Traced(output, labels.astype(np.float64), by, constant)}
+
+
+def _at_zeros(
+    scope: Scope,
+    node: NodeProto,
+    zero: Array,
+    shapes: dict[str, tuple[int, ...]],
+    constants: dict[str, Array],
+) -> bool:
+    """Whether a function of each entry has another value than 0 where its arguments are 0."""
+    if not zero.any():
+        return False
+    if len(shapes) == 1 and not any(array.size > 1 for array in constants.values()):
+        shapes, zero = dict.fromkeys(shapes, (1,)), np.ones(1, dtype=bool)
+    kind = dict.fromkeys(
+        shapes, bool if node.op_type in ("Not", "And", "Or", "Xor") else np.float32
+    )
+    if node.op_type == "Where" and node.input[0] in shapes:
+        kind[node.input[0]] = bool
+    zeros = {i: np.zeros(shape, dtype=kind[i]) for i, shape in shapes.items()}
+    (value,) = evaluated(node, {**zeros, **constants}, scope.opset, scope.max_bytes).values()
+    return bool(np.broadcast_to(value, zero.shape)[zero].any())

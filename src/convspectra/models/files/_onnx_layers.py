@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -44,7 +45,6 @@ _WEIGHTED = {  # operators with a stored weight that are not taken, and why
     "LSTM": _RECURRENT,
     "GRU": _RECURRENT,
     "RNN": _RECURRENT,
-    "Einsum": "Einsum with a stored factor is not supported",
     "DeformConv": "its taps move with its input",
 }
 """Operators with a stored weight that are not taken, and why."""
@@ -91,6 +91,8 @@ def _node_operators(scope: Scope, node: NodeProto, inside: str) -> Iterator[Name
         build = _convolution
     elif standard and kind in ("Gemm", "MatMul") and _has_one_factor(scope, node):
         build = _product
+    elif standard and kind == "Einsum" and _has_one_factor(scope, node):
+        build = _contraction
     elif standard and kind in _WEIGHTED and weighted:
         yield NamedOperator(label(node), kind, None, skipped=_WEIGHTED[kind])
         return
@@ -107,9 +109,29 @@ def _node_operators(scope: Scope, node: NodeProto, inside: str) -> Iterator[Name
     except _PassedOverError as reason:
         yield NamedOperator(label(node), kind, None, skipped=str(reason))
     else:
-        yield _with_surroundings(
-            scope, node, NamedOperator(label(node), kind, op, notes=(note,) * bool(note))
-        )
+        maps = _attention_maps(scope, node, op)
+        for part, block in maps.items():
+            yield NamedOperator(f"{label(node)}.{part}", kind, block)
+        if not maps:
+            named = NamedOperator(label(node), kind, op, notes=(note,) * bool(note))
+            yield _with_surroundings(scope, node, named)
+
+
+def _attention_maps(scope: Scope, node: NodeProto, op: ConvOperator) -> dict[str, ConvOperator]:
+    """Three maps into attention, where PyTorch's exporters wrote one product for them.
+
+    The name of the bias tells.
+    """
+    names = [name for r in scope.readers.get(node.output[0], ()) for name in read_names(r)]
+    packed = any(name.rpartition(".")[2] == "in_proj_bias" for name in names)
+    rows, columns = op.shape
+    if not packed or op.geometry.ndim or rows != 3 * columns:
+        return {}
+    blocks = op.weight.reshape(3, columns, columns)
+    return {
+        part: ConvOperator(block, ())
+        for part, block in zip(("query", "key", "value"), blocks, strict=True)
+    }
 
 
 def _has_one_factor(scope: Scope, node: NodeProto) -> bool:
@@ -156,7 +178,10 @@ def _convolution(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
     except ValueError as error:
         raise _PassedOverError(str(error)) from error
     _check_sizes(scope, node, op, shape)
-    return with_outer_padding(op, gather_before(scope, node.input[0]))
+    name = node.input[0]
+    return with_outer_padding(
+        op, gather_before(scope, name), lambda: gather_before(scope, name, restarts=True)
+    )
 
 
 def _where_sizes_end(scope: Scope, name: str) -> str:
@@ -204,6 +229,25 @@ def _product(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
         weight = weight * given["alpha"].f
     try:
         return ConvOperator(weight if left else weight.T, ()), ""
+    except ValueError as error:
+        raise _PassedOverError(str(error)) from error
+
+
+def _contraction(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
+    """The operator of Einsum, from the axes that it sums over to those that it makes."""
+    terms, _, result = attributes(node)["equation"].s.decode().replace(" ", "").partition("->")
+    left = scope.is_constant(node.input[0])
+    names = terms.split(",")
+    ours, others = (names[0], names[1]) if left else (names[1], names[0])
+    weight = _weight(scope, node.input[0] if left else node.input[1])
+    summed = [axis for axis in ours if axis in others and axis not in result]
+    made = [axis for axis in ours if axis in result and axis not in others]
+    if not result or not summed or len({*summed, *made}) != weight.ndim or len(ours) != weight.ndim:
+        raise _PassedOverError(f"Einsum of {terms}->{result} is no product with one stored matrix")
+    rows = math.prod(weight.shape[ours.index(axis)] for axis in made)
+    matrix = weight.permute([ours.index(axis) for axis in (*made, *summed)]).reshape(rows, -1)
+    try:
+        return ConvOperator(matrix, ()), ""
     except ValueError as error:
         raise _PassedOverError(str(error)) from error
 
