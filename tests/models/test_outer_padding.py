@@ -502,3 +502,32 @@ def test_a_pad_node_of_an_unknown_amount_is_left(tmp_path):
     )
     (named,) = load_operators(saved(tmp_path, content), [])[1]
     assert "input size could not be inferred" in named.skipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "absorbed"),
+    [
+        ("ScatterElements", {"axis": 3}, True),
+        ("ScatterElements", {"axis": 3, "reduction": "add"}, False),
+        ("ScatterND", {}, False),
+    ],
+)
+def test_edits_of_a_padded_array(tmp_path, kind, options, absorbed):
+    """Zeros written over the right border of a replicated one, or something else elsewhere."""
+    place = np.full((1, 3, 9, 1), 9) if kind == "ScatterElements" else np.array([[0, 0, 4]])
+    value = np.zeros(place.shape if kind == "ScatterElements" else (1, 10), dtype=np.float32)
+    pads = np.array([0, 0, 0, 0, 0, 0, 1, 3])
+    content = model(
+        [
+            helper.make_node("Pad", ["x", "p"], ["q"]),
+            helper.make_node(kind, ["q", "i", "v"], ["r"], **options),
+            helper.make_node("Conv", ["r", "w"], ["y"]),
+        ],
+        {"p": pads, "w": array(2, 3, 3, 2), "i": place, "v": value},
+        SHAPE,
+    )
+    (named,) = load_operators(saved(tmp_path, content), [SHAPE])[1]
+    assert ("judged as if it were not" in named.notes[0]) == (not absorbed)
+    if absorbed:
+        expected = torch.from_numpy(evaluated(content, X.numpy()))
+        torch.testing.assert_close(named.operator.matvec(X), expected, atol=1e-5, rtol=1e-5)

@@ -93,7 +93,7 @@ class _Part:
     Attributes
     ----------
     index : Tensor
-        What stands at each entry of the result: a pixel, or a constant.
+        A number for the pixel, or the constant, at each entry of the result.
     follows : bool
         Whether it depends on the example input.
     exact : bool
@@ -392,7 +392,7 @@ class MovedPixels:
         return None if storage is None or index is None or not storage.by else storage
 
     def _part(self, x: Tensor, output: Tensor) -> _Part:
-        """What stands at each entry of an argument, in the shape of the result."""
+        """The pixels or constants at each entry of an argument, in the shape of the result."""
         storage, index = self._known(x)
         follows = self._depends(x)
         if storage is None or index is None:

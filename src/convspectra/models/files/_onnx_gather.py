@@ -15,7 +15,8 @@ from convspectra.models.files._onnx_constants import Array, FoldingError, evalua
 from convspectra.models.files._onnx_file import ONNX_DOMAINS, Scope, attributes, label
 
 _COPYING = frozenset(
-    "Concat Expand Gather GatherND Pad ScatterND Slice Tile".split()  # noqa: SIM905
+    """Concat Expand Gather GatherElements GatherND Pad ScatterElements ScatterND Slice
+    Tile""".split()  # noqa: SIM905
 )
 """Operators that may write something beside their input, or a part of it again."""
 
@@ -102,7 +103,7 @@ def _data(node: NodeProto) -> list[str]:
     """The inputs of a node that hold pixels."""
     if node.op_type == "Concat" or node.op_type in _POINTWISE:
         return [name for name in node.input if name]
-    return [node.input[i] for i in ((0, 2) if node.op_type == "ScatterND" else (0,))]
+    return [node.input[i] for i in ((0, 2) if node.op_type.startswith("Scatter") else (0,))]
 
 
 def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[str, _Traced] | None:
@@ -123,6 +124,9 @@ def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[s
     if not moved and len(found) == len(data) and len({p.origin for p in found.values()}) > 1:
         return None
     found = _apart(found)
+    by = tuple(dict.fromkeys(b for part in found.values() for b in part.by))
+    if node.op_type in _COPYING and node.op_type != "Slice":
+        by = (*by, f"{node.op_type} node {label(node)}")
     try:
         values = {i: found[i].index if i in found else 0 * scope.constant(i) for i in data}
         values |= {i: scope.constant(i) for i in node.input if i and i not in data}
@@ -133,10 +137,11 @@ def _traced(scope: Scope, node: NodeProto, traced: dict[str, _Traced]) -> dict[s
         else:
             arrays = evaluated(_of_doubles(node), values, scope.opset, scope.max_bytes)
     except FoldingError:
-        return None
-    by = tuple(dict.fromkeys(b for part in found.values() for b in part.by))
-    if node.op_type in _COPYING and node.op_type != "Slice":
-        by = (*by, f"{node.op_type} node {label(node)}")
+        shape = scope.shapes.get(node.output[0], ())
+        if not moved or min(shape, default=0) < 1:
+            return None
+        # Edited where one cannot say: one pixel everywhere is no padding that a layer has.
+        return {node.output[0]: _Traced(node.output[0], np.ones(shape), by)}
     origin = next(iter(found.values())).origin
     constant = constant or any(part.constant for part in found.values())
     return {output: _Traced(origin, array, by, constant) for output, array in arrays.items()}
@@ -192,7 +197,16 @@ def _pads_with_another_value(scope: Scope, node: NodeProto) -> bool:
 
 
 def _of_doubles(node: NodeProto) -> NodeProto:
-    """A Cast leaves indices as they are; of Split and Dropout all outputs are named."""
+    """A Cast leaves indices as they are; of Split and Dropout all outputs are named.
+
+    Raises
+    ------
+    FoldingError
+        If entries are added up.
+    """
+    given = attributes(node)
+    if "reduction" in given and given["reduction"].s not in (b"", b"none"):
+        raise FoldingError("entries that are added up")
     if node.op_type in ("Cast", "Dropout"):
         return helper.make_node("Identity", node.input[:1], node.output[:1])
     return node
