@@ -513,7 +513,7 @@ def test_a_pad_node_of_an_unknown_amount_is_left(tmp_path):
     ],
 )
 def test_edits_of_a_padded_array(tmp_path, kind, options, absorbed):
-    """Zeros written over the right border of a replicated one, or something else elsewhere."""
+    """Zeros written over zeros of the border, or added, or written elsewhere."""
     place = np.full((1, 3, 9, 1), 9) if kind == "ScatterElements" else np.array([[0, 0, 4]])
     value = np.zeros(place.shape if kind == "ScatterElements" else (1, 10), dtype=np.float32)
     pads = np.array([0, 0, 0, 0, 0, 0, 1, 3])
