@@ -7,7 +7,7 @@ from ._numbers import ABSENT, largest, smallest
 from ._record import LayerAudit
 from ._report import INCOMPLETE, AuditReport
 from ._rules import Rule, parse_rule, violations
-from ._table import COLUMN_IMPORTANCE, table_row
+from ._table import COLUMN_IMPORTANCE, circular_line, fact_rows, table_row
 
 __all__ = [
     "ABSENT",
@@ -23,7 +23,9 @@ __all__ = [
     "Rule",
     "audit",
     "audit_operators",
+    "circular_line",
     "compare",
+    "fact_rows",
     "journal_files",
     "largest",
     "network_facts",

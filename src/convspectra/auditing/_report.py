@@ -141,7 +141,11 @@ class AuditReport:
             For anything else than a report of this version; the field is named.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise ValueError(f"expected an audit report with schema {SCHEMA!r}")
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(
+                f"expected an audit report with schema {SCHEMA!r}, got {found!r}; "
+                "convspectra audit --json writes one"
+            )
         if data.get("version") != SCHEMA_VERSION:
             raise ValueError(
                 f"expected version {SCHEMA_VERSION} of {SCHEMA}, got {data.get('version')!r}"
@@ -179,7 +183,14 @@ class AuditReport:
             If it cannot be read.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, or no text at all
+            raise ValueError(
+                f"expected an audit report, as convspectra audit --json writes it, got {path}, "
+                f"which is not JSON: {error}"
+            ) from error
+        try:
+            return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

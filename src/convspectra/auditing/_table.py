@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convspectra.auditing import _numbers as words
-from convspectra.auditing._record import Conditioning, LayerAudit
+from convspectra.auditing._record import Certified, Conditioning, LayerAudit
 from convspectra.text import sizes
 
 
@@ -54,6 +54,57 @@ def table_row(layer: LayerAudit) -> dict[str, str]:
     return {
         column.name: ("~" if column.flag(layer) else "") + column.text(layer) for column in COLUMNS
     }
+
+
+def fact_rows(layer: LayerAudit) -> list[dict[str, str]]:
+    """One row a number of a single layer: its value, interval and method.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> report = cs.audit(torch.nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 8, 8))
+    >>> [row["number"] for row in fact_rows(report.layers[0])]
+    ['sigma_max', 'sigma_min', 'condition', 'rank', 'gain']
+    """
+    numbers = layer.applied
+    if numbers is None:
+        return [_fact("layer", _note(layer))]
+    low, high = numbers.sigma_min, numbers.sigma_max
+    within = words.interval(numbers.condition_lower, numbers.condition_upper)
+    return [
+        _fact("sigma_max", words.largest(numbers), _interval(high), high.method),
+        _fact("sigma_min", words.smallest(numbers), _interval(low), low.method),
+        _fact("condition", words.condition(numbers), within),
+        _fact("rank", words.rank(layer, numbers)),
+        _fact("gain", words.gain(layer, numbers)),
+    ]
+
+
+def _fact(name: str, value: str, interval: str = "", method: str = "") -> dict[str, str]:
+    return {"number": name, "value": value, "interval": interval, "method": method}
+
+
+def _interval(certified: Certified) -> str:
+    return words.interval(certified.lower, certified.upper)
+
+
+def circular_line(layer: LayerAudit) -> str:
+    """A sentence about sigma_min with circular padding where it differs; "" where it does not.
+
+    Examples
+    --------
+    >>> import torch, convspectra as cs
+    >>> report = cs.audit(torch.nn.Conv2d(1, 1, 3, padding=1), torch.zeros(1, 1, 8, 8))
+    >>> circular_line(report.layers[0]).split(",")[0].rpartition(" ")[0]
+    'circular padding would give sigma_min'
+    """
+    value, numbers = _circular_minimum(layer), layer.applied
+    if value is None or numbers is None:
+        return ""
+    times = words.ratio(value, numbers.sigma_min.value)
+    if times == words.number(1.0):
+        return ""
+    return f"circular padding would give sigma_min {words.number(value)}, {times} times as large"
 
 
 def records(layers: Sequence[LayerAudit]) -> list[dict[str, object]]:

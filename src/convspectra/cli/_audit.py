@@ -137,7 +137,7 @@ def _add_results(parser: argparse._ArgumentGroup) -> None:
 
 def run(parsed: argparse.Namespace, console: Console) -> int:
     """Audit, print and write."""
-    max_bytes = _bytes(parsed.max_gib)
+    limit = max_bytes(parsed.max_gib)
     paths = {kind: getattr(parsed, kind) for kind in (*OUTPUTS, "journal")}
     check_outputs(paths, {"the model file": parsed.file})
     journal = _journal(parsed)
@@ -151,7 +151,7 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
             operators,
             name,
             ", ".join(sizes((1, *shape)) for shape in parsed.input),
-            options=auditing.AuditOptions(parsed.spectrum, not parsed.no_fold, max_bytes),
+            options=auditing.AuditOptions(parsed.spectrum, not parsed.no_fold, limit),
             band=tuple(parsed.band),
             purpose=parsed.purpose,
             workers=parsed.workers,
@@ -255,7 +255,8 @@ def _judge_one(rule: Rule, report: AuditReport, console: Console) -> int:
     return 0
 
 
-def _bytes(gib: float) -> int:
+def max_bytes(gib: float) -> int:
+    """The limit of ``--max-gib`` in bytes."""
     if not 2**-30 <= gib < math.inf:
         raise ValueError(f"expected --max-gib to be positive and finite, got {gib}")
     if gib >= 2**33:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import convspectra
+from convspectra.cli._suggestions import refuse_misspelled
 from convspectra.cli._threads import wait_passively, watched
 from convspectra.text import plain
 
@@ -18,6 +22,7 @@ COMMANDS = {
     "flow": "whether signals and gradients vanish, explode or collapse, where, and what to do",
     "reproduce": "the figures and numbers of the paper's Section 4",
     "show": "an audit that was written as JSON, as a table or a page",
+    "spectra": "the extreme singular values of one layer, given by its sizes",
 }
 """Each is a module of this package, imported when it is called: see Note [Lazy names]."""
 FAILED = 2
@@ -28,16 +33,18 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 2 for what went wrong, 130 for Ctrl-C."""
-    chosen = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if (completing := os.environ.get("COMP_LINE")) and "_ARGCOMPLETE" in os.environ:
+        words = completing.split()[1:]
     wait_passively()
-    command = importlib.import_module(f"convspectra.cli._{chosen.command}")
-    parser = argparse.ArgumentParser(
-        prog=f"convspectra {chosen.command}",
-        description=command.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_arguments(parser)
-    parsed = parser.parse_args(chosen.rest)
+    name = next((word for word in words if not word.startswith("-")), None)
+    command = importlib.import_module(f"convspectra.cli._{name}") if name in COMMANDS else None
+    parser, options = _parsers(name, command)
+    if completing:
+        _complete(parser)
+    refuse_misspelled(words, parser, COMMANDS, options)
+    parsed = parser.parse_args(words)
+    assert command is not None  # else the parser has left
     # Here and not above: rich comes with it, and the help is to be there at once.
     from convspectra.cli._printing import PipedConsole
 
@@ -64,15 +71,41 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+def _parsers(
+    name: str | None, command: ModuleType | None
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of all commands, and that of the chosen one: no other module is imported."""
+    listed = "\n".join(f"  {each:<12}{text}" for each, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="convspectra",
+        usage="convspectra [-h] [--version] COMMAND ...",
         description="The numerical linear algebra of convolutional layers.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"commands:\n{listed}\n\nconvspectra COMMAND --help tells the options of each.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
+    commands = parser.add_subparsers(
+        prog="convspectra", metavar="COMMAND", required=True, help=argparse.SUPPRESS
+    )
+    chosen = parser
+    for each, text in COMMANDS.items():
+        if each != name or command is None:
+            commands.add_parser(each, help=text)
+            continue
+        chosen = commands.add_parser(
+            each,
+            help=text,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(chosen)
+    return parser, chosen
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks how a line may go on, and leave."""
+    try:
+        argcomplete = importlib.import_module("argcomplete")
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
