@@ -1,4 +1,4 @@
-"""What was meant by a command or an option that there is not."""
+"""Suggestions for commands and options that there are not."""
 
 from __future__ import annotations
 
