@@ -21,7 +21,14 @@ FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones",
     "rand", "randint", "randn", "randperm", "tensor", "zeros",
 }  # fmt: skip
-NUMBERS_ONLY = {"matlab", "penalties", "kernel_to_weight", "weight_to_kernel", "Schedule"}
+NUMBERS_ONLY = {
+    "matlab",
+    "parametrizations",
+    "penalties",
+    "kernel_to_weight",
+    "weight_to_kernel",
+    "Schedule",
+}
 """Public names with nothing to compute that a surrounding could change, or tested under another."""
 
 
@@ -66,6 +73,13 @@ def changed(function: Callable[..., Any]) -> Callable[[], Any]:
         return [p.detach().tolist() for p in net.parameters()]
 
     return run
+
+
+def held(net: nn.Module, x: Tensor) -> Any:
+    """A layer whose norm is held: its weights in training and in evaluation."""
+    layer = cs.parametrizations.spectral_norm(copy.deepcopy(net[0]), (6, 6))
+    found = [layer.train(mode).weight.detach().tolist() for mode in (True, False)]
+    return found, layer.parametrizations.weight[0].certificate()
 
 
 def on_model(function: Callable[..., Any]) -> Callable[[], Any]:
@@ -113,6 +127,7 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
     "lipschitz_bound": lambda: on_model(
         lambda net, x: (b := cs.lipschitz_bound(net, x[:1], ascent=1)) and (b.lower, b.upper)
     ),
+    "parametrizations.spectral_norm": lambda: on_model(held),
     "gradient_flow": lambda: on_model(lambda net, x: str(cs.gradient_flow(net, x))),
     "precondition": lambda: changed(cs.precondition),
     "prepare": lambda: changed(cs.prepare),

@@ -40,7 +40,11 @@ def test_all_names_what_exists_and_what_is_imported() -> None:
     assert len(set(names)) == len(names)
     assert [name for name in names if not hasattr(convspectra, name)] == []
     modules = [name for name, value in vars(convspectra).items() if inspect.ismodule(value)]
-    assert set(modules) & set(names) == {"matlab", "penalties"}  # Note [Lazy names]
+    assert set(modules) & set(names) == {
+        "matlab",
+        "parametrizations",
+        "penalties",
+    }  # Note [Lazy names]
     public = {name for name, value in vars(convspectra).items() if is_public(name, value)}
     assert public - set(names) == set()
 

@@ -1,4 +1,4 @@
-from . import matlab, penalties
+from . import matlab, parametrizations, penalties
 from .auditing import AuditReport, audit
 from .network import (
     GradientFlow,
@@ -81,6 +81,7 @@ __all__ = [
     "logabsdet",
     "matlab",
     "norm_bound",
+    "parametrizations",
     "penalties",
     "precondition",
     "prepare",

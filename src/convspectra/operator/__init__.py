@@ -15,6 +15,7 @@ from convspectra.operator._checks import (
     check_gain,
     check_operator,
     check_positive_integer,
+    check_positive_number,
     check_type,
 )
 from convspectra.operator._conv_operator import ConvOperator, block_diagonal, derived_operator
@@ -100,6 +101,7 @@ __all__ = [
     "check_halves",
     "check_operator",
     "check_positive_integer",
+    "check_positive_number",
     "check_type",
     "conv_geometry",
     "convolution_options",

@@ -93,8 +93,13 @@ def check_type(name: str, value: object, expected: type) -> None:
 
 def check_gain(gain: object) -> None:
     """Raise a ValueError unless the gain is a finite number above 0."""
-    if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 < gain < math.inf:
-        raise ValueError(f"expected gain to be a finite number above 0, got {gain!r}")
+    check_positive_number("gain", gain)
+
+
+def check_positive_number(name: str, value: object) -> None:
+    """Raise a ValueError unless the value is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"expected {name} to be a finite number above 0, got {value!r}")
 
 
 def check_band(lower: float, upper: float) -> None:

@@ -27,6 +27,7 @@ from convspectra.solvers._quadrature import (
 from convspectra.solvers._result import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets
 from convspectra.solvers._stop import DeflationStop, LanczosStop, Stop
 from convspectra.solvers._tracking import Ends, improved, towards_norm, working_dtype
+from convspectra.solvers._warm_lanczos import warm_lanczos
 
 __all__ = [
     "BOUND_VECTORS",
@@ -66,5 +67,6 @@ __all__ = [
     "ritz_ends",
     "towards_norm",
     "tridiagonals",
+    "warm_lanczos",
     "working_dtype",
 ]
