@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DEMO_STAMP := .venv/.installed-demo
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 # Everything that a tool keeps for itself stays in the repository, so that a read-only home is enough.
@@ -12,7 +13,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## Train plain networks of 20 and 100 layers from several starts: a picture and a table
+demo: $(DEMO_STAMP) ## Train plain networks of 20 and 100 layers from several starts: a picture and a table
 	$(BIN)/convspectra demo
 
 # The matrices of the tests are small: the cores serve tests side by side, not threads of one.
@@ -54,10 +55,14 @@ clean: ## Remove what these commands make: .venv, caches, builds, results in out
 	find src tests examples benchmarks common experiments docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build backend is installed beside torch, not isolated: constraints do not reach an isolated build.
-$(STAMP): pyproject.toml constraints.txt
+$(DEMO_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo 'convspectra needs Python 3.10 or newer; name one: make PYTHON=python3.12' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch hatchling
-	$(PIP_INSTALL) --no-build-isolation --editable '.[demo,dev]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(STAMP): $(DEMO_STAMP)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -51,7 +52,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         ROOT / "src", sources / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
     )
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "hatch_build.py"):
         shutil.copy(ROOT / name, sources)
     run_python(
         "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp), str(sources), cwd=tmp
@@ -126,9 +127,49 @@ def test_every_requirement_is_pinned() -> None:
 
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *(line for extra in extras.values() for line in extra)]
-    names = {canonicalize_name(Requirement(line).name) for line in wanted}
+    names = {canonicalize_name(Requirement(line).name) for line in wanted} - {PROJECT["name"]}
     assert "torch" in names
     assert names <= {canonicalize_name(pin.name) for pin in pins}
+
+
+def test_dev_has_every_extra_that_installs_without_a_compiler() -> None:
+    extras = PROJECT["optional-dependencies"]
+    (own,) = (Requirement(line) for line in extras["dev"] if line.startswith(PROJECT["name"]))
+    assert own.extras == set(extras) - {"dev", "bench"}  # bench: primme is built from source
+
+
+def release_metadata(monkeypatch: pytest.MonkeyPatch, repository: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv(module.VARIABLE, repository)
+    metadata: dict[str, Any] = {}
+    module.ReleaseMetadata(str(ROOT), {}).update(metadata)
+    return metadata
+
+
+def test_a_release_has_addresses_and_a_readme_that_needs_no_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    metadata = release_metadata(monkeypatch, "https://host.example/owner/convspectra/")
+    root = "https://host.example/owner/convspectra"
+    readme = metadata["readme"]["text"]
+    assert metadata["urls"]["Source"] == root
+    assert f"({root}/raw/HEAD/docs/figures/stable_gradients.png)" in readme
+    assert f"({root}/blob/HEAD/CHANGELOG.md)" in readme
+    targets = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    paths = [target.split("/HEAD/")[1] for target in targets if "/HEAD/" in target]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_without_an_address_none_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = release_metadata(monkeypatch, "")
+    assert set(metadata["urls"]) == {"Paper"}
+    assert metadata["readme"]["text"] == (ROOT / "README.md").read_text()
 
 
 def test_no_file_names_a_package_registry() -> None:

@@ -43,7 +43,7 @@ def data_frame(rows: Sequence[Mapping[str, object]]) -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("a data frame takes pandas: pip install pandas") from error
+        raise ImportError("a data frame takes pandas: pip install 'convspectra[pandas]'") from error
     return pandas.DataFrame(rows)
 
 
