@@ -1,8 +1,8 @@
 """What a release adds to the metadata: addresses, and a README that needs no checkout beside it.
 
 The address of the repository is no part of the repository. A release names it:
-``CONVSPECTRA_REPOSITORY=https://HOST/OWNER/NAME python -m build``. Links and images of README.md that
-lead to files are then absolute, as the page of a package index needs them.
+``CONVSPECTRA_REPOSITORY=https://HOST/OWNER/NAME python -m build``. Links and images of README.md
+that lead to files are then absolute, as the page of a package index needs them.
 """
 
 from __future__ import annotations
