@@ -23,13 +23,16 @@ CONV = (F.conv1d, F.conv2d, F.conv3d)
 CONV_TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 """PyTorch's transposed convolutions by dimensions."""
 KERNELS = {
-    "gaussian": 0.5,
+    "gaussian": 0.38,
     "identity": 0.08,
     "orthogonal": 0.08,
     "separable": 0.1,
     "rank-deficient": 0.1,
     "integer": 0.12,
     "zero": 0.02,
+    "cancelling": 0.04,
+    "unread": 0.04,
+    "span": 0.04,
 }
 """Kinds of kernels with the part of the layers that have them. A choice."""
 DTYPES = (torch.float64, torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -143,6 +146,9 @@ class _Draw:
         first, second = (inputs, outputs) if self.transposed else (outputs, inputs)
         kind = str(rng.choice(list(KERNELS), p=list(KERNELS.values())))
         weight = self.weight((groups * first, second, *kernel), groups, kind)
+        if kind == "unread" and mode == "zeros" and not self.transposed:
+            reads = _reading_taps(kernel, size, stride, dilation, pads)
+            weight = torch.where(reads, weight, 1e4 * weight.abs().amax())
         return RandomLayer(weight, size, self.options, pads, kind)
 
     def padding(
@@ -223,6 +229,8 @@ class _Draw:
         """Entries of this kind in a random dtype, now and then at an extreme scale."""
         blocks = [self.block((shape[0] // groups, *shape[1:]), kind) for _ in range(groups)]
         array, dtype = torch.from_numpy(np.concatenate(blocks)), self.one_of(DTYPES)
+        if kind in ("cancelling", "span"):  # other types do not hold such numbers
+            return array
         if self.rng.random() < 0.3:
             most = LARGEST_SCALE[dtype]
             array = array * 10.0 ** self.rng.uniform(-most, most)
@@ -245,9 +253,32 @@ class _Draw:
         if kind == "rank-deficient":
             rank = max(1, min(h, g) - 1)
             return np.tensordot(rng.standard_normal((h, rank)), gaussian[:rank], 1)
+        if kind == "cancelling":  # equal taps of alternating sign, and a little beside
+            signs = (-1.0) ** np.indices(taps).sum(0)
+            return np.multiply.outer(rng.standard_normal((h, g)), signs) + 1e-8 * gaussian
+        if kind == "span":
+            return gaussian * 10.0 ** rng.uniform(-300, 300, shape)
         if kind == "integer":
             return rng.integers(-2, 3, shape).astype(float)
         return 0 * gaussian if kind == "zero" else gaussian
+
+
+def _reading_taps(
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    pads: tuple[tuple[int, int], ...],
+) -> Tensor:
+    """Whether each tap of a zero-padded layer reads a pixel for some output."""
+    axes = []
+    for k, n, s, d, (before, after) in zip(kernel, size, stride, dilation, pads, strict=True):
+        outputs = range((n + before + after - d * (k - 1) - 1) // s + 1)
+        axes.append([any(0 <= o * s + t * d - before < n for o in outputs) for t in range(k)])
+    reads = torch.tensor(axes[0])
+    for axis in axes[1:]:
+        reads = reads[..., None] & torch.tensor(axis)
+    return reads
 
 
 def random_layer(seed: int, index: int) -> RandomLayer:

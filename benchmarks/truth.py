@@ -83,8 +83,10 @@ class Truth:
         self.exponent = int(torch.frexp(weight.abs().max()).exponent)
         scaled = torch.ldexp(weight, torch.tensor(-self.exponent // 2))
         scaled = torch.ldexp(scaled, torch.tensor(-self.exponent - -self.exponent // 2))
-        dense = naive_dense(layer.reference(scaled), layer.input_shape)
-        self.matrix = dense.numpy()
+        if layer.kind == "cancelling":
+            self.matrix = _exact_dense(layer, scaled)
+        else:
+            self.matrix = naive_dense(layer.reference(scaled), layer.input_shape).numpy()
         self.values = np.linalg.svd(self.matrix, compute_uv=False)
         self.error = max(self.matrix.shape) * EPS * float(self.values[0])
         self.refined = False
@@ -98,6 +100,21 @@ class Truth:
         """Recompute the values in extended precision, once."""
         if not self.refined:
             self.values, self.refined = extended_svdvals(self.matrix), True
+
+
+def _exact_dense(layer: RandomLayer, weight: torch.Tensor) -> np.ndarray:
+    """The matrix with every entry the correctly rounded sum of its taps."""
+    taps = weight.flatten(2)
+    parts = []
+    for tap in range(taps.shape[2]):
+        alone = torch.zeros_like(taps)
+        alone[..., tap] = taps[..., tap]
+        parts.append(naive_dense(layer.reference(alone.reshape(weight.shape)), layer.input_shape))
+    together = torch.stack(parts).numpy()
+    matrix = together.sum(0)
+    for entry in np.argwhere((together != 0).sum(0) > 1):
+        matrix[tuple(entry)] = math.fsum(together[(slice(None), *entry)])
+    return matrix
 
 
 def extended_svdvals(matrix: np.ndarray, sweeps: int = 12) -> np.ndarray:

@@ -66,7 +66,7 @@ from convspectra.operator._polyphase import (
     to_phases,
 )
 from convspectra.operator._product import Product, rounding_of
-from convspectra.operator._scaling import ldexp, normalized, without_unread_taps
+from convspectra.operator._scaling import ldexp, normalized, with_distinct_taps
 from convspectra.operator._structure import (
     has_augmented,
     has_embedding,
@@ -144,6 +144,6 @@ __all__ = [
     "to_grid",
     "to_phases",
     "weight_to_kernel",
+    "with_distinct_taps",
     "with_gradients",
-    "without_unread_taps",
 ]

@@ -33,13 +33,13 @@ def dense_svd(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     units = (max(blocks.shape[1:]) + 32) * torch.finfo(s.dtype).eps
     error = (units * s[:, :1]).expand_as(s)
     block, place, others = _chosen_values(s, error, k, largest)
-    values, errors = s[block, place], error[block, place]
+    lower, upper = _ranked_bounds(s, error, k, largest)
     return SingularTriplets(
         u=_in_block(u[block, :, place], block, len(blocks)),
-        s=values,
+        s=s[block, place],
         v=_in_block(vh[block, place], block, len(blocks)),
-        lower=(values - errors).clamp_min(0),
-        upper=values + errors,
+        lower=lower,
+        upper=upper,
         others=others,
         converged=True,
         matvecs=0,
@@ -64,14 +64,13 @@ def gram_eigh(blocks: Tensor, k: int, largest: bool) -> SingularTriplets:
     error = (units * squares[:, :1]).expand_as(squares)
     resolved = bool((error <= GRAM_LOGARITHM * squares).all())
     block, place, others = _chosen_values(squares, error, k, largest)
-    chosen, errors = squares[block, place], error[block, place]
+    low, high = _ranked_bounds(squares, error, k, largest)
     u = vectors[block, :, place]
     images = torch.stack([row @ blocks[i] for row, i in zip(u, block.tolist(), strict=True)])
     s = torch.linalg.vector_norm(images, dim=1)
     # Values that are lost in rounding need not come in the order of their squares.
     s, order = torch.sort(s, descending=largest)
-    lower = torch.minimum(s, (chosen - errors).clamp_min(0).sqrt())
-    upper = torch.maximum(s, (chosen + errors).clamp_min(0).sqrt())
+    lower, upper = torch.minimum(s, low.sqrt()), torch.maximum(s, high.sqrt())
     v = images[order] / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
     return SingularTriplets(
         u=_in_block(u[order], block[order], len(blocks)),
@@ -102,6 +101,17 @@ def _chosen_values(
         bounds = (values + errors if largest else (values - errors).clamp_min(0)).flatten()[rest]
         others = float(bounds.amax() if largest else bounds.amin())
     return chosen // values.shape[1], chosen % values.shape[1], others
+
+
+def _ranked_bounds(values: Tensor, errors: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds on the k largest or smallest of values that are uncertain.
+
+    The i-th of them is between the i-th of the lower bounds and the i-th of the upper ones: blocks
+    of unlike scale have unlike errors, and a value that is lost in one may be the smallest.
+    """
+    low, high = ((values + sign * errors).clamp_min(0).flatten() for sign in (-1, 1))
+    lower, upper = (torch.sort(x, descending=largest).values[:k] for x in (low, high))
+    return lower, upper
 
 
 def _in_block(rows: Tensor, block: Tensor, blocks: int) -> Tensor:

@@ -72,6 +72,10 @@ def leading_eigenpairs(matrices: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(DEGREE - 1):
         before, now = now, (4 / damped) * (now @ matrices) - 2 * now - before
     basis = torch.linalg.qr(_unit(now).mH).Q
+    # LAPACK's QR of numbers that underflow may have NaN: any orthonormal vectors do there.
+    finite = torch.view_as_real(basis).isfinite().flatten(1).all(1)
+    plain = torch.eye(order, basis.shape[2], dtype=basis.dtype, device=basis.device)
+    basis = torch.where(finite[:, None, None], basis, plain)
     values, turn = torch.linalg.eigh((basis.mH @ matrices) @ basis)
     return values, basis @ turn
 

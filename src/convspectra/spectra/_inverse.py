@@ -21,7 +21,7 @@ from convspectra.operator import (
     normalized,
     not_compiled,
     scatter,
-    without_unread_taps,
+    with_distinct_taps,
 )
 from convspectra.spectra._auto import direct_ways
 
@@ -73,7 +73,7 @@ def logabsdet(op: ConvOperator, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Tensor
     51.0
     """
     check_type("op", op, ConvOperator)
-    op = without_unread_taps(op.with_weight(op.weight.double()))
+    op = with_distinct_taps(op.with_weight(op.weight.double()))
     weight = op.weight
     largest = float(weight.detach().abs().amax())
     if largest == 0.0:
