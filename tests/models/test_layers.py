@@ -210,6 +210,11 @@ class Blurred(nn.Conv2d):
         return super().forward(x * 0.5)
 
 
+class Twice(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
 def all_of(name: str, module: nn.Module) -> bool:
     return name != ""
 
@@ -238,7 +243,11 @@ REFUSED = [
     ),
     (
         lambda: find_layers(nn.Sequential(nn.Identity(), Blurred(3, 3, 3)), X),
-        "layer '1': expected nn.Conv2d or a subclass .* forward of its own",
+        "layer '1': expected a layer .* got Blurred, whose own pass .* changes its input before",
+    ),
+    (
+        lambda: find_layers(nn.Sequential(Twice(3, 3, 1)), X),
+        "layer '0': the forward pass of Twice is its own, and not one convolution at every call",
     ),
     (
         lambda: find_layers(Given(nn.Conv2d(3, 3, 3), lambda layer, x: x), X),

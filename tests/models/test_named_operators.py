@@ -175,7 +175,7 @@ def test_a_weight_computed_from_a_parameter_says_so():
     model = Given(lambda self, x: F.conv2d(x, self.w * 2), w=nn.Parameter(floats(2, 3, 3, 3)))
     named = only(model, X)
     assert torch.equal(named.operator.weight, 2 * model.w.detach())
-    assert named.notes == ("its weight is a part of w or computed from it",)
+    assert named.notes == ("its weight is computed from w",)
 
 
 def test_a_weight_computed_from_the_input_is_passed_over():

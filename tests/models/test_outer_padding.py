@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import convspectra as cs
 from convspectra.models import NamedOperator, find_layers, named_operators
-from convspectra.models._gather import outer_padding
 from convspectra.models.files import load_operators
+from convspectra.operator import outer_padding
 
 SHAPE = (3, 8, 7)
 X = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))

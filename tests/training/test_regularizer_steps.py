@@ -126,7 +126,9 @@ def test_a_step_without_parameters_to_move_moves_none():
     model = parametrized()
     reg = regularizer(model, "conditioning")
     before = model.a.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"got one that a parametrization computes; use the add"):
+    with pytest.raises(
+        ValueError, match=r"a parametrization or forward pass computes; use the add"
+    ):
         reg.step(0.1)
     assert torch.equal(model.a.weight, before)
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from convspectra.models._forward_pass import evaluated, recorded_pass
 from convspectra.models._selection import Selection, is_convolution, modules_of, selected
-from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
+from convspectra.operator import (
+    LAYER_TYPES,
+    ConvOperator,
+    convolution_options,
+    has_own_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,11 @@ class Layer:
         """
         size = self.input_size if input_size is None else input_size
         try:
-            if self.padding is None:
-                return ConvOperator.from_module(self.module, size)
-            weight, options = convolution_options(self.module)
-            options |= {"padding": self.padding, "padding_mode": self.padding_mode}
+            weight, options = convolution_options(self.module, size)
+            # At another size a forward pass of its own may pad in another way.
+            elsewhere = input_size is not None and has_own_forward(self.module)
+            if self.padding is not None and not elsewhere:
+                options |= {"padding": self.padding, "padding_mode": self.padding_mode}
             return ConvOperator(weight, size, **options)
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from error
@@ -160,7 +166,12 @@ def find_layers(
             f"these were not: {missed}; exclude them or give another example"
         )
     for name in sorted(reached - {name for name, _ in seen}):
-        Layer(name, chosen[name], ()).operator()  # says why it could not be taken
+        if not has_own_forward(chosen[name]):
+            Layer(name, chosen[name], ()).operator()  # says why it could not be taken
+        raise ValueError(
+            f"layer {name!r}: the forward pass of {type(chosen[name]).__name__} is its own, and "
+            "not one convolution at every call; exclude the layer"
+        )
     for layer in seen.values():
         layer.operator()
     return list(seen.values())

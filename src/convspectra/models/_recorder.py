@@ -41,7 +41,12 @@ from convspectra.models._linear_calls import (
 from convspectra.models._moved_pixels import MovedPixels
 from convspectra.models._selection import modules_of
 from convspectra.models._signal_flow import SignalFlow
-from convspectra.operator import LAYER_TYPES, ConvOperator, convolution_options
+from convspectra.operator import (
+    LAYER_TYPES,
+    ConvOperator,
+    convolution_options,
+    has_own_forward,
+)
 
 _NOT_LINEAR: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), "a recurrence is not a linear map of its input"),
@@ -101,11 +106,14 @@ class Frame:
         Whether its operations are not looked at.
     layer : bool
         Whether it is a convolution or linear layer: what it applies has its name.
+    before : int
+        The number of uses before it.
     """
 
     name: str
     whole: bool
     layer: bool = False
+    before: int = 0
 
 
 class Recorder(TorchDispatchMode):
@@ -198,9 +206,8 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.reached.add(name)
-        self.frames.append(Frame(name, whole=True))  # a parametrized weight is computed here
         whole = name in self._lazy or _taken_whole(module)
-        self.frames[-1] = Frame(name, whole, isinstance(module, LAYER_TYPES))
+        self.frames.append(Frame(name, whole, isinstance(module, LAYER_TYPES), len(self.uses)))
 
     def _leave(
         self,
@@ -225,6 +232,9 @@ class Recorder(TorchDispatchMode):
                     self.add(use)
             else:
                 self.add(self._module_use(name, module, x, output), output, x)
+        elif frame.layer and len(inside := self.uses[frame.before :]) == 1:
+            # Its own forward pass is one convolution.
+            inside[0].module, inside[0].type = module, type(module).__name__
         self.frames.pop()
 
     def _module_use(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Use:
@@ -335,15 +345,18 @@ class Recorder(TorchDispatchMode):
             self.add(Use(self._label(None, "Linear"), name, skipped=reason))
 
     def _call_use(self, call: LinearCall, computed: bool) -> Use:
-        use = Use(self._label(call.weight, call.type), call.type)
+        use = Use(self._label(call.weight, call.type), call.type, input_size=call.input_size)
         if computed:
             use.skipped = "its weight is computed from the input"
             return use
         source = self._sources.get(_storage(call.weight))
         if source is not None and _view(call.weight) not in self._views:
-            use.notes.append(f"its weight is a part of {source} or computed from it")
-            if _storage(call.weight) in self._stored and source.endswith(use.name):
-                use.name += _rows(call.weight)
+            if _storage(call.weight) not in self._stored:
+                use.notes.append(f"its weight is computed from {_without_parametrizations(source)}")
+            else:
+                use.notes.append(f"its weight is a part of {source}")
+                if source.endswith(use.name):
+                    use.name += _rows(call.weight)
         try:
             weight = call.weight.detach()
             op = ConvOperator(weight, call.input_size, **_padding_of(call))
@@ -393,7 +406,7 @@ class Recorder(TorchDispatchMode):
             return default
         self.read.add(name)
         if ".parametrizations." in f".{name}":
-            return f".{name}".partition(".parametrizations.")[0].lstrip(".") or default
+            return _without_parametrizations(name).rpartition(".")[0] or default
         owner, _, last = name.rpartition(".")
         plain = last in ("weight", "running_var", "weight_v", "weight_orig")
         return owner if plain and owner else name
@@ -434,6 +447,18 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return stored
 
 
+def _without_parametrizations(name: str) -> str:
+    """The name of the parameter that a tensor of its parametrization stands for.
+
+    Examples
+    --------
+    >>> _without_parametrizations("net.0.parametrizations.weight.original0")
+    'net.0.weight'
+    """
+    module, _, rest = f".{name}".partition(".parametrizations.")
+    return f"{module}.{rest.partition('.')[0]}".strip(".")
+
+
 def is_lazy(tensor: Tensor) -> bool:
     """Whether a parameter or buffer has no shape yet."""
     return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
@@ -445,11 +470,8 @@ def _taken_whole(module: nn.Module) -> bool:
         return True
     if isinstance(module, nn.MultiheadAttention):
         return type(module).forward is nn.MultiheadAttention.forward
-    try:
-        convolution_options(module)
-    except ValueError:
-        return False
-    return True
+    lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
+    return isinstance(module, LAYER_TYPES) and not lazy and not has_own_forward(module)
 
 
 def not_linear(module: nn.Module) -> str:

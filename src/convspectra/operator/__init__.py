@@ -52,7 +52,13 @@ from convspectra.operator._isometric import (
     seen_operator,
 )
 from convspectra.operator._linear_operator import LinearOperatorLike
-from convspectra.operator._modules import CONVOLUTION_TYPES, LAYER_TYPES, convolution_options
+from convspectra.operator._modules import (
+    CONVOLUTION_TYPES,
+    LAYER_TYPES,
+    convolution_options,
+    has_own_forward,
+)
+from convspectra.operator._outer_padding import OuterPadding, outer_padding
 from convspectra.operator._polyphase import (
     from_grid,
     from_phases,
@@ -89,6 +95,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "LinearOperatorLike",
+    "OuterPadding",
     "Place",
     "Product",
     "add_weight_gradient",
@@ -115,6 +122,7 @@ __all__ = [
     "group_matrices",
     "has_augmented",
     "has_embedding",
+    "has_own_forward",
     "independent_blocks",
     "inputs_per_point",
     "is_circulant",
@@ -129,6 +137,7 @@ __all__ = [
     "ldexp",
     "normalized",
     "not_compiled",
+    "outer_padding",
     "pad",
     "phase_lengths",
     "polyphase",

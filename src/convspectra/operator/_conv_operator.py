@@ -31,7 +31,8 @@ from convspectra.operator._geometry import (
     conv_geometry,
     transposed_geometry,
 )
-from convspectra.operator._modules import convolution_options
+from convspectra.operator._modules import convolution_options, has_own_forward
+from convspectra.operator._own_forward import check_own_forward
 
 
 class ConvOperator:
@@ -146,14 +147,16 @@ class ConvOperator:
         Parameters
         ----------
         module : nn.Module
+            Of a subclass whose own forward pass pads its input or computes its weight, the
+            convolution as this pass applies it, padding included; the weight keeps its graph.
         input_size : int or sequence of int
             Spatial size of the module's input; nothing for ``nn.Linear``.
 
         Raises
         ------
         ValueError
-            For any other module, one with a forward pass of its own, a lazy module that has no
-            weight yet, or a weight on the meta device.
+            For any other module, one whose own forward pass does something else or cannot be
+            followed, a lazy module that has no weight yet, or a weight on the meta device.
 
         Examples
         --------
@@ -161,8 +164,11 @@ class ConvOperator:
         >>> ConvOperator.from_module(nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).shape
         (2048, 3072)
         """
-        weight, options = convolution_options(module)
-        return cls(weight, input_size, **options)
+        weight, options = convolution_options(module, input_size)
+        op = cls(weight, input_size, **options)
+        if has_own_forward(module):
+            check_own_forward(module, op)
+        return op
 
     @property
     def weight(self) -> Tensor:

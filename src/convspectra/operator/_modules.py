@@ -9,6 +9,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from convspectra.operator._own_forward import own_convolution
+
 CONVOLUTION_TYPES = (
     nn.Conv1d,
     nn.Conv2d,
@@ -23,17 +25,24 @@ LAYER_TYPES = (*CONVOLUTION_TYPES, nn.Linear)
 _TRANSPOSED_TYPES = CONVOLUTION_TYPES[3:]
 """The transposed ones of them."""
 _FORWARD_METHODS = ("forward", "_conv_forward")
-"""Methods that a subclass may not replace: the layer would be another map."""
+"""Methods that make the map; in a subclass that replaces one it may be another."""
 
 
-def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+def convolution_options(module: nn.Module, input_size: Any = None) -> tuple[Tensor, dict[str, Any]]:
     """Weight and options of an ``nn.ConvNd``, ``nn.ConvTransposeNd`` or ``nn.Linear``.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Of a subclass with a forward pass of its own, the convolution that this pass applies, at
+        this input size (Note [A forward pass of its own]).
+    input_size : tuple of int, optional
 
     Raises
     ------
     ValueError
-        For any other module; for a subclass that overrides the forward pass, whose linear map need
-        not be that of its weight; for a lazy module without a weight.
+        For any other module; for a forward pass that cannot be followed; for a lazy module without
+        a weight.
     """
     base = next((t for t in LAYER_TYPES if isinstance(module, t)), None)
     if base is None:
@@ -44,13 +53,10 @@ def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
             f"expected a module with its weight in place, got the lazy {type(module).__name__}; "
             "run one forward pass first"
         )
-    for method in _FORWARD_METHODS:
-        if getattr(type(module), method, None) is not getattr(base, method, None):
-            raise ValueError(
-                f"expected nn.{base.__name__} or a subclass with the same forward pass, got "
-                f"{type(module).__name__}, which has a {method} of its own; give its effective "
-                "weight and padding to ConvOperator"
-            )
+    if has_own_forward(module):
+        if _hook_now(module) is not None:
+            module.weight = _weight_now(module)  # as the hook does before a forward pass
+        return own_convolution(module, isinstance(module, _TRANSPOSED_TYPES), input_size)
     weight = _weight_now(module)
     if isinstance(module, nn.Linear):
         return weight, {}
@@ -66,17 +72,35 @@ def convolution_options(module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward pass of a layer is another than that of PyTorch's class."""
+    base = next((t for t in LAYER_TYPES if isinstance(module, t)), None)
+    return base is not None and any(
+        getattr(type(module), method, None) is not getattr(base, method, None)
+        for method in _FORWARD_METHODS
+    )
+
+
 def _weight_now(module: nn.Module) -> Tensor:
     """The weight; what a hook computes before a forward pass is computed again.
 
     Old-style ``weight_norm``, ``spectral_norm`` and pruning leave the weight of the last pass in
     the module, which is another one after an optimizer step or ``load_state_dict``.
     """
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return hook.compute_weight(module, do_power_iteration=False)
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
-            return cast("Tensor", hook.apply_mask(module))
+    hook = _hook_now(module)
+    if isinstance(hook, WeightNorm):
+        return hook.compute_weight(module)
+    if isinstance(hook, SpectralNorm):
+        return hook.compute_weight(module, do_power_iteration=False)
+    if isinstance(hook, BasePruningMethod):
+        return cast("Tensor", hook.apply_mask(module))
     return cast("Tensor", module.weight)
+
+
+def _hook_now(module: nn.Module) -> Any:
+    """The hook that computes the weight before each forward pass, if there is one."""
+    for hook in module._forward_pre_hooks.values():
+        named = isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight"
+        if named or (isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"):
+            return hook
+    return None

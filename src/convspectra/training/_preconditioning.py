@@ -51,6 +51,7 @@ from convspectra.operator import (
     check_positive_integer,
     convolution_options,
     frobenius_form,
+    has_own_forward,
     is_isometric_possible,
     is_square_toeplitz,
     kernel_to_weight,
@@ -318,7 +319,7 @@ def _layers_to_write(layers: Sequence[Layer]) -> list[Layer]:
             weight = convolution_options(layer.module)[0]
         own = isinstance(weight, nn.Parameter)
         kept = own or parametrize.is_parametrized(layer.module, "weight")
-        if kept and not weight.requires_grad:
+        if (kept or has_own_forward(layer.module)) and not weight.requires_grad:
             frozen.append(layer.name)
             continue
         if not own and layer.module not in first_use:
@@ -349,6 +350,12 @@ def _refuse_unless_invertible(module: nn.Module, weight: Tensor) -> None:
     names = [name for name, _ in module.named_parameters() if "bias" not in name]
     advice = "make the weight a plain parameter first, or exclude the layer"
     if not parametrize.is_parametrized(module, "weight"):
+        if has_own_forward(module):
+            raise ValueError(
+                "expected a weight that is a parameter or has an invertible parametrization, got "
+                f"one that the forward pass of {type(module).__name__} computes from {names}; "
+                "precondition its plain layer before it is put in the model, or exclude it"
+            )
         raise ValueError(
             "expected a weight that is a parameter or has an invertible parametrization, got one "
             f"that a hook computes from {names} before each forward pass; {advice} "

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -320,11 +320,7 @@ class SpectralRegularizer:
             self._contract(penalties, learning_rate)
             return
         _, weights, found = self._evaluate(True, valued=False)
-        if not all(weight.is_leaf for weight in weights.values()):
-            raise ValueError(
-                "expected weights that are parameters, got one that a parametrization computes; "
-                "use the additive form, loss + reg()"
-            )
+        self._refuse_computed(i for i, weight in weights.items() if not weight.is_leaf)
         moves = self._moves(penalties, weights, found, learning_rate)
         by_weight: dict[int, list[tuple[Tensor, Gradient]]] = {}
         for weight, move in self._everywhere(weights, moves):
@@ -338,16 +334,23 @@ class SpectralRegularizer:
                 for other in others:
                     weight.sub_(other)
 
+    def _refuse_computed(self, places: Iterable[int]) -> None:
+        names = sorted({self._layers[i].name for i in places})
+        if names:
+            raise ValueError(
+                f"expected weights that are parameters, got layers {names}, whose weights a "
+                "parametrization or forward pass computes; use the additive form, loss + reg(), "
+                "or exclude them"
+            )
+
     def _contract(self, penalties: IsometryPenalties, tau: float) -> None:
         """The step of "isometry" for all layers, on every rank."""
         if tau > 1:
             raise ValueError(f"expected a tau between 0 and 1 for 'isometry', got {tau!r}")
         weights = self._weights()
-        if not all(isinstance(weight, nn.Parameter) for weight in weights):
-            raise ValueError(
-                "expected weights that are parameters, got one that a parametrization computes; "
-                "use the additive form, loss + reg()"
-            )
+        self._refuse_computed(
+            i for i, weight in enumerate(weights) if not isinstance(weight, nn.Parameter)
+        )
         # Every call is a step: what else changes the weights need not be looked at.
         self._step += self._seen is not None
         self._seen = ([], [])
