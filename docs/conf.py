@@ -11,7 +11,14 @@ project = "convspectra"
 copyright = "the convspectra authors"
 version = release = convspectra.__version__
 
-extensions = ["mathml", "myst_parser", "public_api", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "mathml",
+    "myst_parser",
+    "notebooks",
+    "public_api",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import os
 import shutil
@@ -56,6 +57,20 @@ def plain(text: str) -> str:
     a\x1b[31m\nb
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def html_table(rows: Sequence[Mapping[str, str]], caption: str) -> str:
+    """Rows as a table for a notebook, every text escaped.
+
+    Examples
+    --------
+    >>> html_table([{"s": "<1"}], "one")
+    '<table><caption>one</caption><tr><th>s</th></tr><tr><td>&lt;1</td></tr></table>'
+    """
+    heads = [f"<th>{html.escape(heading)}</th>" for heading in (rows[0] if rows else ())]
+    lines = [[f"<td>{html.escape(plain(text))}</td>" for text in row.values()] for row in rows]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in [heads, *lines] if line)
+    return f"<table><caption>{html.escape(plain(caption))}</caption>{body}</table>"
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:

@@ -4,6 +4,7 @@ from ._findings import BAND, PURPOSES, network_facts
 from ._journal import journal_files, remove_journal
 from ._layer_audit import AuditOptions
 from ._numbers import ABSENT, largest, smallest
+from ._progress import Listener, work_bar
 from ._record import LayerAudit
 from ._report import INCOMPLETE, AuditReport
 from ._rules import Rule, parse_rule, violations
@@ -20,6 +21,7 @@ __all__ = [
     "AuditOptions",
     "AuditReport",
     "LayerAudit",
+    "Listener",
     "Rule",
     "audit",
     "audit_operators",
@@ -34,4 +36,5 @@ __all__ = [
     "smallest",
     "table_row",
     "violations",
+    "work_bar",
 ]

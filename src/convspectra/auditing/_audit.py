@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from convspectra.auditing._environment import processor, versions
 from convspectra.auditing._findings import BAND, check_purpose
 from convspectra.auditing._journal import append_to_journal, journal_files, read_journal
 from convspectra.auditing._layer_audit import AuditOptions, audit_layer, cost, described
+from convspectra.auditing._progress import Listener, listener
 from convspectra.auditing._record import Circumstances, Flow, LayerAudit
 from convspectra.auditing._report import AuditReport, report_of
 from convspectra.auditing._workers import answers
@@ -33,9 +34,6 @@ from convspectra.network import GradientFlow, gradient_flow
 from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer, not_compiled
 from convspectra.text import sizes
 
-Progress = Callable[[LayerAudit, float], None]
-"""Called with every finished layer and the part of the whole work that is done by then."""
-
 
 @not_compiled
 def audit(
@@ -49,7 +47,7 @@ def audit(
     workers: int = 1,
     devices: Sequence[str | torch.device] = (),
     journal: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Listener | bool | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     process_group: Any = DEFAULT_GROUP,
     images: Any = None,
@@ -81,8 +79,9 @@ def audit(
     journal : path, optional
         A file that every finished layer is added to. Layers found in it are not computed again,
         unless their weight, their options or those of the audit have changed.
-    progress : callable, optional
-        Called as ``progress(layer, part)`` with every finished layer and the part of the work done.
+    progress : bool or callable, optional
+        True shows a bar, in a terminal or a notebook (there with the package ipywidgets). Else
+        called as ``progress(layer, part)`` with every finished layer and the part of the work done.
     max_bytes : int
         Limit on any matrix that is formed; a layer that would need more is taken another way, or
         skipped with the reason.
@@ -156,7 +155,7 @@ def audit_operators(
     workers: int = 1,
     devices: Sequence[str | torch.device] = (),
     journal: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Listener | bool | None = None,
     process_group: Any = DEFAULT_GROUP,
 ) -> AuditReport:
     """The audit of layers at hand, such as those of a file; arguments as of `audit`."""
@@ -173,7 +172,8 @@ def audit_operators(
     kept = _Kept(None if journal is None else Path(journal), division, keys)
     complete = True
     try:
-        _run(operators, keys, division, kept, options, devices or [None] * workers, progress)
+        with listener(progress) as heard:
+            _run(operators, keys, division, kept, options, devices or [None] * workers, heard)
     except KeyboardInterrupt:
         complete = False
     found = division.gathered(kept.found)
@@ -211,7 +211,7 @@ def _run(
     kept: _Kept,
     options: AuditOptions,
     devices: Sequence[str | torch.device | None],
-    progress: Progress | None,
+    progress: Listener | None,
 ) -> None:
     costs = {keys[i]: cost(operators[i]) for i in division.own}
     whole = sum(costs.values()) or 1.0

@@ -9,16 +9,15 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from convspectra.auditing import (
     BAND,
     PURPOSES,
     AuditReport,
     LayerAudit,
+    Listener,
     Rule,
     journal_files,
     largest,
@@ -26,6 +25,7 @@ from convspectra.auditing import (
     remove_journal,
     smallest,
     violations,
+    work_bar,
 )
 from convspectra.cli._outputs import check_outputs
 from convspectra.cli._printing import input_shape, print_paths, print_report, say
@@ -146,7 +146,7 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
     name, operators = loading.load_operators(
         parsed.file, parsed.input, factory=parsed.factory, allow_pickle=parsed.allow_pickle
     )
-    with _group() as first, _Bar(console, first) as bar:
+    with _group() as first, _progress(console, first) as finished:
         report = auditing.audit_operators(
             operators,
             name,
@@ -157,7 +157,7 @@ def run(parsed: argparse.Namespace, console: Console) -> int:
             workers=parsed.workers,
             devices=parsed.devices,
             journal=journal,
-            progress=bar,
+            progress=finished,
         )
     if not first:
         return 0
@@ -182,30 +182,22 @@ def write(report: AuditReport, parsed: argparse.Namespace, console: Console) -> 
             print_paths(console, [path])
 
 
-class _Bar:
-    """A bar with the time left, by the work and not by the number of layers; a line a layer."""
+@contextlib.contextmanager
+def _progress(console: Console, shown: bool) -> Iterator[Listener]:
+    """A line a layer, with a bar below."""
+    with work_bar(console, shown) as bar:
 
-    def __init__(self, console: Console, shown: bool) -> None:
-        columns = (TextColumn("audit"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not shown, transient=True)
+        def finished(layer: LayerAudit, part: float) -> None:
+            numbers = layer.applied
+            if numbers is None:
+                text = f"skipped: {layer.skipped}"
+            else:
+                text = f"sigma_max {largest(numbers)}, sigma_min {smallest(numbers)}"
+            if shown:
+                say(console, f"{layer.label}: {text}  ({layer.seconds:.1f} s)")
+            bar(layer, part)
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        self._task = self._progress.add_task("audit", total=1.0)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
-
-    def __call__(self, layer: LayerAudit, part: float) -> None:
-        numbers = layer.applied
-        if numbers is None:
-            text = f"skipped: {layer.skipped}"
-        else:
-            text = f"sigma_max {largest(numbers)}, sigma_min {smallest(numbers)}"
-        if not self._progress.disable:
-            say(self._progress.console, f"{layer.label}: {text}  ({layer.seconds:.1f} s)")
-        self._progress.update(self._task, completed=part)
+        yield finished
 
 
 def _journal(parsed: argparse.Namespace) -> Path | None:

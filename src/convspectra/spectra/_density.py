@@ -39,6 +39,7 @@ from convspectra.spectra._by_products import ScaledRows
 from convspectra.spectra._circular_padding import circular_operator
 from convspectra.spectra._count import ByInertia, ByValues, counter_of
 from convspectra.spectra._parts import Part, parts
+from convspectra.text import html_table
 from convspectra.torus import half_frequencies, symbols_at
 
 FloatArray = npt.NDArray[np.float64]
@@ -57,6 +58,9 @@ LEAST_FREQUENCIES = 8
 LEAST_QUADRATURE = 1024
 """Products, one for each value, up to which an operator of which only products are known is formed.
 A choice: a quadrature takes 400, and has an error."""
+
+BAR, BAR_LENGTH = "\N{FULL BLOCK}", 30
+"""The histogram in a notebook's table: a choice, the length is that of a narrow column."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class SpectralDensity:
     >>> density = cs.spectral_density(cs.ConvOperator(torch.ones(1, 1, 3), 50), edges=[0, 1, 3])
     >>> density.fractions, density.method
     ((0.5, 0.5), 'exact')
+    >>> density
+    SpectralDensity(2 bins from 0 to 3, mean_log=-inf, method='exact')
     """
 
     edges: tuple[float, ...]
@@ -102,6 +108,30 @@ class SpectralDensity:
     method: str
     probes: int
     products: int
+
+    def __repr__(self) -> str:
+        bins, first, last = len(self.fractions), self.edges[0], self.edges[-1]
+        error = f" ± {self.mean_log_error:.1g}" if self.mean_log_error else ""
+        return (
+            f"SpectralDensity({bins} bins from {first:.4g} to {last:.4g}, "
+            f"mean_log={self.mean_log:.4g}{error}, method={self.method!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        whole = max(self.fractions) or 1.0
+        rows = [
+            {
+                "from": f"{low:.3g}",
+                "to": f"{high:.3g}",
+                "part": f"{part:.4f}" + (f" ± {error:.0e}" if error else ""),
+                "": BAR * round(BAR_LENGTH * part / whole),
+            }
+            for low, high, part, error in zip(
+                self.edges, self.edges[1:], self.fractions, self.errors, strict=False
+            )
+            if part > 0
+        ]
+        return html_table(rows, repr(self))
 
 
 @not_compiled

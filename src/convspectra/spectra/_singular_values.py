@@ -31,9 +31,15 @@ from convspectra.spectra._by_products import ProductRequest, ScaledRows, triplet
 from convspectra.spectra._count import proven_by_counts
 from convspectra.spectra._dependent_channels import zero_triplets
 from convspectra.spectra._request import Request
+from convspectra.text import html_table
 
 NORM_TOLERANCE = 1e-6
 """Default relative accuracy of `sigma_max`; that of `sigma_min` is the 1e-8 of `svds`."""
+
+VALUES_SHOWN = 6
+"""Values in the text of a result. A choice: more of them break the line of a terminal."""
+ROWS_SHOWN = 20
+"""Values in a notebook's table. A choice: they fill a screen."""
 
 
 class ConvergenceError(RuntimeError):
@@ -96,6 +102,8 @@ class SVDResult:
     >>> result = cs.svds(cs.ConvOperator(torch.ones(1, 1, 3), 50), 1, "LM")
     >>> result.u.shape, bool(result.lower < 3.0), bool(result.upper > 2.99)
     (torch.Size([1, 1, 50]), True, True)
+    >>> result
+    SVDResult(s=[2.996], method='dense', converged=True)
     """
 
     u: Tensor | None
@@ -110,6 +118,28 @@ class SVDResult:
     matvecs: int
     certificate: str
     logabsdet: float | None
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{value:.4g}" for value in self.s[:VALUES_SHOWN].tolist())
+        more = f", ... {len(self.s)} values" if len(self.s) > VALUES_SHOWN else ""
+        return f"SVDResult(s=[{shown}{more}], method={self.method!r}, converged={self.converged})"
+
+    def _repr_html_(self) -> str:
+        columns = [x.tolist() for x in (self.s, self.lower, self.upper, self.residuals)]
+        rows = [
+            {
+                "value": f"{value:.10g}",
+                "lower": f"{lower:.10g}",
+                "upper": f"{upper:.10g}",
+                "residual": f"{residual:.1e}",
+            }
+            for value, lower, upper, residual in zip(*columns, strict=True)
+        ]
+        state = "converged" if self.converged else "not converged"
+        return html_table(
+            rows[:ROWS_SHOWN],
+            f"{len(rows)} singular values by {self.method}, {state}, {self.matvecs} products",
+        )
 
 
 @not_compiled

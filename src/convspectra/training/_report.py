@@ -14,6 +14,7 @@ from rich.table import Table
 
 from convspectra.models import Layer
 from convspectra.operator import convolution_options
+from convspectra.text import html_table
 
 
 @dataclass(frozen=True)
@@ -139,21 +140,42 @@ class RegularizerReport:
             found[name] = float(sum(getattr(layer, name) for layer in self.layers))
         return found
 
+    def __repr__(self) -> str:
+        numbers = self.aggregates()
+        shown = [
+            f"{name}={numbers[key]:.4g}"
+            for name, key in (("sigma_min", "sigma_min/min"), ("sigma_max", "sigma_max/max"))
+            if key in numbers
+        ]
+        penalty = [] if self.penalty is None else [f"penalty={self.penalty:.4g}"]
+        parts = [f"step={self.step}", *penalty, f"{len(self.layers)} layers", *shown]
+        return f"RegularizerReport({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), f"step {self.step}, penalty {_number(self.penalty)}")
+
+    def _rows(self) -> list[dict[str, str]]:
+        return [
+            {
+                "layer": layer.name,
+                "input": " x ".join(map(str, layer.input_size)),
+                "sigma_min": _number(layer.sigma_min),
+                "sigma_min in": _interval(layer.sigma_min_lower, layer.sigma_min_upper),
+                "sigma_max": _number(layer.sigma_max),
+                "sigma_max in": _interval(layer.sigma_max_lower, layer.sigma_max_upper),
+                "age": "" if layer.age is None else str(layer.age),
+                "note": _note(layer),
+            }
+            for layer in self.layers
+        ]
+
     def __str__(self) -> str:
         table = Table(title=f"step {self.step}, penalty {_number(self.penalty)}")
-        for heading in ("layer", "input", "sigma_min", "in", "sigma_max", "in", "age", "note"):
+        rows = self._rows()
+        for heading in rows[0] if rows else ():
             table.add_column(heading)
-        for layer in self.layers:
-            table.add_row(
-                layer.name,
-                " x ".join(map(str, layer.input_size)),
-                _number(layer.sigma_min),
-                _interval(layer.sigma_min_lower, layer.sigma_min_upper),
-                _number(layer.sigma_max),
-                _interval(layer.sigma_max_lower, layer.sigma_max_upper),
-                "" if layer.age is None else str(layer.age),
-                _note(layer),
-            )
+        for row in rows:
+            table.add_row(*row.values())
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(table)
