@@ -18,6 +18,7 @@ extensions = [
     "public_api",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
 ]
 html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
@@ -37,3 +38,5 @@ napoleon_google_docstring = False
 napoleon_use_ivar = True  # else an attribute is described once by its class and once by itself
 napoleon_use_rtype = False
 myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True

@@ -143,6 +143,13 @@ def test_files_are_found_on_a_page() -> None:
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_formula_of_its_own_begins_a_paragraph(page: Path) -> None:
+    # Else its dollars are paired with those of the sentences after it.
+    text = re.sub(r"^\$\$\n.*?^\$\$$", "", page.read_text(), flags=re.M | re.S)
+    assert re.findall(r"^.+\n\$\$.*", text, re.M) == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_one_spelling_is_used(page: Path) -> None:
     assert BRITISH.findall(page.read_text()) == []
 
@@ -327,6 +334,12 @@ def test_formulas_are_written_without_a_script(extension: Callable[[str], Any]) 
     assert ["<math" in part and "<mi>M</mi>" in part for part in written] == [True, True]
     assert 'display="block"' in written[1]
     assert 'stretchy="false">‖<' in written[0]
+
+
+def test_the_tasks_on_the_page_of_the_api_have_every_name() -> None:
+    page = (DOCS / "api.rst").read_text()
+    tasks = page[: page.index(".. public-api:: convspectra\n")]
+    assert set(re.findall(r"`([A-Za-z_]+)`", tasks)) == set(convspectra.__all__)
 
 
 def test_every_public_module_is_on_the_page_of_the_api(public_api: Any) -> None:

@@ -1,7 +1,8 @@
 """Figures and tables of the experiment, from the CSVs alone.
 
 ``python -m experiments.stable_gradients.figures`` reads plain.csv and residual.csv in --out and
-writes beside them a page, stable_gradients.md, and its figures as PNG and SVG.
+writes beside them a page, stable_gradients.md, its figures as PNG and SVG, and one CSV a section
+with every quantity.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from experiments.stable_gradients.page import (
     geometric_mean,
     groups,
     markdown,
+    summary_csv,
 )
 from experiments.stable_gradients.training import FINISHED, Record
 
@@ -93,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             for name, figure in figures.items()
         ]
         files += [path for paths in drawn for path in paths]
-        sections.append(markdown(group, [paths[0].name for paths in drawn]))
+        summary = f"{group.slug}_summary.csv"
+        files += write_texts({summary: summary_csv(group)}, args.out)
+        sections.append(markdown(group, [paths[0].name for paths in drawn], summary))
     arguments = " ".join(sys.argv[1:] if argv is None else argv)
     command = f"python -m experiments.stable_gradients.figures {arguments}".rstrip()
     text = f"# Stable gradients\n\nWritten by `{command}` from the CSVs beside it.\n\n"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-from convspectra.text import markdown_table
+from convspectra.text import comma_separated, markdown_table
 from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.command import FULL
 from experiments.stable_gradients.table import Row
@@ -63,8 +63,8 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     return found
 
 
-def markdown(group: Group, pictures: Sequence[str]) -> str:
-    """A section: circumstances, figures, one table a quantity and activation."""
+def markdown(group: Group, pictures: Sequence[str], summary: str) -> str:
+    """A section: circumstances, figures, accuracies, and `summary`, the file of all the rest."""
     first = group.rows[0]
     settings = ", ".join(f"{name} {value}" for name, value in asdict(first.settings).items())
     lines = [f"## {TITLES[group.network]}, {first.images}", ""]
@@ -72,19 +72,36 @@ def markdown(group: Group, pictures: Sequence[str]) -> str:
     lines += [f"- command: `{text}`" for text in _distinct(row.command for row in group.rows)]
     lines += [f"- settings: {settings}", f"- runs: {len(group.rows)}", ""]
     lines += [f"![{name}]({name})" for name in pictures]
+    lines += ["", f"Every quantity with its range over the seeds: [{summary}]({summary})."]
     for activation in FULL.activations:
-        for title, cell in QUANTITIES.items():
-            lines += ["", f"### {title}: {activation}", "", _table(group, activation, cell)]
+        title = f"Test accuracy at the end, mean over the seeds: {activation}"
+        columns = ["arm", *(f"{depth} layers" for depth in group.depths)]
+        rows = [
+            dict(zip(columns, [arm, *cells], strict=True))
+            for arm in arms_for(group.network)
+            for cells in [_cells(group, arm, activation, _mean_accuracy)]
+        ]
+        lines += ["", f"### {title}", "", markdown_table(columns, rows)]
     return "\n".join(lines)
 
 
-def _table(group: Group, activation: str, cell: Callable[[Sequence[Record]], str]) -> str:
-    columns = ["arm", *(f"{depth} layers" for depth in group.depths)]
-    rows = []
-    for arm in arms_for(group.network):
-        texts = [_cell(group.records(arm, depth, activation), cell) for depth in group.depths]
-        rows.append(dict(zip(columns, [arm, *texts], strict=True)))
-    return markdown_table(columns, rows)
+def summary_csv(group: Group) -> str:
+    """All quantities of a group as CSV: one line an activation, arm and quantity."""
+    columns = ["activation", "arm", "quantity", *(f"{depth} layers" for depth in group.depths)]
+    rows = [
+        dict(zip(columns, [activation, arm, title, *cells], strict=True))
+        for activation in FULL.activations
+        for title, cell in QUANTITIES.items()
+        for arm in arms_for(group.network)
+        for cells in [_cells(group, arm, activation, cell)]
+    ]
+    return comma_separated(columns, rows)
+
+
+def _cells(
+    group: Group, arm: str, activation: str, cell: Callable[[Sequence[Record]], str]
+) -> list[str]:
+    return [_cell(group.records(arm, depth, activation), cell) for depth in group.depths]
 
 
 def _cell(records: Sequence[Record], cell: Callable[[Sequence[Record]], str]) -> str:
@@ -102,6 +119,10 @@ def _cell(records: Sequence[Record], cell: Callable[[Sequence[Record]], str]) ->
 def _accuracy(records: Sequence[Record]) -> str:
     values = [100 * record.accuracies[-1] for record in records]
     return f"{statistics.mean(values):.1f}%" + _range(values, ".1f")
+
+
+def _mean_accuracy(records: Sequence[Record]) -> str:
+    return f"{statistics.mean(100 * record.accuracies[-1] for record in records):.1f}%"
 
 
 def _ratio_at_end(records: Sequence[Record]) -> str:
@@ -134,7 +155,7 @@ QUANTITIES: dict[str, Callable[[Sequence[Record]], str]] = {
     "Smallest singular value at the end, median over layers": _smallest,
     "Time of training": _seconds,
 }
-"""Rows of the page, with what gives their text."""
+"""Quantities of the summary, with what gives their text."""
 
 
 def geometric_mean(values: Sequence[float]) -> float:

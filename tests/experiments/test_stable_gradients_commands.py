@@ -13,6 +13,7 @@ import pytest
 from helpers.idx_files import write_random_set
 
 from experiments.stable_gradients import command, figures, page, plain, residual, table
+from experiments.stable_gradients.arms import arms_for
 from experiments.stable_gradients.command import FULL, QUICK, runs
 from experiments.stable_gradients.table import Row
 from experiments.stable_gradients.training import Record, Run, Settings, train
@@ -178,7 +179,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 def test_figures_and_page_are_written_from_the_tables(out: Path) -> None:
     files = figures.main(["--out", str(out)])
-    assert len(files) == 2 * 3 * 2 + 1
+    assert len(files) == 2 * (3 * 2 + 1) + 1
     assert all(path.stat().st_size > 0 for path in files)
     text = (out / "stable_gradients.md").read_text()
     assert "## Plain networks, images, 8 x 8" in text
@@ -191,6 +192,11 @@ def test_figures_and_page_are_written_from_the_tables(out: Path) -> None:
     expected = f"| plain | {100 * accuracy:.1f}%, 1 of 3 seeds |"
     assert expected in text
     assert "| weight decay | not run | not run |" in text
+    (summary,) = [path for path in files if path.name == "plain_images_summary.csv"]
+    assert f"[{summary.name}]({summary.name})" in text
+    lines = list(csv.DictReader(summary.read_text().splitlines()))
+    assert len(lines) == 2 * len(page.QUANTITIES) * len(arms_for("plain"))
+    assert {line["quantity"] for line in lines} == set(page.QUANTITIES)
 
 
 def test_the_page_shows_mean_and_range_over_seeds() -> None:
@@ -201,11 +207,14 @@ def test_the_page_shows_mean_and_range_over_seeds() -> None:
     rows.append(row(Run("plain", "OCNN", 10, "relu", 0), "diverged"))
     rows.append(row(Run("plain", "OCNN", 10, "relu", 1)))
     (group,) = page.groups(rows)
-    lines = page.markdown(group, []).splitlines()
+    lines = page.markdown(group, [], "summary.csv").splitlines()
     (accuracy, *_), (ocnn, *_) = (
         [line for line in lines if line.startswith(f"| {arm} |")] for arm in ("SRIP", "OCNN")
     )
-    assert accuracy == "| SRIP | 50.0% (20.0 to 90.0) | not run | not run | not run |"
+    assert accuracy == "| SRIP | 50.0% | not run | not run | not run |"
+    assert "relu,SRIP,Test accuracy at the end,50.0% (20.0 to 90.0),not run" in page.summary_csv(
+        group
+    )
     assert ocnn.startswith("| OCNN | 50.0%, 1 diverged, 2 of 3 seeds | not run")
 
 
