@@ -17,6 +17,7 @@ from common import peers
 from common.measure import peak_bytes
 from common.networks import ShiftedReLU
 from convspectra.paper.images import ImageSet
+from convspectra.paper.threads import flushed_denormals
 from experiments.any_depth.starts import (
     layer_sequential_unit_variance,
     looks_linear,
@@ -192,15 +193,16 @@ def train(
         chosen = torch.randint(
             len(images.train_images), (settings.batch_size,), generator=generator
         )
-        loss = cross_entropy(model(images.train_images[chosen]), images.train_labels[chosen])
-        if not bool(loss.isfinite()):
-            break
-        total = loss
-        if run.arm in PEER_WEIGHTS:
-            total = loss + PEER_WEIGHTS[run.arm] * peer_penalty(run.arm, kernels, generator)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
+        with flushed_denormals():
+            loss = cross_entropy(model(images.train_images[chosen]), images.train_labels[chosen])
+            if not bool(loss.isfinite()):
+                break
+            total = loss
+            if run.arm in PEER_WEIGHTS:
+                total = loss + PEER_WEIGHTS[run.arm] * peer_penalty(run.arm, kernels, generator)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
         if reg is not None:
             reg.step(step_size)
         progress(step)

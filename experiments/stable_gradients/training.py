@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -19,7 +18,7 @@ from common import peers
 from common.networks import as_applied, build, convolutions
 from convspectra.models._layers import find_layers
 from convspectra.paper.images import ImageSet
-from convspectra.paper.threads import one_thread
+from convspectra.paper.threads import flushed_denormals, one_thread
 from experiments.stable_gradients.arms import ARMS, GAINS, PRECONDITION, Arm
 
 FINISHED, DIVERGED, STOPPED = "finished", "diverged", "stopped"
@@ -168,7 +167,7 @@ def train(run: Run, images: ImageSet, settings: Settings) -> Record:
         gradients = _observe(record, network, images, settings, math.nan)
         record.gradients_start = gradients
         for done, following in itertools.pairwise(settings.observed_steps()):
-            with watch, _flushed_denormals():
+            with watch, flushed_denormals():
                 for _ in range(done, following):
                     loss = training.step()
                     record.steps_done += 1
@@ -334,7 +333,7 @@ def _observe(
     record.losses.append(loss)
     record.ratios.append(gradients[0] / gradients[-1] if gradients[-1] > 0 else math.nan)
     network.eval()
-    with torch.no_grad(), _flushed_denormals():
+    with torch.no_grad(), flushed_denormals():
         guesses = [network(batch).argmax(1) for batch in images.test_images.split(500)]
     record.accuracies.append(float((torch.cat(guesses) == images.test_labels).double().mean()))
     return gradients
@@ -382,13 +381,3 @@ class _Stopwatch:
 
     def __exit__(self, *error: object) -> None:
         self.seconds += time.perf_counter() - self._start
-
-
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Numbers below 1e-38 are 0: a vanished gradient otherwise makes a step seven times slower."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from convspectra.models import Layer, find_layers
 from convspectra.operator import ConvOperator, seen_operator
 from convspectra.paper.images import ImageSet
-from convspectra.paper.threads import one_thread
+from convspectra.paper.threads import flushed_denormals, one_thread
 from convspectra.spectra import sigma_max, sigma_min
 from convspectra.training import Schedule, SpectralRegularizer, prepare
 
@@ -144,14 +144,15 @@ def _train(arm: str, depth: int, images: ImageSet, settings: Settings, progress:
     times = {round(settings.steps * i / last) for i in range(OBSERVATIONS)}
     _observe(run, network, images, 0)
     for step in range(1, settings.steps + 1):
-        network.train()
         chosen = torch.randint(
             len(images.train_images), (settings.batch_size,), generator=generator, device="cpu"
         )
-        loss = cross_entropy(network(images.train_images[chosen]), images.train_labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with flushed_denormals():
+            network.train()
+            loss = cross_entropy(network(images.train_images[chosen]), images.train_labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         if regularizer is not None:
             regularizer.step(settings.penalty_rate)
         if step in times:
