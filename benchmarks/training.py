@@ -156,6 +156,9 @@ def peers_of(start: nn.Sequential, example: Tensor) -> list[Arm]:
     normalized = copy.deepcopy(start)
     for layer in three_by_threes(normalized):
         nn.utils.parametrizations.spectral_norm(layer)
+    held = copy.deepcopy(start)
+    for found in find_layers(held, example, is_three_by_three):
+        cs.parametrizations.spectral_norm(found.module, found.input_size)
     projected = copy.deepcopy(start)
     sizes = find_layers(projected, example, is_three_by_three)
 
@@ -174,6 +177,7 @@ def peers_of(start: nn.Sequential, example: Tensor) -> list[Arm]:
         with_penalty("SRIP", lambda m: peers.srip(m.weight)),
         with_penalty("OCNN", lambda m: peers.convolutional_orthogonality(m.weight, m.stride[0])),
         Arm("spectral_norm", normalized),
+        Arm("parametrizations.spectral_norm", held),
         Arm("circular projection", projected, after=project),
     ]
 
