@@ -7,7 +7,6 @@ W's rows for each output point, and copies overlap.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,60 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.nn.utils.parametrizations import spectral_norm
 
+import convspectra as cs
+
 
 def soft_orthogonality(weight: Tensor) -> Tensor:
-    """||W W' - I||_F^2, or ||W' W - I||_F^2 where that Gram matrix is the smaller one.
-
-    Parameters
-    ----------
-    weight : Tensor of shape (h, g, *taps)
-
-    Returns
-    -------
-    Tensor
-        0-dim, with gradient. The two forms differ by a constant.
-
-    Notes
-    -----
-    "SO" of Bansal, Chen and Wang, "Can We Gain More from Orthogonality Regularizations in Training
-    Deep CNNs?", NeurIPS 2018. Cost: one product of h x (g taps) with its transpose.
-    """
-    gram = _smaller_gram(weight)
-    return (gram - _identity_like(gram)).square().sum()
+    """`convspectra.penalties.soft_orthogonality` of a weight, in its own type."""
+    return cs.penalties.soft_orthogonality(_some_layer(weight)).to(weight.dtype)
 
 
 def srip(weight: Tensor, iterations: int = 2, generator: torch.Generator | None = None) -> Tensor:
-    """sigma(W W' - I), or sigma(W' W - I) for the smaller Gram matrix, by power iterations.
-
-    Parameters
-    ----------
-    weight : Tensor of shape (h, g, *taps)
-    iterations : int
-        Products with the Gram matrix, from a random vector; two in the paper.
-    generator : torch.Generator, optional
-        Draws the starting vector.
-
-    Returns
-    -------
-    Tensor
-        0-dim, with gradient: a lower bound on the spectral norm. 0 for an orthogonal weight.
-
-    Notes
-    -----
-    "SRIP" of Bansal, Chen and Wang, NeurIPS 2018, (spectral restricted isometry property). Cost:
-    that of `soft_orthogonality` and `iterations` small matrix-vector products.
-    """
-    if iterations < 1:
-        raise ValueError(f"expected at least one iteration, got {iterations}")
-    gram = _smaller_gram(weight)
-    difference = gram - _identity_like(gram)
-    vector = torch.randn(len(gram), generator=generator, dtype=weight.dtype, device=weight.device)
-    tiny = torch.finfo(weight.dtype).tiny
-    for _ in range(iterations - 1):
-        image = difference @ vector
-        vector = image / torch.linalg.vector_norm(image).clamp_min(tiny)
-    norm = torch.linalg.vector_norm(vector).clamp_min(tiny)
-    return torch.linalg.vector_norm(difference @ vector) / norm
+    """`convspectra.penalties.srip` of a weight, in its own type."""
+    return cs.penalties.srip(_some_layer(weight), iterations, generator).to(weight.dtype)
 
 
 def convolutional_orthogonality(weight: Tensor, stride: int = 1) -> Tensor:
@@ -187,10 +143,9 @@ def delta_orthogonal_(
     return weight
 
 
-def _smaller_gram(weight: Tensor) -> Tensor:
-    h, columns = len(weight), math.prod(weight.shape[1:])
-    W = weight.reshape(h, columns)
-    return W @ W.T if h <= columns else W.T @ W
+def _some_layer(weight: Tensor) -> cs.ConvOperator:
+    """A layer with this weight: what looks at the weight alone does not ask for more."""
+    return cs.ConvOperator(weight, weight.shape[2:])
 
 
 def _identity_like(square: Tensor) -> Tensor:

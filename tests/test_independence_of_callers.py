@@ -82,6 +82,12 @@ def held(net: nn.Module, x: Tensor) -> Any:
     return found, layer.parametrizations.weight[0].certificate()
 
 
+def projected(net: nn.Module, x: Tensor) -> Any:
+    """A layer's weight, projected in place, and the report."""
+    report = cs.project_(net[0], (6, 6), max_norm=0.5)
+    return net[0].weight.detach().tolist(), report
+
+
 def on_model(function: Callable[..., Any]) -> Callable[[], Any]:
     net, x = model(), images()
     return lambda: function(net, x)
@@ -128,6 +134,8 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
         lambda net, x: (b := cs.lipschitz_bound(net, x[:1], ascent=1)) and (b.lower, b.upper)
     ),
     "parametrizations.spectral_norm": lambda: on_model(held),
+    "project": lambda: lambda: cs.project(OP, 2.0, 0.1).weight.tolist(),
+    "project_": lambda: on_model(projected),
     "gradient_flow": lambda: on_model(lambda net, x: str(cs.gradient_flow(net, x))),
     "precondition": lambda: changed(cs.precondition),
     "prepare": lambda: changed(cs.prepare),

@@ -37,12 +37,15 @@ from .training import (
     PreconditionedLayer,
     PreparationReport,
     PreparedLayer,
+    Projection,
     RegularizerReport,
     Schedule,
     SpectralRegularizer,
     descend,
     precondition,
     prepare,
+    project,
+    project_,
 )
 
 __version__: str
@@ -63,6 +66,7 @@ __all__ = [
     "PreconditionedLayer",
     "PreparationReport",
     "PreparedLayer",
+    "Projection",
     "RegularizerReport",
     "SVDResult",
     "Schedule",
@@ -85,6 +89,8 @@ __all__ = [
     "penalties",
     "precondition",
     "prepare",
+    "project",
+    "project_",
     "sigma_max",
     "sigma_min",
     "solve",

@@ -75,7 +75,7 @@ def test_srip_of_an_orthogonal_weight_is_zero_with_a_finite_gradient() -> None:
 
 
 def test_srip_needs_an_iteration() -> None:
-    with pytest.raises(ValueError, match="at least one iteration, got 0"):
+    with pytest.raises(ValueError, match="iterations to be a positive integer, got 0"):
         peers.srip(weight(2, 2, 3, 3), iterations=0)
 
 

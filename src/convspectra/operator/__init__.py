@@ -71,7 +71,7 @@ from convspectra.operator._polyphase import (
     to_grid,
     to_phases,
 )
-from convspectra.operator._product import Product, rounding_of
+from convspectra.operator._product import Product, rounding_of, weight_rounding
 from convspectra.operator._scaling import ldexp, normalized, with_distinct_taps
 from convspectra.operator._structure import (
     has_augmented,
@@ -152,6 +152,7 @@ __all__ = [
     "subtract_frobenius_form",
     "to_grid",
     "to_phases",
+    "weight_rounding",
     "weight_to_kernel",
     "with_distinct_taps",
     "with_gradients",

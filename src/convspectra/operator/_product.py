@@ -77,6 +77,20 @@ def _faster(layer: ConvOperator) -> WinogradConvolution | None:
     return faster_convolution(layer.weight, layer.geometry, layer.groups)
 
 
+def weight_rounding(op: ConvOperator, dtype: torch.dtype, factor: float = 1.0) -> float:
+    """A bound on the norm of the change of M by rounding its weight to a type, twice.
+
+    ``eps sqrt(||M||_1 ||M||_inf)`` of the weight's absolute values; a weight may be multiplied by a
+    factor first, whose rounding is the other time, and be near 0 then. Cost: M and M' on ones.
+    """
+    info = torch.finfo(dtype)
+    least = info.tiny * max(1.0, 1 / factor)
+    size = op.with_weight(op.weight.detach().double().abs().clamp_min(least), check=False)
+    rows = size.apply(size.weight.new_ones(1, *op.input_shape)).amax()
+    columns = size.apply_adjoint(size.weight.new_ones(1, *op.output_shape)).amax()
+    return float(1.01 * info.eps * (rows * columns).sqrt())
+
+
 def rounding_of(op: ConvOperator) -> float:
     """Rounding error of a product with M, and of sums of its entries, relative to its norm."""
     eps: float = torch.finfo(op.dtype).eps

@@ -23,6 +23,7 @@ from convspectra.operator import (
     derived_operator,
     is_wide,
     not_compiled,
+    weight_rounding,
 )
 from convspectra.solvers import warm_lanczos, working_dtype
 from convspectra.spectra import norm_bound, svds
@@ -231,17 +232,8 @@ class SpectralNorm(nn.Module):
         return self.bound / (norm * (1 + 4 * NUMBERS))
 
     def _rounding(self, weight: Tensor, norm: float) -> float:
-        """A bound on the norm of what rounding adds to a weight that is multiplied by a number.
-
-        ``eps sqrt(||M||_1 ||M||_inf)`` of the weight's absolute values, the factor's rounding and
-        that of numbers near 0 included. Cost: M and M' on an array of ones.
-        """
-        info = torch.finfo(weight.dtype)
-        least = info.tiny * max(1.0, norm / self.bound)
-        op = self._operator(weight.detach().abs().double().clamp_min(least))
-        rows = op.apply(op.weight.new_ones(1, *op.input_shape)).amax()
-        columns = op.apply_adjoint(op.weight.new_ones(1, *op.output_shape)).amax()
-        return float(1.01 * info.eps * (rows * columns).sqrt())
+        """A bound on the norm of what rounding adds to the weight before it is scaled."""
+        return weight_rounding(self._operator(weight), weight.dtype, self.bound / norm)
 
     # --- the norm, exactly -----------------------------------------------------------------------
 
