@@ -23,6 +23,7 @@ FACTORIES = {
 }  # fmt: skip
 NUMBERS_ONLY = {
     "matlab",
+    "nn",
     "parametrizations",
     "penalties",
     "kernel_to_weight",
@@ -84,7 +85,7 @@ def held(net: nn.Module, x: Tensor) -> Any:
 
 def projected(net: nn.Module, x: Tensor) -> Any:
     """A layer's weight, projected in place, and the report."""
-    report = cs.project_(net[0], (6, 6), max_norm=0.5)
+    report = cs.project_(net[0], (3, 3), max_norm=0.5)
     return net[0].weight.detach().tolist(), report
 
 
@@ -100,6 +101,7 @@ def numbers_of_audit(net: nn.Module, x: Tensor) -> Any:
 OP, WIDE = operator(), operator(3)
 TENSOR = torch.linspace(0, 1, 144, dtype=torch.float64, device="cpu").reshape(4, 6, 6)
 KERNEL = torch.linspace(-1, 1, 36, dtype=torch.float64, device="cpu").reshape(2, 2, 3, 3)
+SMALL = cs.ConvOperator(OP.weight[:2, :2], (3, 3), padding=1)
 METHODS = ("dense", "gram", "lanczos", "lobpcg", "davidson", "capacitance")
 
 CASES: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -134,7 +136,7 @@ CASES: dict[str, Callable[[], Callable[[], Any]]] = {
         lambda net, x: (b := cs.lipschitz_bound(net, x[:1], ascent=1)) and (b.lower, b.upper)
     ),
     "parametrizations.spectral_norm": lambda: on_model(held),
-    "project": lambda: lambda: cs.project(OP, 2.0, 0.1).weight.tolist(),
+    "project": lambda: lambda: cs.project(SMALL, 2.0).weight.tolist(),
     "project_": lambda: on_model(projected),
     "gradient_flow": lambda: on_model(lambda net, x: str(cs.gradient_flow(net, x))),
     "precondition": lambda: changed(cs.precondition),

@@ -42,6 +42,7 @@ def test_all_names_what_exists_and_what_is_imported() -> None:
     modules = [name for name, value in vars(convspectra).items() if inspect.ismodule(value)]
     assert set(modules) & set(names) == {
         "matlab",
+        "nn",
         "parametrizations",
         "penalties",
     }  # Note [Lazy names]

@@ -1,4 +1,4 @@
-from . import matlab, parametrizations, penalties
+from . import matlab, nn, parametrizations, penalties
 from .auditing import AuditReport, audit
 from .network import (
     GradientFlow,
@@ -84,6 +84,7 @@ __all__ = [
     "lipschitz_bound",
     "logabsdet",
     "matlab",
+    "nn",
     "norm_bound",
     "parametrizations",
     "penalties",

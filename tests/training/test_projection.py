@@ -23,8 +23,8 @@ def plain(channels: int, size: int, dtype: torch.dtype = torch.float64) -> cs.Co
 
 
 @each_layer
-@pytest.mark.parametrize("part", [0.9, 0.4])
-def test_the_norm_of_any_layer_is_cut(layer: Layer, part: float) -> None:
+def test_the_norm_of_any_layer_is_cut(layer: Layer) -> None:
+    part = 0.6
     op, whole = layer.operator(), float(torch.linalg.matrix_norm(layer.dense().detach(), 2))
     if whole == 0:
         assert cs.project(op, max_norm=1.0) is op
@@ -104,7 +104,7 @@ def test_layers_that_are_not_formed() -> None:
     found, report = cs.project(op, limit, return_report=True)
     assert report.method == "waves"
     assert 0.995 * limit < norm(found) <= limit
-    assert report.gap < 0.25
+    assert report.gap < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

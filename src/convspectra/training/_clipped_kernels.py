@@ -84,11 +84,16 @@ class NormModel:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The kernel found, half the squared distance at least, and the dual variable."""
+    """The kernel found, half the squared distance at least, and the dual variable.
+
+    The `plane` g is of unit dual norm: ``<g, K>`` is at most the norm of K's matrices. None where
+    nothing was above the limit.
+    """
 
     kernel: Tensor
     bound: float
     dual: Tensor
+    plane: Tensor | None
     steps: int
 
 
@@ -127,7 +132,9 @@ def nearest(model: NormModel, kernel: Tensor, limit: float, start: Tensor | None
                 reached = 0.5 * float((scaled - kernel).square().sum())
                 if reached - best <= 2 * GAP * reached:
                     break
-    return Nearest(found, best, dual, step)
+        total = float(nuclear @ model.weights)
+        plane = drop * model.lipschitz / total if total else None
+    return Nearest(found, best, dual, plane, step)
 
 
 def dense_model(op: ConvOperator, max_bytes: int) -> NormModel:
