@@ -24,7 +24,7 @@ from convspectra.figures import write_texts
 
 OUT = Path("docs/experiments/projections")
 """Where the page is written."""
-LAYERS = ((3, 6), (8, 16), (16, 16))
+LAYERS = ((3, 6), (8, 16))
 """Channels and points per axis of 3 x 3 layers. The first is small enough to be formed."""
 PARTS = (0.9, 0.5)
 """Bounds, as parts of the norm."""
