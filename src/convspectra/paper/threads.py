@@ -1,4 +1,4 @@
-"""What experiments on small layers set in PyTorch: one thread, and no denormal numbers."""
+"""Settings of PyTorch for experiments on small layers: one thread, and no denormal numbers."""
 
 from __future__ import annotations
 
