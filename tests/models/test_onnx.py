@@ -162,6 +162,63 @@ def constant(name: str, value: np.ndarray) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
 
 
+def test_numbers_for_names_come_with_operator_and_position(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["12"]),
+        helper.make_node("Relu", ["12"], ["13"]),
+        helper.make_node("Conv", ["13", "v"], ["14"], name="7"),
+        helper.make_node("Conv", ["14", "v"], ["y"], name="last"),
+    ]
+    content = model(nodes, {"w": array(3, 3, 3, 3), "v": array(3, 3, 3, 3)}, (3, 9, 9))
+    names = [named.name for named in loaded(tmp_path, content, (3, 9, 9))]
+    assert names == ["Conv@0 (12)", "Conv@1 (7)", "last"]
+
+
+def test_layers_behind_an_unknown_operator(tmp_path):
+    """The first has no size; the second has, for a Reshape says it."""
+    nodes = [
+        helper.make_node("Mystery", ["x"], ["a"], domain="com.example"),
+        helper.make_node("Conv", ["a", "w"], ["b"], name="first"),
+        helper.make_node("Reshape", ["b", "r"], ["c"]),
+        helper.make_node("Conv", ["c", "w"], ["y"], name="second"),
+    ]
+    content = model(nodes, {"w": array(3, 3, 3, 3), "r": np.array([1, 3, 5, 4])}, (3, 9, 9))
+    content.opset_import.append(helper.make_opsetid("com.example", 1))
+    first, second = loaded(tmp_path, content, (3, 9, 9))
+    assert first.skipped == (
+        "its input size could not be inferred past the Mystery node 'a' of the domain com.example; "
+        "export without this operator"
+    )
+    assert second.operator.input_shape == (3, 5, 4)
+
+
+@pytest.mark.parametrize("scales", [(), (3,)])
+def test_quantized_weights_and_activations(tmp_path, scales):
+    """Weights that are dequantized, of one scale or one for each filter; rounding commutes with
+    padding."""
+    rng = np.random.default_rng(0)
+    integers = rng.integers(-99, 99, (3, 3, 3, 3)).astype(np.int8)
+    scale = rng.random(scales).astype(np.float32) + 0.1
+    nodes = [
+        helper.make_node("Pad", ["x", "p"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["b"]),
+        helper.make_node("DequantizeLinear", ["b", "s", "z"], ["c"]),
+        helper.make_node("DequantizeLinear", ["q", "t"], ["w"], axis=0),
+        helper.make_node("Conv", ["c", "w"], ["y"]),
+    ]
+    weights = {
+        "p": np.array([0, 0, 1, 0, 0, 0, 0, 2]),
+        "s": np.float32(0.1),
+        "z": np.uint8(128),
+        "q": integers,
+        "t": scale,
+    }
+    (named,) = loaded(tmp_path, model(nodes, weights, (3, 6, 6)), (3, 6, 6))
+    assert named.operator.geometry.padding == ((1, 0), (0, 2))
+    expected = integers * scale.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(named.operator.weight, torch.from_numpy(expected))
+
+
 def test_amounts_of_a_pad_that_are_computed_from_sizes(tmp_path):
     """Numbers without an axis stay numbers: one of one axis cannot be put beside another."""
     nodes = [
@@ -454,7 +511,7 @@ def test_the_node_at_which_sizes_end_is_named(tmp_path):
         helper.make_node("Conv", ["v", "w"], ["y"]),
     ]
     (named,) = loaded(tmp_path, model(nodes, {"w": array(2, 3, 3)}, (3, 5)), (3, 5))
-    assert "past the Own node 'own' of the domain com.microsoft; give" in named.skipped
+    assert "past the Own node 'own' of the domain com.microsoft; export" in named.skipped
 
 
 def test_attention_and_tables_are_no_layers(tmp_path):

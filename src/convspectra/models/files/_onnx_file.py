@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,8 +176,19 @@ def read_model(path: Path, shapes: Sequence[tuple[int, ...]], max_bytes: int) ->
         more = _small_constants(scope)
         # Constants tell more sizes, and sizes more constants; each round knows more of them.
         if not _take_branches(scope) and more.keys() == folded.keys():
+            _name_numbers(scope.graph)
             return scope
         folded = more
+
+
+def _name_numbers(graph: GraphProto) -> None:
+    """Give nodes that only have a number for a name their operator and its position as well."""
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        name, position = label(node), counts[node.op_type]
+        counts[node.op_type] += 1
+        if name.isdigit() or name == node.op_type:
+            node.name = f"{node.op_type}@{position}" + f" ({name})" * name.isdigit()
 
 
 def _small_constants(scope: Scope) -> dict[str, Array]:
@@ -400,11 +412,22 @@ def _set_inputs(path: Path, graph: GraphProto, shapes: Sequence[tuple[int, ...]]
 def _inferred_shapes(
     path: Path, model: ModelProto, folded: dict[str, Array]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes by ONNX's own inference, which gets no large weight; `folded` values are known."""
+    """Shapes by ONNX's own inference, which gets no large weight; `folded` values are known.
+
+    Outputs of operators of other domains are of floats: sizes that are given behind them tell the
+    rest.
+    """
     light = ModelProto()
     light.CopyFrom(model)
     graph = light.graph
     del graph.value_info[:]
+    for node in graph.node:
+        if node.domain not in ONNX_DOMAINS:
+            graph.value_info.extend(
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+                for name in node.output
+                if name
+            )
     for output in graph.output:
         output.type.tensor_type.ClearField("shape")
     inputs = {value.name for value in graph.input}

@@ -23,9 +23,11 @@ _COPYING = frozenset(
 _MOVING = _COPYING | {
     "Cast",
     "DepthToSpace",
+    "DequantizeLinear",
     "Dropout",
     "Flatten",
     "Identity",
+    "QuantizeLinear",
     "Reshape",
     "SpaceToDepth",
     "Split",
@@ -197,7 +199,7 @@ def _pads_with_another_value(scope: Scope, node: NodeProto) -> bool:
 
 
 def _of_doubles(node: NodeProto) -> NodeProto:
-    """A Cast leaves indices as they are; of Split and Dropout all outputs are named.
+    """A Cast leaves indices as they are, and so does rounding to integers and back.
 
     Raises
     ------
@@ -207,7 +209,7 @@ def _of_doubles(node: NodeProto) -> NodeProto:
     given = attributes(node)
     if "reduction" in given and given["reduction"].s not in (b"", b"none"):
         raise FoldingError("entries that are added up")
-    if node.op_type in ("Cast", "Dropout"):
+    if node.op_type in ("Cast", "Dropout", "QuantizeLinear", "DequantizeLinear"):
         return helper.make_node("Identity", node.input[:1], node.output[:1])
     return node
 

@@ -169,8 +169,7 @@ def _convolution(scope: Scope, node: NodeProto) -> tuple[ConvOperator, str]:
     size = shape[2:]
     if len(shape) != weight.ndim or min(size, default=1) < 1:
         raise _PassedOverError(
-            f"its input size could not be inferred{_where_sizes_end(scope, node.input[0])}; "
-            "give every input shape"
+            f"its input size could not be inferred{_where_sizes_end(scope, node.input[0])}"
         )
     try:
         options = convolution_options(attributes(node), size, tuple(weight.shape[2:]), transposed)
@@ -196,10 +195,12 @@ def _where_sizes_end(scope: Scope, name: str) -> str:
         seen.add(name)
         unknown = [value for value in node.input if value and not known(value)]
         if not unknown:
-            domain = f" of the domain {node.domain}" if node.domain not in ONNX_DOMAINS else ""
-            return f" past the {node.op_type} node {label(node)!r}{domain}"
+            place = f" past the {node.op_type} node {label(node)!r}"
+            if node.domain not in ONNX_DOMAINS:
+                return f"{place} of the domain {node.domain}; export without this operator"
+            return f"{place}, whose sizes depend on values; simplify the model first"
         name = unknown[0]
-    return ""
+    return "; give every input shape, --input"
 
 
 def _check_sizes(scope: Scope, node: NodeProto, op: ConvOperator, shape: tuple[int, ...]) -> None:
