@@ -307,6 +307,32 @@ def test_parts_of_a_weight_and_what_is_computed_from_it_are_layers_of_their_own(
     assert [named.uses for named in found.values()] == [1, 1, 1, 1, 2, 1]
 
 
+def test_weights_computed_one_after_another_have_their_own_names():
+    """Each is freed before the next, which may take its address."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = F.linear(x, weight * 2)
+        return x
+
+    weights = nn.ParameterList(nn.Parameter(floats(4, 4)) for _ in range(6))
+    found = named_operators(Given(forward, weights=weights), floats(2, 4))
+    assert [named.name for named in found] == [f"weights.{i}" for i in range(6)]
+
+
+def test_a_bias_of_relative_positions_is_no_layer():
+    """A table that is looked up by constants, and given to attention as a mask."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        bias = self.table[torch.arange(25) % 7].view(5, 5, 2).permute(2, 0, 1).contiguous()
+        x = x.view(1, 5, 2, 2).transpose(1, 2)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=bias[None])
+
+    model = Given(forward)
+    model.table = nn.Parameter(floats(7, 2))
+    assert named_operators(model, floats(1, 5, 4)) == []
+
+
 class OwnAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.in_proj_weight)

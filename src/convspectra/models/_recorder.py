@@ -302,7 +302,8 @@ class Recorder(TorchDispatchMode):
     def _note_added(self, func: torch._ops.OpOverload, tensors: list[Tensor]) -> None:
         """Parameters that are added or put beside, as embeddings of positions: no layer."""
         name = func._schema.name.removeprefix("aten::").removesuffix("_")
-        if name in ("add", "sub", "cat", "stack") and any(map(self._depends, tensors)):
+        added = name in ("add", "sub", "cat", "stack") or "scaled_dot_product" in name
+        if added and any(map(self._depends, tensors)):
             for t in tensors:
                 source = self._views.get(_view(t)) or self._sources.get(_storage(t))
                 if source is not None and not self._depends(t):
@@ -423,7 +424,8 @@ class Recorder(TorchDispatchMode):
         dependent = any(self._depends(t) for t in inputs)
         if func._schema.is_mutable and dependent:
             outputs = outputs + [t for t in inputs[:1] if not self._depends(t)]
-        names = (self._sources.get(_storage(t)) for t in inputs)
+        read = [_storage(t) for t in inputs]
+        names = (self._sources.get(key) for key in read)
         source = next((name for name in names if name is not None), None)
         for tensor in outputs:
             key = _storage(tensor)
@@ -432,8 +434,10 @@ class Recorder(TorchDispatchMode):
                 self._sources.pop(key, None)
                 continue
             self._dependent.discard(key)
-            if source is not None:
+            if source is not None and key in read:
                 self._sources.setdefault(key, source)
+            elif source is not None:  # the address may have been that of another array
+                self._sources[key] = source
             elif tensor.numel():
                 self._sources.pop(key, None)
 
