@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from convspectra.models._layers import is_convolution
-from convspectra.models._rank_division import RankDivision, divide_among_ranks, refuse_sharded
+from convspectra.models._rank_division import RankDivision, divide_among_ranks, refuse_flat_shards
 
 
 class FakeGroup:
@@ -163,39 +162,18 @@ class Sharded(nn.Parameter):
     placements = ("Shard(dim=0)",)
 
 
-def with_sharded_bias() -> nn.Module:
-    conv = nn.Conv2d(2, 2, 3)
-    conv.bias = Sharded(torch.zeros(2))
-    return conv
-
-
 def test_fully_sharded_modules_are_named():
     model = nn.Sequential(nn.ReLU(), FullyShardedDataParallel(nn.Conv2d(2, 2, 3)))
     with pytest.raises(ValueError, match="module '1' is wrapped by FullyShardedDataParallel"):
-        refuse_sharded(model, is_convolution)
+        refuse_flat_shards(model)
     with pytest.raises(ValueError, match="module '' is wrapped by FullyShardedDataParallel"):
-        refuse_sharded(model[1], is_convolution)
-
-
-@pytest.mark.parametrize("prefix", ["", "1."])
-def test_sharded_parameters_are_named(prefix):
-    model = with_sharded_bias()
-    model = nn.Sequential(nn.ReLU(), model) if prefix else model
-    with pytest.raises(ValueError, match=f"parameter '{prefix}bias' is a DTensor, .*fully_shard"):
-        refuse_sharded(model, is_convolution)
-
-
-def test_only_chosen_modules_are_looked_at():
-    model = nn.Sequential(with_sharded_bias(), nn.Conv2d(2, 2, 3))
-    refuse_sharded(model, lambda name, module: name == "1")
-    with pytest.raises(ValueError, match=r"parameter '0\.bias' is a DTensor"):
-        refuse_sharded(model, lambda name, module: name == "0")
+        refuse_flat_shards(model[1])
 
 
 def test_whole_models_pass():
     layers = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2)
-    refuse_sharded(nn.Sequential(*layers), lambda name, module: True)
-    refuse_sharded(nn.DataParallel(nn.Conv2d(2, 2, 3)), is_convolution)
+    refuse_flat_shards(nn.Sequential(*layers))
+    refuse_flat_shards(nn.DataParallel(nn.Conv2d(2, 2, 3)))
 
 
 # --- shares ---------------------------------------------------------------------------------------

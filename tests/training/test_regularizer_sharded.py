@@ -1,12 +1,61 @@
-"""Weights in pieces, by FSDP, are refused by SpectralRegularizer."""
+"""Weights in pieces, by FSDP2: the same as in one process; by FSDP1 they are refused."""
 
 from __future__ import annotations
+
+import multiprocessing
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from helpers.ranks import SIZE, net, regularizer
+from helpers.sharded import NAMES, everything, sharded, worker
+from helpers.training import close
 from torch import Tensor, nn
+
+import convspectra as cs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One process, and two ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.set_num_threads(1)
+    one = everything()
+    multiprocessing.set_forkserver_preload(["torch", "convspectra"])
+    mp.start_processes(worker, (2, folder), 2, start_method="forkserver")
+    return one, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("after_forward", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_that_of_one_process(runs: Any, name: str, after_forward: bool) -> None:
+    one, ranks = runs
+    expected = one[f"{name} {after_forward}"]
+    for found in (rank[f"{name} {after_forward}"] for rank in ranks):
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-6)
+        assert found["count"] == expected["count"]
+        for got, wanted in zip(found["gradients"], expected["gradients"], strict=True):
+            assert close(got, wanted, 1e-6)
+        assert close(found["weights"], expected["weights"], 1e-6)
+        for mine, other in zip(found["records"], expected["records"], strict=True):
+            for key, value in other.items():
+                number = isinstance(value, float)
+                assert mine[key] == (pytest.approx(value, rel=1e-6) if number else value), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_write_to_the_pieces(runs: Any, name: str) -> None:
+    one, ranks = runs
+    expected = one[f"{name} apart"]
+    start = [p.detach() for p in net().parameters()]
+    assert not close(expected["weights"], start, 1e-3)
+    for found in (rank[f"{name} apart"] for rank in ranks):
+        assert found["added"] == pytest.approx(expected["added"], rel=1e-6)
+        assert found["count"] == expected["count"]
+        assert close(found["weights"], expected["weights"], 1e-6)
+        assert close(found["gradients"], expected["gradients"], 1e-6)
 
 
 @pytest.fixture
@@ -16,55 +65,13 @@ def gloo(tmp_path):
     dist.destroy_process_group()
 
 
-SHARDED = r"is a DTensor, sharded by FSDP2 .* needs? its whole weight; use DistributedDataParallel"
-
-
-def shard(*modules: nn.Module) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    for module in modules:
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-
-
-def test_a_model_sharded_by_fsdp2_is_refused(gloo):
-    model = net()
-    shard(model)
-    with pytest.raises(ValueError, match=rf"^parameter 'a\.weight' {SHARDED}"):
-        regularizer(model)
-
-
-def test_a_model_sharded_by_fsdp2_is_refused_after_a_forward_pass_too(gloo):
-    model = net()
-    shard(model)
-    model(torch.zeros(1, 2, *SIZE, dtype=torch.float64))
-    assert not any(hasattr(parameter, "placements") for parameter in model.parameters())
-    with pytest.raises(ValueError, match=rf"^parameter 'a\.weight' {SHARDED}"):
-        regularizer(model)
-
-
-def test_a_layer_sharded_by_fsdp2_is_refused(gloo):
-    model = net()
-    shard(model.c)
-    with pytest.raises(ValueError, match=rf"^parameter 'c\.weight' {SHARDED}"):
-        regularizer(model)
-    assert "c" not in {layer.name for layer in regularizer(model, exclude="c").layers}
-
-
-def test_convolutions_left_out_of_fsdp2_are_penalized(gloo):
-    """As the message says that they may be."""
-    model = net()
-    shard(model.head)
-    assert hasattr(model.head.weight, "placements")
-    expected = float(regularizer(net())().detach())
-    assert float(regularizer(model)().detach()) == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_linear_layer_that_is_included_is_refused_too(gloo):
-    model = net()
-    shard(model.head)
-    with pytest.raises(ValueError, match=rf"^parameter 'head\.weight' {SHARDED}"):
-        regularizer(model, include=["a", "head"])
+def test_what_comes_before_sharding_is_named(gloo: None) -> None:
+    model, x = sharded(net()), torch.randn(4, 2, *SIZE, dtype=torch.float64)
+    for call in (cs.precondition, cs.prepare):
+        with pytest.raises(
+            ValueError, match=rf"in pieces on several ranks; call cs\.{call.__name__} before"
+        ):
+            call(model, x)
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -78,6 +85,6 @@ class FullyShardedDataParallel(nn.Module):
         return self.module(x)
 
 
-def test_a_model_wrapped_by_fsdp1_is_refused():
+def test_a_model_wrapped_by_fsdp1_is_refused() -> None:
     with pytest.raises(ValueError, match="module '1' is wrapped by FullyShardedDataParallel, who"):
         regularizer(nn.Sequential(nn.Identity(), FullyShardedDataParallel(net())))

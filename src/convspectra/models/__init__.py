@@ -8,9 +8,10 @@ from convspectra.models._rank_division import (
     DEFAULT_GROUP,
     RankDivision,
     divide_among_ranks,
-    refuse_sharded,
+    refuse_flat_shards,
 )
 from convspectra.models._selection import Selection, is_convolution, selected, unwrapped
+from convspectra.models._sharded import piece_of, refuse_pieces, reshard, whole_weights
 from convspectra.models._signal_flow import LayerFlow
 
 __all__ = [
@@ -26,9 +27,13 @@ __all__ = [
     "is_convolution",
     "named",
     "named_operators",
-    "refuse_sharded",
+    "piece_of",
+    "refuse_flat_shards",
+    "refuse_pieces",
+    "reshard",
     "selected",
     "signal_flow",
     "slow_attention",
     "unwrapped",
+    "whole_weights",
 ]

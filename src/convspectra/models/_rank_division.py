@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,21 +73,12 @@ def divide_among_ranks(costs: Sequence[float], group: Any) -> RankDivision:
     return RankDivision(group, dist.get_rank(group), size, tuple(owner))
 
 
-def refuse_sharded(model: torch.nn.Module, chosen: Callable[[str, torch.nn.Module], bool]) -> None:
-    """Raise a ValueError where the weights of chosen modules are in pieces on several ranks."""
+def refuse_flat_shards(model: torch.nn.Module) -> None:
+    """Raise a ValueError where FSDP1 has made one flat parameter of the weights of many layers."""
     for name, module in model.named_modules():
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
-            module.reshard()  # after a forward pass its weights look whole
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 f"module {name!r} is wrapped by FullyShardedDataParallel, whose ranks hold pieces "
                 "of a flat parameter: the singular values of a layer need its whole weight; use "
-                "DistributedDataParallel, or penalize before wrapping"
+                "fully_shard (FSDP2) or DistributedDataParallel, or penalize before wrapping"
             )
-        for key, parameter in module.named_parameters() if chosen(name, module) else ():
-            if hasattr(parameter, "placements"):
-                raise ValueError(
-                    f"parameter {f'{name}.{key}'.lstrip('.')!r} is a DTensor, sharded by FSDP2 or "
-                    "tensor parallelism: the singular values of a layer need its whole weight; use "
-                    "DistributedDataParallel, or leave the convolutions out of fully_shard"
-                )

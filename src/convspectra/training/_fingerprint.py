@@ -28,7 +28,15 @@ def fingerprint(layers: Sequence[Layer], weights: Sequence[Tensor]) -> Fingerpri
         parameters += layer.module.parameters() if computed else (weight,)
     sums = torch.stack([_sample(weight.detach()) for weight in weights]).tolist()
     sums = [total if math.isfinite(total) else math.inf for total in sums]  # NaN != NaN
-    return [(parameter.data_ptr(), parameter._version) for parameter in parameters], sums
+    return [_identity(parameter) for parameter in parameters], sums
+
+
+def _identity(parameter: Tensor) -> tuple[int, int]:
+    """Address and version; those of the pieces that a parameter was gathered from."""
+    pieces = getattr(parameter, "pieces", None)
+    if pieces is None:
+        return parameter.data_ptr(), parameter._version
+    return pieces.to_local().data_ptr(), pieces._version
 
 
 def _sample(weight: Tensor) -> Tensor:

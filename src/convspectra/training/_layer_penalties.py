@@ -8,7 +8,7 @@ contraction of all layers at once and moves biases, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +117,7 @@ def layer_penalties(
     own: Sequence[int],
     improve_interval: int,
     refresh_interval: int,
-    flows: Callable[[], Mapping[str, LayerFlow]],
+    flows: Mapping[str, LayerFlow],
 ) -> SteppedPenalties | IsometryPenalties:
     """The penalties of a model's layers, by name or as a function of a `ConvOperator`.
 
@@ -127,8 +127,8 @@ def layer_penalties(
         All of the model.
     own : sequence of int
         Positions of the layers that this rank computes.
-    flows : callable
-        Gives what surrounds each layer, for a penalty that asks.
+    flows : mapping
+        What surrounds each layer; only "isometry" asks.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def layer_penalties(
         unknown = sorted(set(options or {}) - set(OPTIONS))
         if unknown:
             raise ValueError(f"expected penalty_options among {OPTIONS}, got {unknown}")
-        return IsometryPenalties(layers, flows(), **(options or {}))
+        return IsometryPenalties(layers, flows, **(options or {}))
     if isinstance(penalty, str):
         if penalty not in EXACT_PENALTIES:
             raise ValueError(

@@ -40,6 +40,7 @@ from convspectra.models import (
     find_layers,
     is_convolution,
     named,
+    refuse_pieces,
     signal_flow,
     unwrapped,
 )
@@ -226,7 +227,9 @@ def precondition(
     check_positive_integer("max_iter", max_iter)
     check_choice("activation", activation, ("auto", *KNOWN_ACTIVATIONS))
     model = unwrapped(model)
-    layers = _layers_to_write(find_layers(model, example_input, include, exclude))
+    every = find_layers(model, example_input, include, exclude)
+    refuse_pieces([layer.module for layer in every], "cs.precondition")
+    layers = _layers_to_write(every)
     gains = _gains(layers, signal_flow(model, example_input), gain, activation)
     if condition == 1:
         _refuse_unless_isometric(layers)

@@ -21,6 +21,7 @@ from convspectra.models import (
     Selection,
     find_layers,
     named,
+    refuse_pieces,
     signal_flow,
     unwrapped,
 )
@@ -210,6 +211,7 @@ def prepare(
         raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
     layers = find_layers(model, images, include, exclude)
+    refuse_pieces([layer.module for layer in layers], "cs.prepare")
     flows = signal_flow(model, images)
     left = {layer.name: why for layer in layers if (why := _left_alone(layer, flows, model))}
     chosen = [layer for layer in layers if layer.name not in left]

@@ -21,10 +21,12 @@ from convspectra.models import (
     divide_among_ranks,
     find_layers,
     is_convolution,
-    refuse_sharded,
-    selected,
+    piece_of,
+    refuse_flat_shards,
+    reshard,
     signal_flow,
     unwrapped,
+    whole_weights,
 )
 from convspectra.operator import (
     ConvOperator,
@@ -122,7 +124,8 @@ class SpectralRegularizer:
     ----------
     model : nn.Module
         Left as it is: no parametrization, no hook, nothing in its state dict. It may be compiled,
-        or wrapped by DistributedDataParallel.
+        wrapped by DistributedDataParallel, or sharded by ``fully_shard`` (FSDP2): each call then
+        gathers the weights of its layers, and writes to the pieces.
     example_input : Tensor, or tuple of positional arguments
         One forward pass of it finds the input size of each layer; its values do not matter.
     penalty : str or callable
@@ -165,8 +168,8 @@ class SpectralRegularizer:
     ------
     ValueError
         If a layer cannot be handled: it is named, with the reason. Also for an unknown penalty, a
-        weight that is negative or not finite, a model without layers to include, and one that is
-        sharded.
+        weight that is negative or not finite, a model without layers to include, and one that FSDP1
+        wraps.
 
     Notes
     -----
@@ -216,23 +219,26 @@ class SpectralRegularizer:
             raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
         check_group(process_group)
         self._model = model = unwrapped(model)
-        refuse_sharded(model, lambda n, m: selected(n, m, include) and not selected(n, m, exclude))
+        refuse_flat_shards(model)
+        reshard(model)
         self._layers = find_layers(model, example_input, include, exclude)
+        flows = signal_flow(model, example_input) if penalty == "isometry" else {}
         self._factors = layer_factors(self._layers, layer_weights)
         self._schedule = schedule
         self._nonfinite = nonfinite
         self._division = divide_among_ranks(
             [_cost(layer.operator()) for layer in self._layers], process_group
         )
-        self._penalties = layer_penalties(
-            penalty,
-            penalty_options,
-            self._layers,
-            self._division.own,
-            improve_interval,
-            refresh_interval,
-            lambda: signal_flow(model, example_input),
-        )
+        with self._whole():
+            self._penalties = layer_penalties(
+                penalty,
+                penalty_options,
+                self._layers,
+                self._division.own,
+                improve_interval,
+                refresh_interval,
+                flows,
+            )
         self._penalty_name = penalty if isinstance(penalty, str) else "a function"
         self._shapes = [layer.operator().weight.shape for layer in self._layers]
         self._warned_of_frozen = self._warned_of_rate = False
@@ -269,7 +275,11 @@ class SpectralRegularizer:
             What the penalty raises, with the name of the layer in front; ArithmeticError where the
             sum is not finite, as `cond` of a rank-deficient layer.
         """
-        value, weights, found = self._evaluate(torch.is_grad_enabled())
+        with self._whole() as pieces:
+            value, weights, found = self._evaluate(torch.is_grad_enabled())
+            if pieces:
+                parts = self._in_pieces(self._everywhere(weights, found), pieces)
+                return give_gradient(value, *zip(*parts, strict=True)) if parts else value
         gradients = [found.get(i) for i in weights]  # none is one of 0
         return give_gradient(
             value,
@@ -285,8 +295,12 @@ class SpectralRegularizer:
         For frameworks whose callbacks cannot change the loss. Under a process group every rank gets
         the gradient of the whole sum: call it after the gradients of the loss were reduced.
         """
-        value, weights, found = self._evaluate(True)
-        for weight, gradient in self._everywhere(weights, found):
+        with self._whole() as pieces:
+            value, weights, found = self._evaluate(True)
+            parts = self._everywhere(weights, found)
+            if pieces:
+                parts = self._in_pieces(parts, pieces)
+        for weight, gradient in parts:
             torch.autograd.backward(
                 [weight], [gradient.scaled(scale).product(weight, weight.dtype)]
             )
@@ -315,10 +329,14 @@ class SpectralRegularizer:
             For a layer whose weight is computed, by a parametrization, from others; a tau above 1.
         """
         learning_rate = checked_factor("learning_rate", learning_rate)
-        penalties = self._penalties
-        if isinstance(penalties, IsometryPenalties):
-            self._contract(penalties, learning_rate)
-            return
+        with self._whole(writes=True):
+            if isinstance(self._penalties, IsometryPenalties):
+                self._contract(self._penalties, learning_rate)
+            else:
+                self._descend(self._penalties, learning_rate)
+
+    def _descend(self, penalties: SteppedPenalties, learning_rate: float) -> None:
+        """The step against the gradient, on every rank."""
         _, weights, found = self._evaluate(True, valued=False)
         self._refuse_computed(i for i, weight in weights.items() if not weight.is_leaf)
         moves = self._moves(penalties, weights, found, learning_rate)
@@ -376,8 +394,8 @@ class SpectralRegularizer:
     @with_gradients
     def refresh(self) -> None:
         """Compute every layer exactly now. Cost: that of `svds` at both ends of each."""
-        self._weights()
-        with self._without_autocast():
+        with self._whole(), self._without_autocast():
+            self._weights()
             for i in self._division.own:
                 self._penalties.refresh(i, self._step)
 
@@ -393,16 +411,17 @@ class SpectralRegularizer:
         ("frobenius" is one) the values are None until `refresh` was called; a report then starts
         from what that found.
         """
-        self._weights()
-        with self._without_autocast():
-            own = {
-                i: self._penalties.report(i, self._step, self._skipped[i], settle)
-                for i in self._division.own
-            }
-        layers = self._division.gathered(own)
-        if self._last is None and self._last_scale:
-            with torch.no_grad():
-                self._evaluate(False, scale=self._last_scale)
+        with self._whole():
+            self._weights()
+            with self._without_autocast():
+                own = {
+                    i: self._penalties.report(i, self._step, self._skipped[i], settle)
+                    for i in self._division.own
+                }
+            layers = self._division.gathered(own)
+            if self._last is None and self._last_scale:
+                with torch.no_grad():
+                    self._evaluate(False, scale=self._last_scale)
         return RegularizerReport(
             step=self._step,
             penalty=self._last,
@@ -475,6 +494,21 @@ class SpectralRegularizer:
                 current_weight(self._model, layer, shape)
                 for layer, shape in zip(self._layers, self._shapes, strict=True)
             ]
+
+    def _whole(
+        self, *, writes: bool = False
+    ) -> contextlib.AbstractContextManager[Mapping[int, Tensor]]:
+        """A context in which no weight is in pieces on several ranks (see `whole_weights`)."""
+        return whole_weights(self._model, [x.module for x in self._layers], writes=writes)
+
+    def _in_pieces(
+        self, parts: Sequence[tuple[Tensor, Gradient]], pieces: Mapping[int, Tensor]
+    ) -> list[tuple[Tensor, Gradient]]:
+        """Parameters in pieces with their parts of whole gradients, which every rank has."""
+        return [
+            (pieces[id(w)], KnownGradient(piece_of(gradient.product(w, w.dtype), pieces[id(w)])))
+            for w, gradient in parts
+        ]
 
     def _without_autocast(self) -> contextlib.AbstractContextManager[None]:
         """A context in which all is computed as accurately as it says, whatever surrounds it."""
