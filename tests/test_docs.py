@@ -322,6 +322,18 @@ def test_the_picture_of_a_layer_is_drawn_anew(extension: Callable[[str], Any]) -
     assert len(marked.findall(drawn)) == len(marked.findall(kept)) == 13**2  # nonzero entries of M
 
 
+def test_the_blur_is_undone_better_than_by_fourier_division(
+    extension: Callable[[str], Any],
+) -> None:
+    figure = extension("blur_figure")
+    pictures = figure.pictures()
+    off = {title: round(figure.error(image), 3) for title, image in pictures.items()}
+    page = (DOCS / "howto" / "deblur.md").read_text()
+    assert f"off by {off['solve']} a pixel" in page
+    assert f"Fourier division by {off['Fourier division']}" in page
+    assert off["solve"] < off["Fourier division"]
+
+
 def test_formulas_are_written_without_a_script(extension: Callable[[str], Any]) -> None:
     pytest.importorskip("sphinx")
     from docutils import nodes

@@ -6,7 +6,7 @@ from convspectra.spectra._circular_padding import circular_extremes, circular_op
 from convspectra.spectra._count import CountResult, count
 from convspectra.spectra._density import SpectralDensity, spectral_density
 from convspectra.spectra._explain import Explanation, explain
-from convspectra.spectra._inverse import logabsdet, solve
+from convspectra.spectra._inverse import SolveBound, logabsdet, solve
 from convspectra.spectra._rank import mean_log_singular_value, numerical_rank
 from convspectra.spectra._singular_values import (
     ConvergenceError,
@@ -27,6 +27,7 @@ __all__ = [
     "CountResult",
     "Explanation",
     "SVDResult",
+    "SolveBound",
     "SpectralDensity",
     "StableRank",
     "check_count",
