@@ -36,7 +36,7 @@ def audit(candidate: Candidate, channels: int, size: int, seed: int) -> table.Ro
             weight = candidate.build(channels, size)
     except NotInstalledError as error:
         return table.Row(**{**vars(row), "note": str(error)})
-    op = cs.ConvOperator(weight, (size, size), padding=1)
+    op = cs.ConvOperator(weight, (size, size))
     seconds, (largest, smallest) = timed(
         lambda: [cs.svds(op, 1, which, return_singular_vectors=False) for which in ("LM", "SM")]
     )
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> list[table.Row]:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sold_as_orthogonal",
-        description="Audit what is sold as orthogonal or spectrally normalized.",
+        description="Singular values of orthogonal and normalized layers as they are applied.",
     )
     parser.add_argument("--quick", action="store_true", help="4 channels at 6 x 6 and 7 x 7")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")

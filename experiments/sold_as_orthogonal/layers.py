@@ -22,7 +22,7 @@ class NotInstalledError(ImportError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to make a 3 x 3 layer with zero padding, and its claim.
+    """A way to make a layer with zero padding, and its claim.
 
     Attributes
     ----------
@@ -33,12 +33,15 @@ class Candidate:
         The weight that the layer applies, from torch's global generator.
     claimed : callable (weight, size) -> Tensor, optional
         The singular values that the claim is about; None where nothing is claimed.
+    tolerance : float
+        How far these are from 1 by the precision that the layer is made in.
     """
 
     name: str
     claim: str
     build: Callable[[int, int], Tensor]
     claimed: Callable[[Tensor, int], Tensor] | None
+    tolerance: float = 1e-6
 
 
 def conv(channels: int) -> nn.Conv2d:
@@ -53,7 +56,11 @@ def reshaped(weight: Tensor, size: int = 0) -> Tensor:
 
 def circular(weight: Tensor, size: int) -> Tensor:
     """Singular values of the layer with circular padding, from its Fourier symbols."""
-    symbols = torch.fft.fft2(weight, (size, size)).permute(2, 3, 0, 1)
+    wrapped = torch.zeros(*weight.shape[:2], size, size, dtype=weight.dtype)
+    for p in range(weight.shape[2]):
+        for q in range(weight.shape[3]):
+            wrapped[:, :, p % size, q % size] += weight[:, :, p, q]
+    symbols = torch.fft.fft2(wrapped).permute(2, 3, 0, 1)
     return torch.linalg.svdvals(symbols).flatten()
 
 
@@ -94,6 +101,39 @@ def _geotorch(channels: int, size: int) -> Tensor:
     layer = conv(channels)
     geotorch.orthogonal(layer, "weight")
     return layer.weight.detach()
+
+
+def _adaptive(channels: int, size: int) -> Tensor:
+    try:
+        from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
+    except ImportError as error:
+        raise NotInstalledError("orthogonium is not installed") from error
+    layer = AdaptiveOrthoConv2d(channels, channels, 3, padding=1, bias=False, padding_mode="zeros")
+    weight: Tensor = layer.weight.detach()
+    return weight.double()
+
+
+def _skew(channels: int, size: int) -> Tensor:
+    try:
+        from orthogonium.layers.conv.adaptiveSOC import AdaptiveSOCConv2d
+    except ImportError as error:
+        raise NotInstalledError("orthogonium is not installed") from error
+    layer = AdaptiveSOCConv2d(
+        channels, channels, 3, padding="same", bias=False, padding_mode="zeros"
+    )
+    weight: Tensor = layer.weight.detach()
+    return weight.double()
+
+
+def _torchlip(channels: int, size: int) -> Tensor:
+    try:
+        from deel import torchlip
+    except ImportError as error:
+        raise NotInstalledError("deel-torchlip is not installed") from error
+    layer = torchlip.SpectralConv2d(channels, channels, 3, padding=1, bias=False).double()
+    layer(torch.zeros(1, channels, size, size, dtype=torch.float64))
+    weight: Tensor = layer.vanilla_export().weight.detach()
+    return weight
 
 
 def _delta(channels: int, size: int) -> Tensor:
@@ -169,6 +209,26 @@ CANDIDATES = (
     ),
     Candidate(
         "block orthogonal (BCOP)", "orthogonal with circular padding", block_orthogonal, circular
+    ),
+    Candidate(
+        "orthogonium AdaptiveOrthoConv2d (AOC)",
+        "orthogonal with circular padding, in float32",
+        _adaptive,
+        circular,
+        1e-5,
+    ),
+    Candidate(
+        "orthogonium AdaptiveSOCConv2d (SOC)",
+        "orthogonal with circular padding, by a truncated series",
+        _skew,
+        circular,
+        0.05,
+    ),
+    Candidate(
+        "deel-torchlip SpectralConv2d",
+        "3 times the reshaped weight has orthonormal rows, so that the norm is at most 1",
+        _torchlip,
+        lambda weight, size: 3 * reshaped(weight),
     ),
     Candidate("delta-orthogonal", "the middle tap is orthogonal, the others are 0", _delta, middle),
     Candidate("cs.precondition", "condition at most 2 as it is applied", _preconditioned, None),

@@ -13,6 +13,20 @@ from convspectra.text import comma_separated, markdown_table
 SMALLEST = 1e-18
 """Where a singular value of 0 stands on a logarithmic axis."""
 
+CONTEXT = (
+    "Most claims hold for what they are about, and that is another matrix than the layer's. "
+    "`nn.init.orthogonal_` does not make a zero-padded convolution orthogonal, nor does "
+    "orthogonality with circular padding: zero padding is a part of such a layer, which keeps its "
+    "norm at most 1 and loses its lower end. The documentation of orthogonium says so.",
+    "",
+    "Layers that multiply in the Fourier domain, such as Cayley's (Trockman and Kolter 2021, "
+    '"Orthogonalizing Convolutional Layers with the Cayley Transform", arXiv:2104.07167), have no '
+    "kernel to be applied with zero padding, and are not in the table. Local Fourier analysis "
+    "neglects the border: it computes the column *circular*. Gram iteration bounds its upper end "
+    "([Lipschitz constants of networks](../../benchmarks/lipschitz.md)).",
+)
+"""What a reader should know before the tables."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,9 +90,10 @@ def page(rows: Sequence[Row], machine: str, command: str) -> str:
     """The page: how it was made, and one table a size."""
     channels, seeds = rows[0].channels, len({row.seed for row in rows})
     lines = [
-        "# What is sold as orthogonal",
+        "# Orthogonal layers as they are applied",
         "",
-        f"Layers of {channels} -> {channels} channels, 3 x 3, stride 1, zero padding 1, float64, "
+        f'Layers of {channels} -> {channels} channels, 3 x 3 (SOC: 7 x 7), stride 1, "same" zero '
+        "padding, widened to float64, "
         f"{seeds} seeds. Made by `{command}` on {machine}.",
         "",
         "*As applied* are the singular values of the layer itself: the range over the seeds, and "
@@ -89,6 +104,8 @@ def page(rows: Sequence[Row], machine: str, command: str) -> str:
         "the largest singular value of what the claim is about. `spectral_norm` had enough power "
         "iterations to converge; a kernel that is orthogonal with circular padding is so where it "
         "is applied with that, which this table does not do.",
+        "",
+        *CONTEXT,
         "",
         "![Extreme singular values](sold_as_orthogonal.png)",
         "",

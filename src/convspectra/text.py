@@ -86,9 +86,9 @@ def text_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: a reader never finds half of it.
 
-    The content is written beside the file, under a hidden name, and then renamed. What is no
-    regular file, such as ``/dev/stdout``, and a file in a folder that cannot be written to are
-    written in place.
+    The content is written beside the file, under a hidden name, and then renamed. Two kinds
+    are written in place: what is no regular file, such as ``/dev/stdout``, and a file in a folder
+    that cannot be written to.
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -275,3 +276,24 @@ def test_help_loads_nothing_heavy(arguments, absent, text):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert text in done.stdout
+
+
+@pytest.mark.slow
+def test_two_machines_meet_and_go_on_from_the_journals(tmp_path):
+    report, model = tmp_path / "a.json", saved(tmp_path / "m.pt")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost",
+    ]  # fmt: skip
+    command = ["-m", "convspectra.cli", "audit", model, *INPUT, "--resume"]
+    kept = ["--journal", str(tmp_path / "journal"), "--json", str(report)]
+    machines = [subprocess.Popen([*launcher, *command, *kept]) for _ in range(2)]
+    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
+    first = cs.AuditReport.from_json(report).layers
+    assert len(first) == 2
+    assert list(tmp_path.glob("journal.*"))
+    assert main(["audit", model, *INPUT, "--resume", *kept]) == 0  # from the journals of all ranks
+    assert cs.AuditReport.from_json(report).layers == first

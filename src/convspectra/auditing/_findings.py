@@ -208,8 +208,8 @@ def findings(
     """One line for every kind of thing that a reader should know, alarms first.
 
     The gain of a single layer is an alarm only where the network does not make up for it, or where
-    what stands between the layers is not known. What was measured on images stands in the place of
-    what is predicted of the network.
+    the operations between the layers are not known. Gradients that were measured on images replace
+    those that are predicted.
 
     Raises
     ------

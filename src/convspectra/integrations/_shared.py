@@ -48,7 +48,7 @@ def scalars(report: Any, per_layer: bool = False, prefix: str = "spectral/") -> 
     Returns
     -------
     dict of str to float
-        The aggregates first. What is unknown or is no number is left out; infinities stay.
+        The aggregates first. Unknown values and NaN are left out; infinities stay.
     """
     values = {f"{prefix}{key}": float(value) for key, value in report.aggregates().items()}
     if not per_layer:

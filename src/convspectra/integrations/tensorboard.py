@@ -1,6 +1,6 @@
 """A report of the regularizer in TensorBoard.
 
-Nothing is imported: any writer with ``add_scalar`` will do. That of PyTorch needs
+Nothing is imported: any writer with ``add_scalar`` will do. PyTorch's own needs
 ``pip install 'convspectra[tensorboard]'``.
 """
 

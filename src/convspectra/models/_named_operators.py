@@ -111,8 +111,8 @@ def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]
 
     Notes
     -----
-    Cost: one forward pass. Memory: the output of every layer at once. What the forward pass
-    itself raises is left as it is.
+    Cost: one forward pass. Memory: the output of every layer at once. Errors of the forward
+    pass itself are not changed.
 
     Examples
     --------

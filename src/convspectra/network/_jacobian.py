@@ -51,8 +51,8 @@ class JacobianOperator:
     x : Tensor, or tuple of positional arguments
         One sample with its batch axis, (1, ...). J is that with respect to the first one.
     start : str, optional
-        Name of a module, as in ``model.named_modules()``: J is with respect to its input. What goes
-        around it, through skips, is held fixed.
+        Name of a module, as in ``model.named_modules()``: J is with respect to its input. Signals
+        that go around it, through skips, are held fixed.
     end : str, optional
         Name of a module: J is that of its output.
     select : callable, optional

@@ -182,7 +182,7 @@ def lipschitz_bound(
     Notes
     -----
     The upper end: norms of the linear maps between activations, from the upper ends of `svds`,
-    composed (see docs/network.md). Those of composed maps with both sides above 512 fail with a
+    composed (see docs/network.md). Norms of composed maps with both sides above 512 fail with a
     probability of 1e-10 each. The lower end: the lower end of the norm of one Jacobian.
 
     Cost: one norm for each linear part and each of the `expand` activations before it, of a network

@@ -2,8 +2,8 @@
 
 Note [Three kinds of operations]. A linear operation is replayed, with its constants set to 0: its
 norm is that of the composed map, whatever it is. An activation acts on every number alone, with
-slopes between two ends. Anything else that is bounded has a constant. What is none of these is
-refused by its name.
+slopes between two ends. Anything else that is bounded has a constant. An operation
+of no such kind is refused by its name.
 
 References
 ----------

@@ -7,8 +7,9 @@ Theorems 2.2 and 3.2, for every stride, padding, dilation, group and dimension.
 Note [Clustered values]. A repeated singular value has no gradient, but the sum over all its copies
 has. Where the last of the values asked for agrees with others to `CLUSTER_TOLERANCE`, or to the
 accuracy to which they are known, it is given the mean gradient of the copies, a subgradient of the
-sum of the k smallest; the values stay as they are. Of more than `CLUSTER_LIMIT` copies, or of
-values that are 0 to working precision, it is the mean over those at hand, a subgradient too.
+sum of the k smallest; the values stay as they are. For more than `CLUSTER_LIMIT` copies, and
+for values that are 0 to working precision, it is the mean over the copies at hand, a subgradient
+too.
 """
 
 from __future__ import annotations

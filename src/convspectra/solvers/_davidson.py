@@ -97,8 +97,8 @@ def davidson(
     Returns
     -------
     Eigenpairs
-        Without a bound: the iteration cannot tell that it missed a value. Of smallest ones that
-        are lost in the rounding errors of the products, none has converged.
+        Without a bound: the iteration cannot tell that it missed a value. Smallest
+        values that are lost in the rounding errors of the products do not converge.
 
     Raises
     ------

@@ -15,8 +15,8 @@ C is not. All of that is in W.
 Note [One axis at a time]. The border of a square is a strip along each axis. Here the torus is cut
 open one axis at a time, the last one first: with the other axes still in Fourier space that is one
 small capacitance matrix per frequency, and only the last cut, across the longest axis, meets a
-large one, half the order of a W for all strips together. What the earlier cuts add to it is one
-matrix product. In two dimensions that is half the flops and a quarter of the memory. A solve reads
+large one, half the order of a W for all strips together. The earlier cuts add one matrix
+product to it. In two dimensions that is half the flops and a quarter of the memory. A solve reads
 the symbols twice for every cut, before and after the border, and keeps no other blocks.
 
 References

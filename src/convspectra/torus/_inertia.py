@@ -13,8 +13,8 @@ formula holds for every cut.
 
 Note [Rounding of a count]. Every W is computed with errors. Changing the border part of A^{-1} by E
 changes A by about A E A, so an inertia found with an error E is that of a K + F with
-``||F|| <= ||A||^2 ||E||``: the count is right for some number within ||F|| of s (Weyl). What is
-computed of E is a sum of the sizes of what was rounded, times `ROUNDING`.
+``||F|| <= ||A||^2 ||E||``: the count is right for some number within ||F|| of s (Weyl). The
+estimate of ||E|| is a sum of the sizes of the rounded numbers, times `ROUNDING`.
 """
 
 from __future__ import annotations

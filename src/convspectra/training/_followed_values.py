@@ -5,9 +5,9 @@ after every few changes of the weights, in a subspace that also has the directio
 changed the most since the last exact computation. Steps of training add up to a change of low rank:
 soon the largest value is the one that it made, and the old vectors, of a cluster, do not see it
 come. How often a layer is improved depends on how much its last improvement changed.
-What can be followed is a matter of size: a step of training moves M by dM, and no value moves by
-more than ||dM|| (Weyl), so that values well above ||dM|| are followed closely, while the vectors
-of values below it turn by any angle within one step.
+Only large values can be followed: a step of training moves M by dM, and no value moves by more than
+||dM|| (Weyl). Values well above ||dM|| are followed closely. The vectors of values below it turn by
+any angle within one step.
 Zero-padded layers straight from a random initialization are of the second kind; those that
 `precondition` left are of the first. In both the value given is ||M v|| for a unit vector v, up to
 rounding a lower bound on sigma_max and an upper bound on sigma_min; the other sides are those of

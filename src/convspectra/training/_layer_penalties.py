@@ -28,7 +28,7 @@ class LayerPenalties(Protocol):
     """The penalties of the layers of one rank; an index is a position in the model.
 
     No method fills what another one consumes: a result goes to the regularizer, which gives it to
-    the next call. What is kept is what `state` gives.
+    the next call. `state` gives everything that is kept.
     """
 
     gradient_needs_value: bool
