@@ -14,16 +14,17 @@ SMALLEST = 1e-18
 """Where a singular value of 0 stands on a logarithmic axis."""
 
 CONTEXT = (
-    "Most claims hold for what they are about, and that is another matrix than the layer's. "
-    "`nn.init.orthogonal_` does not make a zero-padded convolution orthogonal, nor does "
-    "orthogonality with circular padding: zero padding is a part of such a layer, which keeps its "
-    "norm at most 1 and loses its lower end. The documentation of orthogonium says so.",
+    "Each claim holds. Most are about another matrix than that of the zero-padded layer. "
+    "`nn.init.orthogonal_` does not make a zero-padded convolution orthogonal. "
+    "Neither does orthogonality with circular padding by itself: BCOP and AOC keep their norm of 1 "
+    "and lose their lower end at the border, which the documentation of orthogonium says too. SOC "
+    "at its initialization is near the identity, and loses little.",
     "",
     "Layers that multiply in the Fourier domain, such as Cayley's (Trockman and Kolter 2021, "
     '"Orthogonalizing Convolutional Layers with the Cayley Transform", arXiv:2104.07167), have no '
-    "kernel to be applied with zero padding, and are not in the table. Local Fourier analysis "
-    "neglects the border: it computes the column *circular*. Gram iteration bounds its upper end "
-    "([Lipschitz constants of networks](../../benchmarks/lipschitz.md)).",
+    "kernel that could be applied with zero padding, and are not in the table. Local Fourier "
+    "analysis neglects the border: it computes the column *circular*. Gram iteration bounds the "
+    "upper end of that column ([Lipschitz constants of networks](../../benchmarks/lipschitz.md)).",
 )
 """What a reader should know before the tables."""
 
@@ -123,9 +124,10 @@ def draw(rows: Sequence[Row]) -> Any:
     figure = new_figure(4.6 * len(sizes) + 1.6, 4.4)
     panels = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
     kinds = {"reshaped": "tab:gray", "circular": "tab:blue", "sigma": "tab:red"}
+    names = _distinct(row.layer for row in rows)
     for ax, size in zip(panels, sizes, strict=True):
-        groups = _groups(rows, size)
-        for place, group in enumerate(groups):
+        for group in _groups(rows, size):
+            place = names.index(group[0].layer)
             for shift, (kind, color) in enumerate(kinds.items()):
                 for row in group:
                     low = max(getattr(row, f"{kind}_min"), SMALLEST)
@@ -134,7 +136,7 @@ def draw(rows: Sequence[Row]) -> Any:
                     ax.plot([low, high], [height] * 2, "|-", color=color, alpha=0.6, markersize=9)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set(xscale="log", title=f"{size} x {size}", xlabel="singular values, each seed")
-        ax.set_yticks([-place for place in range(len(groups))], [g[0].layer for g in groups])
+        ax.set_yticks([-place for place in range(len(names))], names)
         plain_axes(ax)
     labels = ("reshaped weight", "circular padding", "as applied, zero padding")
     for label, color in zip(labels, kinds.values(), strict=True):

@@ -102,6 +102,15 @@ def test_page_csv_and_figure_are_written(quick: tuple[list[table.Row], Path]) ->
     ]
 
 
+def test_a_layer_that_was_measured_at_one_size_stands_beside_its_own_name() -> None:
+    row = table.Row("a", "claim", 2, 5, 0, sigma_max=1.0, sigma_min=0.5, sigma_min_lower=0.5)
+    rows = [row, replace(row, layer="b"), replace(row, size=9, layer="b")]
+    panels = table.draw(rows).axes
+    heights = {round(float(line.get_ydata()[0])) for line in panels[1].lines[:-1]}
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a", "b"]
+    assert heights == {-1}  # the last line marks the value 1
+
+
 def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "geotorch", None)
     (candidate,) = (c for c in layers.CANDIDATES if c.name == "geotorch.orthogonal")
