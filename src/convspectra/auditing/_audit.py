@@ -28,11 +28,11 @@ from convspectra.models import (
     NamedOperator,
     RankDivision,
     divide_among_ranks,
+    example_arguments,
     named_operators,
 )
 from convspectra.network import GradientFlow, gradient_flow
 from convspectra.operator import DEFAULT_MAX_BYTES, check_positive_integer, not_compiled
-from convspectra.text import sizes
 
 
 @not_compiled
@@ -58,7 +58,7 @@ def audit(
     ----------
     model : nn.Module
         Run once, in evaluation mode and without gradients; left as it was.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
         Decides the input size of every layer.
     spectrum : bool
         The whole distribution of singular values of every layer too.
@@ -123,7 +123,7 @@ def audit(
     report = audit_operators(
         named_operators(model, example_input),
         type(model).__name__,
-        _shapes(example_input),
+        str(example_arguments(example_input)),
         options=AuditOptions(spectrum, fold, max_bytes),
         band=band,
         purpose=purpose,
@@ -277,11 +277,6 @@ def _check_device(device: str | torch.device) -> None:
         raise ValueError(
             f"expected devices that can compute here, such as cpu or cuda:0, got {str(device)!r}"
         )
-
-
-def _shapes(example_input: Any) -> str:
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    return ", ".join(sizes(x.shape) for x in inputs if isinstance(x, Tensor))
 
 
 def _circumstances(model: str, input_shape: str, complete: bool, purpose: str) -> Circumstances:

@@ -27,7 +27,7 @@ class SpectralCallback(Callback):
 
     Parameters
     ----------
-    example_input : Tensor, or tuple of positional arguments, optional
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments, optional
         By default the module's ``example_input_array``.
     decoupled : bool
         If False, the penalty is part of the objective: its gradient joins that of the loss, and

@@ -34,7 +34,7 @@ class SpectralTrainerMixin:
         Of the Trainer.
     spectral : mapping, optional
         Keyword arguments of `SpectralRegularizer`: ``{"penalty": "conditioning", "weight": 1e-2}``.
-    example_input : Tensor, or tuple of positional arguments, optional
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments, optional
         By default one example from the first batch, of what ``model.main_input_name`` names.
     per_layer : bool
         Whether to log every layer, ``spectral/<layer>/<quantity>``, beside the aggregates.

@@ -1,5 +1,6 @@
 """From a module or a file to named operators: one tracer, one reader a file format."""
 
+from convspectra.models._example import Arguments, example_arguments
 from convspectra.models._forward_pass import signal_flow, slow_attention
 from convspectra.models._gradient_paths import Activation
 from convspectra.models._layers import Layer, find_layers, named
@@ -17,12 +18,14 @@ from convspectra.models._signal_flow import LayerFlow
 __all__ = [
     "DEFAULT_GROUP",
     "Activation",
+    "Arguments",
     "Layer",
     "LayerFlow",
     "NamedOperator",
     "RankDivision",
     "Selection",
     "divide_among_ranks",
+    "example_arguments",
     "find_layers",
     "is_convolution",
     "named",

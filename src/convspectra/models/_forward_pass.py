@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convspectra.models._example import example_arguments, run_example
 from convspectra.models._recorder import Recorder, is_lazy, stored_tensors
 from convspectra.models._signal_flow import LayerFlow, layer_flows
 
@@ -23,15 +24,15 @@ def recorded_pass(
     ----------
     model : nn.Module
         TorchScript and exported programs too.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
     lazy : mapping of str to str
         Names and types of modules without a weight, which are passed over.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    call = example_arguments(example_input)
     recorder = Recorder(stored_tensors(model), lazy)
-    recorder.depend(inputs)
+    recorder.depend((call.args, call.kwargs))
     with recorder.hooked(model), torch.no_grad(), slow_attention(), recorder:
-        output = model(*inputs)
+        output = run_example(model, call)
     recorder.returned(output)
     return recorder
 
@@ -43,7 +44,7 @@ def signal_flow(model: nn.Module, example_input: Any) -> dict[str, LayerFlow]:
     ----------
     model : nn.Module
         Run once, in evaluation mode and without gradients; left as it was.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
 
     Examples
     --------

@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from convspectra.models._example import example_arguments
 from convspectra.models._forward_pass import evaluated, recorded_pass
 from convspectra.models._selection import Selection, is_convolution, modules_of, selected
 from convspectra.operator import (
@@ -98,7 +99,7 @@ def find_layers(
     model : nn.Module
         Run once, in evaluation mode and without gradients; its modes and buffers are left as they
         were. Lazy modules get their weights.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
     include, exclude : str, iterable of str, or callable (name, module) -> bool
         Which modules to list: patterns like "layer1.*" match names of convolutions and linear
         layers.
@@ -124,9 +125,8 @@ def find_layers(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    for value in inputs:
-        if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
+    for value in example_arguments(example_input).tensors():
+        if value.is_meta or not value.is_floating_point():
             continue
         if not value.isfinite().all():
             raise ValueError("expected a finite example_input, got NaN or Inf in it")

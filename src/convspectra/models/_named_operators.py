@@ -95,7 +95,7 @@ def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]
     model : nn.Module
         Run once, in evaluation mode and without gradients; its modes and buffers are left as they
         were. ``torch.compile`` and (Distributed)DataParallel around it are looked through.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
 
     Returns
     -------

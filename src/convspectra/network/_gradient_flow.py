@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from convspectra.models import unwrapped
+from convspectra.models import example_arguments, unwrapped
 from convspectra.network._flow_pass import (
     NORMALIZATION_TYPES,
     Gains,
@@ -144,8 +144,9 @@ def _arguments(images: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
             whole = not (second.is_floating_point() or second.is_complex())
             if whole and second.ndim == 1 and first.ndim > 0 and len(second) == len(first):
                 return (first,), {}, second
-        return tuple(images), {}, None
-    return (images,), {}, None
+        images = tuple(images)
+    call = example_arguments(images)
+    return call.args, call.kwargs, None
 
 
 def _check_images(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

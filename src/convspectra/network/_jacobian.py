@@ -17,6 +17,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
+from convspectra.models import Arguments, example_arguments
 from convspectra.network._frozen import quiet, readable_errors, undisturbed
 from convspectra.network._segment import Segment, Selector
 from convspectra.operator import (
@@ -48,7 +49,7 @@ class JacobianOperator:
     model : nn.Module
         Copied, in evaluation mode and in `dtype`: nothing of it changes, neither modes nor buffers,
         hooks, gradients or the random state. Its hooks run, on the copy.
-    x : Tensor, or tuple of positional arguments
+    x : Tensor, tuple of positional arguments, or mapping of keyword arguments
         One sample with its batch axis, (1, ...). J is that with respect to the first one.
     start : str, optional
         Name of a module, as in ``model.named_modules()``: J is with respect to its input. Signals
@@ -114,10 +115,10 @@ class JacobianOperator:
         check_choice("method", method, METHODS)
         if dtype not in (torch.float64, torch.float32):
             raise ValueError(f"expected dtype to be torch.float64 or torch.float32, got {dtype!r}")
-        inputs = x if isinstance(x, tuple) else (x,)
+        inputs = example_arguments(x)
         _check_sample(inputs)
         segment = Segment(model, inputs, start, end, select, dtype)
-        device = inputs[0].device
+        device = inputs.first.device
         with undisturbed(device):
             self._products = _Products(segment, dtype, device, method)
         self._transposed = False
@@ -383,13 +384,13 @@ def _derivative(output: Tensor, input_: Tensor, y: Tensor, batched: bool) -> Ten
     return result.detach()
 
 
-def _check_sample(inputs: tuple[Any, ...]) -> None:
-    if not inputs or not isinstance(inputs[0], Tensor):
+def _check_sample(inputs: Arguments) -> None:
+    if not isinstance(inputs.first, Tensor):
         raise ValueError(
-            "expected x to be a tensor, or a tuple of arguments with a tensor first, got "
-            f"{type(inputs[0]).__name__ if inputs else 'an empty tuple'}"
+            "expected x to be a tensor, or a tuple or mapping of arguments with a tensor first, "
+            f"got {type(inputs.first).__name__}"
         )
-    shape = tuple(inputs[0].shape)
+    shape = tuple(inputs.first.shape)
     if not shape or shape[0] != 1:
         raise ValueError(
             f"expected x to be one sample with its batch axis, (1, ...), got the shape {shape}; "

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convspectra.models import Arguments, example_arguments
 from convspectra.network._frozen import undisturbed
 from convspectra.network._lipschitz_lower import sharpest
 from convspectra.network._lipschitz_maps import LinearMap, Norm, SideBySide
@@ -155,7 +156,7 @@ def lipschitz_bound(
     ----------
     model : nn.Module
         Copied, in evaluation mode and double precision: nothing of it changes.
-    x : Tensor, or tuple of positional arguments
+    x : Tensor, tuple of positional arguments, or mapping of keyword arguments
         Inputs (b, ...), at which the lower end is looked for. The upper end holds for all inputs of
         this shape. Other arguments are held fixed; there is one input then.
     select : callable, optional
@@ -234,14 +235,14 @@ def _upper(
     return upper, plain, network.layers, {}
 
 
-def _samples(x: Any) -> list[tuple[Any, ...]]:
-    """One tuple of arguments for each input."""
-    if isinstance(x, tuple):
-        return [x]
+def _samples(x: Any) -> list[Arguments]:
+    """The arguments for each input."""
+    if isinstance(x, (tuple, Mapping)):
+        return [example_arguments(x)]
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"expected x to be a tensor of inputs (b, ...), got {shape}")
-    return [(image[None],) for image in x]
+    return [example_arguments(image[None]) for image in x]
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ taken where they stand.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from convspectra.models import Arguments
 from convspectra.network._frozen import undisturbed
 from convspectra.network._jacobian import JacobianOperator
 from convspectra.network._segment import Segment, Selector
@@ -43,14 +42,14 @@ TOLERANCE = 1e-3
 
 
 def sharpest(
-    model: nn.Module, samples: list[tuple[Any, ...]], select: Selector | None, steps: int
+    model: nn.Module, samples: list[Arguments], select: Selector | None, steps: int
 ) -> tuple[float, Tensor]:
     """The lower end of the largest norm of a Jacobian that is found, and the input where.
 
     Parameters
     ----------
     model : nn.Module
-    samples : list of tuple
+    samples : list of Arguments
         Arguments of one sample each, the first the input.
     select : callable, optional
     steps : int
@@ -59,11 +58,11 @@ def sharpest(
     looks = [_Look(model, sample, select) for sample in samples]
     best = max(looks, key=lambda look: look.lower)
     if steps == 0:
-        return best.lower, best.at[0].detach().clone()
+        return best.lower, best.at.first.detach().clone()
     sample = best.at
     segment = Segment(model, sample, None, None, select, torch.float64)
-    size = float(segment.inputs[0].square().mean().sqrt()) or 1.0
-    x = segment.inputs[0].clone().requires_grad_()
+    size = float(segment.inputs.first.square().mean().sqrt()) or 1.0
+    x = segment.inputs.first.clone().requires_grad_()
     d = best.direction.reshape(x.shape).to(x)
     d = (APART / 2 * size * x.numel() ** 0.5 * d).requires_grad_()
     climber = torch.optim.Adam([x, d], lr=RATE * size)
@@ -78,10 +77,10 @@ def sharpest(
         climber.step()
         if step % every == 0 or step == steps:
             for point in (x, x + d, x - d):
-                point = point.detach().to(sample[0].dtype)
-                found = _Look(model, (point, *sample[1:]), select)
+                point = point.detach().to(sample.first.dtype)
+                found = _Look(model, sample.with_first(point), select)
                 best = max(best, found, key=lambda look: look.lower)
-    return best.lower, best.at[0].detach().clone()
+    return best.lower, best.at.first.detach().clone()
 
 
 class _Look:
@@ -91,8 +90,8 @@ class _Look:
     itself, a little way along the leading singular vector, says so: the input is moved off it.
     """
 
-    def __init__(self, model: nn.Module, at: tuple[Any, ...], select: Selector | None) -> None:
-        generator = torch.Generator(device=at[0].device).manual_seed(0)
+    def __init__(self, model: nn.Module, at: Arguments, select: Selector | None) -> None:
+        generator = torch.Generator(device=at.first.device).manual_seed(0)
         self.at, self.lower = at, 0.0
         for _ in range(MOVES):
             J = JacobianOperator(model, self.at, select=select)
@@ -105,15 +104,15 @@ class _Look:
                 self.lower = value
                 return
             self.lower = max(self.lower, quotient * (1 - KINK))
-            x = at[0]
+            x = at.first
             size = float(x.double().square().mean().sqrt()) or 1.0
             noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-            self.at = (x + OFF * size * noise, *at[1:])
+            self.at = at.with_first(x + OFF * size * noise)
 
     def _quotient(self, model: nn.Module, select: Selector | None) -> float:
         """The difference of the function along the direction, over how far it goes."""
         segment = Segment(model, self.at, None, None, select, torch.float64)
-        x = segment.inputs[0]
+        x = segment.inputs.first
         length = STEP * (float(x.square().mean().sqrt()) or 1.0) * x.numel() ** 0.5
         d = length * self.direction.reshape(x.shape).to(x)
         with undisturbed(x.device), torch.no_grad():

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from convspectra.models import Arguments
 from convspectra.network._lipschitz_rules import (
     Call,
     Linear,
@@ -321,7 +322,7 @@ class _StaysInside(TorchFunctionMode):
 
 
 def traced(
-    model: nn.Module, inputs: tuple[Any, ...], select: Callable[[Any], Tensor]
+    model: nn.Module, inputs: Arguments, select: Callable[[Any], Tensor]
 ) -> tuple[Node, Node]:
     """The graph of a frozen model, by the nodes of its input and of its output.
 
@@ -329,7 +330,7 @@ def traced(
     ----------
     model : nn.Module
         In evaluation mode and float64; hooks are added for the pass.
-    inputs : tuple
+    inputs : Arguments
         The first is what the graph is of.
     select : callable
         From the model's output to the tensor that is meant.
@@ -344,7 +345,7 @@ def traced(
     -----
     Cost: one pass. Memory: all arrays of the pass.
     """
-    x = inputs[0].clone(memory_format=torch.contiguous_format)
+    x = inputs.first.clone(memory_format=torch.contiguous_format)
     stored = (*model.named_parameters(), *model.named_buffers())
     tape = Tape(x, {_address(t): name for name, t in reversed(stored) if t.numel()})
     with contextlib.ExitStack() as stack:
@@ -355,7 +356,7 @@ def traced(
         stack.enter_context(torch.enable_grad())  # and nothing here has a gradient
         stack.enter_context(_StaysInside(tape))
         stack.enter_context(tape)
-        output = select(model(x, *inputs[1:]))
+        output = select(inputs.with_first(x).run(model))
         end = tape.node(output)
         tape.check_constants()
     if end is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from convspectra.models import Arguments
 from convspectra.network._frozen import converted, floating_leaves, frozen_copy
 
 Selector = Callable[[Any], Tensor]
@@ -21,8 +22,8 @@ class Segment:
     Parameters
     ----------
     model : nn.Module
-    inputs : tuple
-        Positional arguments of one sample, the first with a batch axis of 1.
+    inputs : Arguments
+        Arguments of one sample, the first with a batch axis of 1.
     start, end : str, optional
         Names of modules, each called once; the model's own input and output without them.
     select : callable, optional
@@ -39,7 +40,7 @@ class Segment:
     def __init__(
         self,
         model: nn.Module,
-        inputs: tuple[Any, ...],
+        inputs: Arguments,
         start: str | None,
         end: str | None,
         select: Selector | None,
@@ -47,7 +48,7 @@ class Segment:
     ) -> None:
         self._model = frozen_copy(model, dtype)
         self._dtype = dtype
-        self._inputs = converted(inputs, dtype)
+        self._inputs = inputs.changed(self._converted)
         self._start, self._end = (self._module("start", start), self._module("end", end))
         self._names = {"start": start, "end": end}
         self._select = select
@@ -62,21 +63,21 @@ class Segment:
         return self._model
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
-        """The positional arguments, converted."""
+    def inputs(self) -> Arguments:
+        """The arguments, converted."""
         return self._inputs
 
     def input(self) -> Tensor:
         """The tensor at the start, by one run of the model."""
         if self._start is None:
-            return self._checked_input(self._inputs[0], "the model")
+            return self._checked_input(self._inputs.first, "the model")
         seen: list[Any] = []
 
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.append(args[0] if args else None)
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(Arguments(args, kwargs).first)
 
-        with _hook(self._start.register_forward_pre_hook(record)):
-            self._model(*converted(self._inputs, self._dtype))
+        with _hook(self._start.register_forward_pre_hook(record, with_kwargs=True)):
+            self._inputs.changed(self._converted).run(self._model)
         name = self._names["start"]
         _check_calls("start", name, len(seen))
         return self._checked_input(seen[0], f"start={name!r}").clone()
@@ -107,31 +108,38 @@ class Segment:
         return seen
 
     def _run(self, z: Tensor, seen: list[tuple[str, Tensor]] | None) -> Any:
-        inputs = converted(self._inputs, self._dtype)
+        inputs = self._inputs.changed(self._converted)
         # The model may write into its input.
         z = z.clone()
         at_end: list[Any] = []
 
-        def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (z, *args[1:])
+        def replace(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            call = Arguments(args, kwargs).with_first(z)
+            return call.args, call.kwargs
 
         def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             at_end.append(output)
 
         with contextlib.ExitStack() as stack:
             if self._start is None:
-                inputs = (z, *inputs[1:])
+                inputs = inputs.with_first(z)
             else:
-                stack.enter_context(_hook(self._start.register_forward_pre_hook(replace)))
+                hook = self._start.register_forward_pre_hook(replace, with_kwargs=True)
+                stack.enter_context(_hook(hook))
             if self._end is not None:
                 stack.enter_context(_hook(self._end.register_forward_hook(record)))
             if seen is not None:
                 stack.enter_context(_watched(self._model, seen))
-            output = self._model(*inputs)
+            output = inputs.run(self._model)
         if self._end is None:
             return output
         _check_calls("end", self._names["end"], len(at_end))
         return at_end[0]
+
+    def _converted(self, value: Any) -> Any:
+        return converted(value, self._dtype)
 
     def _module(self, role: str, name: str | None) -> nn.Module | None:
         if name is None:
@@ -147,8 +155,7 @@ class Segment:
     def _checked_input(self, z: Any, place: str) -> Tensor:
         if not isinstance(z, Tensor):
             raise ValueError(
-                f"expected {place} to get a tensor as its first positional argument, got "
-                f"{type(z).__name__}"
+                f"expected {place} to get a tensor as its first argument, got {type(z).__name__}"
             )
         if not z.is_floating_point():
             raise ValueError(

@@ -102,6 +102,12 @@ class ConvOperator:
         ndim = weight.ndim - 2
         if not isinstance(input_size, Sequence) and isinstance(input_size, Integral):
             input_size = (input_size,) * max(ndim, 1)
+        if isinstance(input_size, Tensor):
+            shape = tuple(input_size.shape)
+            raise ValueError(
+                "expected an input_size that is a tuple of ints, got a tensor of the shape "
+                f"{shape}; pass its last {ndim} sizes, {shape[len(shape) - ndim :]}"
+            )
         if not isinstance(input_size, Sequence) or len(input_size) != ndim:
             raise ValueError(
                 f"expected an input_size of {ndim} integers for a weight of shape "

@@ -162,7 +162,7 @@ def precondition(
         Its chosen weights are changed, nothing else; it may be compiled or wrapped. Frozen weights
         are left out, with a warning; weights that an invertible parametrization computes, such as
         ``torch.nn.utils.parametrizations.weight_norm``, are written through it.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
         One forward pass of it finds the input size of each layer.
     algorithm : {"stein", "3.3"}
         L-BFGS on Stein's loss, or the paper's Algorithm 3.3 with steps that need no tuning (for

@@ -19,6 +19,7 @@ from convspectra.models import (
     Layer,
     LayerFlow,
     Selection,
+    example_arguments,
     find_layers,
     named,
     refuse_pieces,
@@ -161,7 +162,7 @@ def prepare(
     ----------
     model : nn.Module
         Changed in place: all of what the report says, or nothing if anything fails.
-    images : Tensor, or tuple of positional arguments
+    images : Tensor, tuple of positional arguments, or mapping of keyword arguments
         A few inputs as in training, for the sizes of the layers and for the check.
     mirrored : bool, optional
         False for no mirrored kernels before ReLUs; True to have the layers noted that cannot have
@@ -302,11 +303,11 @@ def _gradient_ratio(model: nn.Module, images: Any, layers: Sequence[Layer]) -> f
     ends = layers[0], layers[-1]
     hooks = [end.module.register_forward_hook(keep(end.name)) for end in ends]
     modes = [(module, module.training) for module in model.modules()]
-    inputs = images if isinstance(images, tuple) else (images,)
+    call = example_arguments(images)
     try:
         model.eval()
         with torch.enable_grad():
-            output = model(*inputs)
+            output = call.run(model)
             if not isinstance(output, Tensor):
                 raise ValueError(
                     f"expected the model to return a tensor, got {type(output).__name__}; wrap it"

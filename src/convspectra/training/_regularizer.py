@@ -126,7 +126,7 @@ class SpectralRegularizer:
         Left as it is: no parametrization, no hook, nothing in its state dict. It may be compiled,
         wrapped by DistributedDataParallel, or sharded by ``fully_shard`` (FSDP2): each call then
         gathers the weights of its layers, and writes to the pieces.
-    example_input : Tensor, or tuple of positional arguments
+    example_input : Tensor, tuple of positional arguments, or mapping of keyword arguments
         One forward pass of it finds the input size of each layer; its values do not matter.
     penalty : str or callable
         "frobenius", "sigma_min", "sigma_max", "conditioning", "cond" or "band": singular vectors
