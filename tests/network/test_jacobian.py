@@ -248,7 +248,12 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         r"one sample with its batch axis.*\(2, 2, 6, 6\)",
     ),
-    "no tensor": (conv(), [X], {}, "expected x to be a tensor, or a tuple or mapping of arguments.*got list"),
+    "no tensor": (
+        conv(),
+        [X],
+        {},
+        "expected x to be a tensor, or a tuple or mapping of arguments.*got list",
+    ),
     "integers": (
         nn.Embedding(9, 4),
         torch.tensor([[1, 2]]),
