@@ -29,7 +29,7 @@ SHARPNESS = 64.0
 four layers falls to 0.77 of the product, with 32 to 0.78 and with 16 to 0.80."""
 RATE = 0.03
 """First step of Adam in the logarithms of the factors; it falls to 0. With 0.05 that bound falls to
-0.785 in the place of 0.778, and that of three convolutions not at all."""
+0.785 instead of 0.778, and that of three convolutions not at all."""
 TINY = 1e-300
 """In the place of 0 in a logarithm."""
 

@@ -98,7 +98,7 @@ def conditioning(op: ConvOperator, gain: float = 1.0, k: int = 1) -> Tensor:
     gain : float
         The singular value to reach, above 0; 1 in the paper.
     k : int
-        The mean of the k smallest singular values in the place of sigma_min; 1 in the paper.
+        The mean of the k smallest singular values instead of sigma_min; 1 in the paper.
 
     Returns
     -------

@@ -53,7 +53,7 @@ class _NullVectors:
 
     @classmethod
     def none(cls, count: int, op: ConvOperator) -> _NullVectors:
-        """Zeros in the place of vectors that nobody asked for."""
+        """Zeros instead of vectors that nobody asked for."""
         left, right = (op.weight.new_zeros(count, n) for n in op.shape)
         return cls(left, right, 0, True)
 

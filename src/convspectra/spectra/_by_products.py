@@ -34,7 +34,7 @@ from convspectra.spectra.ways._lanczos import (
 METHODS = ("auto", "dense", "lanczos")
 """The ways to the singular values of an operator that has products only."""
 DENSE_AT_ONCE = {"LM": 64, "SM": 1024}
-"""Products, one for each row of the smaller side, that form the matrix in the place of Lanczos.
+"""Products, one for each row of the smaller side, that form the matrix instead of Lanczos.
 Lanczos takes about as many for the largest value, and does not resolve the smallest ones below the
 square root of eps. A choice: at half or double of it the answers are the same, later."""
 DENSE_WORK = 1e11
