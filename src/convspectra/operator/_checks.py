@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,25 @@ def check_weight(weight: Tensor) -> None:
     if weight.device.type == "meta":
         raise ValueError("expected a weight with data, got one on the meta device")
     check_finite_weight(bool(torch.isfinite(weight).all()))
+
+
+def tensor_of(name: str, value: Any, like: Tensor | None = None) -> Any:
+    """A NumPy array as a tensor of its own, of the type and device of another; the rest as it is.
+
+    Raises
+    ------
+    ValueError
+        For an array of a type that PyTorch does not have, or that cannot be cast to that of `like`.
+    """
+    if not isinstance(value, np.ndarray):
+        return value
+    kinds = "f" if like is None else "fiub"
+    if value.dtype.kind not in kinds or value.dtype.itemsize > 8:
+        raise ValueError(f"expected {name} of a real floating type, got {value.dtype}")
+    native = np.array(value, dtype=value.dtype.newbyteorder("="))
+    if like is None:
+        return torch.tensor(native, device="cpu")
+    return torch.tensor(native, dtype=like.dtype, device=like.device)
 
 
 def check_finite_weight(finite: bool) -> None:

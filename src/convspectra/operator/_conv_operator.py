@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import overload
 
 import scipy.sparse
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
-from convspectra.operator._checks import check_array, check_groups, check_weight
+from convspectra.operator._checks import check_array, check_groups, check_weight, tensor_of
 from convspectra.operator._convolution import convolve, convolve_transpose
 from convspectra.operator._explicit import (
     DEFAULT_MAX_BYTES,
+    FloatArray,
     dense_matrix,
     index_set,
     scipy_operator,
@@ -43,7 +45,7 @@ class ConvOperator:
 
     Parameters
     ----------
-    weight : Tensor
+    weight : Tensor or NumPy array
         (h, g / groups, *kernel) as in ``nn.ConvNd``, or (g, h / groups, *kernel) if `transposed`,
         as in ``nn.ConvTransposeNd``; (h, g) for a linear layer. Floating, finite. Gradients flow
         to it.
@@ -86,7 +88,7 @@ class ConvOperator:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | FloatArray,
         input_size: int | Sequence[int],
         *,
         stride: int | Sequence[int] = 1,
@@ -97,9 +99,10 @@ class ConvOperator:
         transposed: bool = False,
         output_padding: int | Sequence[int] = 0,
     ) -> None:
-        check_weight(weight)
-        check_groups(weight, groups)
-        ndim = weight.ndim - 2
+        tensor: Tensor = tensor_of("weight", weight)
+        check_weight(tensor)
+        check_groups(tensor, groups)
+        ndim = tensor.ndim - 2
         if not isinstance(input_size, Sequence) and isinstance(input_size, Integral):
             input_size = (input_size,) * max(ndim, 1)
         if isinstance(input_size, Tensor):
@@ -111,13 +114,13 @@ class ConvOperator:
         if not isinstance(input_size, Sequence) or len(input_size) != ndim:
             raise ValueError(
                 f"expected an input_size of {ndim} integers for a weight of shape "
-                f"{tuple(weight.shape)}, got {input_size!r}"
+                f"{tuple(tensor.shape)}, got {input_size!r}"
             )
         if not isinstance(transposed, bool):
             raise ValueError(f"expected transposed to be True or False, got {transposed!r}")
         if ndim == 0 and transposed:
             raise ValueError("expected transposed=False for a linear layer's weight, got True")
-        kernel_size = tuple(weight.shape[2:])
+        kernel_size = tuple(tensor.shape[2:])
         self._geometry: ConvGeometry
         if transposed:
             self._geometry = transposed_geometry(
@@ -142,7 +145,7 @@ class ConvOperator:
                 dilation=dilation,
                 padding_mode=padding_mode,
             )
-        self._weight = weight
+        self._weight = tensor
         self._groups = int(groups)
         self._transposed = transposed
 
@@ -239,19 +242,24 @@ class ConvOperator:
             )
         return self._replace(weight, self._transposed)
 
-    def matvec(self, x: Tensor) -> Tensor:
-        """M x for one array or a batch.
+    @overload
+    def matvec(self, x: Tensor) -> Tensor: ...
+    @overload
+    def matvec(self, x: FloatArray) -> FloatArray: ...
+    def matvec(self, x: Tensor | FloatArray) -> Tensor | FloatArray:
+        """M x for one array, a flat vector or a batch.
 
         Parameters
         ----------
-        x : Tensor
-            (*input_shape) or (b, *input_shape), of the operator's dtype and device, finite.
+        x : Tensor or NumPy array
+            (*input_shape), (columns,) or (b, *input_shape), finite; of the operator's dtype and
+            device, or a real NumPy array that can be cast to that dtype.
 
         Returns
         -------
-        Tensor
-            (*output_shape) or (b, *output_shape). Cost: one convolution,
-            ``2 * b * h * g / groups * prod(k) * prod(N_out)`` flops.
+        Tensor or NumPy array
+            (*output_shape), (rows,) or (b, *output_shape); NumPy for NumPy, detached. Cost: one
+            convolution, ``2 * b * h * g / groups * prod(k) * prod(N_out)`` flops.
 
         Raises
         ------
@@ -260,18 +268,40 @@ class ConvOperator:
 
         Examples
         --------
-        >>> import torch
+        >>> import numpy as np, torch
         >>> op = ConvOperator(torch.tensor([[[1.0, 2.0, 3.0]]]), 4)
-        >>> op.matvec(torch.ones(1, 4))
-        tensor([[5., 6., 6., 3.]])
+        >>> op.matvec(torch.ones(1, 4)), op.matvec(np.ones(4))
+        (tensor([[5., 6., 6., 3.]]), array([5., 6., 6., 3.], dtype=float32))
         """
-        check_array("x", x, self.input_shape, like=self._weight)
-        return self.apply(x)
+        return self._product("x", x, self.input_shape, self.apply)
 
-    def rmatvec(self, y: Tensor) -> Tensor:
-        """M' y for one array or a batch: as `matvec`, from output_shape to input_shape."""
-        check_array("y", y, self.output_shape, like=self._weight)
-        return self.apply_adjoint(y)
+    @overload
+    def rmatvec(self, y: Tensor) -> Tensor: ...
+    @overload
+    def rmatvec(self, y: FloatArray) -> FloatArray: ...
+    def rmatvec(self, y: Tensor | FloatArray) -> Tensor | FloatArray:
+        """M' y for one array, a flat vector or a batch: as `matvec`, from outputs to inputs."""
+        return self._product("y", y, self.output_shape, self.apply_adjoint)
+
+    def _product(
+        self,
+        name: str,
+        x: Tensor | FloatArray,
+        shape: tuple[int, ...],
+        function: Callable[[Tensor], Tensor],
+    ) -> Tensor | FloatArray:
+        """A product with what it is given, in the form in which it is given."""
+        given = tensor_of(name, x, like=self._weight)
+        flat = isinstance(given, Tensor) and tuple(given.shape) == (math.prod(shape),)
+        array = given.reshape(shape) if flat else given
+        check_array(name, array, shape, like=self._weight)
+        result = function(array)
+        result = result.flatten() if flat else result
+        if isinstance(x, Tensor):
+            return result
+        narrow = result.dtype in (torch.float16, torch.bfloat16)
+        found: FloatArray = (result.float() if narrow else result).detach().cpu().numpy()
+        return found
 
     def apply(self, x: Tensor) -> Tensor:
         """`matvec` without its checks, for inner loops."""

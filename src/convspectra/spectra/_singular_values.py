@@ -15,6 +15,7 @@ from torch import Tensor
 from convspectra.operator import (
     DEFAULT_MAX_BYTES,
     ConvOperator,
+    FloatArray,
     LinearOperatorLike,
     check_choice,
     check_operator,
@@ -118,6 +119,23 @@ class SVDResult:
     matvecs: int
     certificate: str
     logabsdet: float | None
+
+    def numpy(self) -> tuple[FloatArray | None, FloatArray, FloatArray | None]:
+        """``U, s, Vh`` as NumPy arrays, in the form of ``scipy.sparse.linalg.svds``.
+
+        ``U`` is (rows, k) and ``Vh`` (k, columns), both None without vectors; ``s`` in the order of
+        this result.
+
+        Examples
+        --------
+        >>> import torch, convspectra as cs
+        >>> op = cs.ConvOperator(torch.ones(1, 1, 3), 50)
+        >>> U, s, Vh = cs.svds(op, 2).numpy()
+        >>> U.shape, s.shape, Vh.shape
+        ((50, 2), (2,), (2, 50))
+        """
+        u, v = (None if w is None else w.flatten(1).cpu().numpy() for w in (self.u, self.v))
+        return None if u is None else u.T, self.s.cpu().numpy(), v
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{value:.4g}" for value in self.s[:VALUES_SHOWN].tolist())
