@@ -405,7 +405,26 @@ def copied(x: Tensor, a: int, b: int) -> Tensor:
     return y
 
 
+def edited_part(x: Tensor, a: int, b: int) -> Tensor:
+    y = x.clone()
+    y[:, :, a] *= 3 + b
+    return y
+
+
+def zeroed_part(x: Tensor, a: int, b: int) -> Tensor:
+    y = F.pad(x, (1, b, 1, 0), mode="replicate")
+    y[:, :, torch.tensor([a])] = 0.0
+    y[..., b].zero_()
+    return y
+
+
 MOVES = {
+    "with itself": lambda x, a, b: (x + x).addcmul(x, x),
+    "mask": lambda x, a, b: torch.where(x < 1 + 0.4 * a, 2.5 * x, x),
+    "ramp": lambda x, a, b: x * torch.linspace(1, 2 + a, x.shape[3], dtype=x.dtype),
+    "two paddings": lambda x, a, b: F.pad(x, (a, b)) * F.pad(x.abs().sqrt(), (a, b)),
+    "edited": edited_part,
+    "zeroed": zeroed_part,
     "crop or pad": lambda x, a, b: F.pad(x, (a - 1, b, b - 1, a)),
     "reflect": lambda x, a, b: F.pad(x, (a, b, 0, a), mode="reflect"),
     "replicate": lambda x, a, b: F.pad(x, (a, b, b, a), mode="replicate"),
