@@ -72,9 +72,38 @@ def test_what_factors_do_not_tell_is_dense_where_that_is_cheap(shape, size, next
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     op = cs.ConvOperator(weight, size, padding=shape[2] // 2, groups=groups)
     names = [choice.way.name for choice in auto.candidates(request(op, 1, largest=False))]
-    tried = {"capacitance", "gram", "augmented"}
+    tried = {"capacitance", "gram", "augmented", "qr"}
     assert next(name for name in names if name not in tried) == next_way
     assert names.count("dense") == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "options", "way"),
+    [
+        ((768, 3072), (), {}, "qr"),
+        ((900, 900), (), {}, "qr"),
+        ((6200, 768), (), {}, "gram"),  # much wider: the Gram matrix takes a third of the time
+        ((96, 1, 3, 3), (28, 28), {"stride": 2}, "qr"),
+        ((40, 1, 3, 3), (14, 14), {}, "capacitance"),
+    ],
+)
+def test_lines_are_eliminated_where_that_costs_least(shape, size, options, way):
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups = shape[0] if len(shape) > 2 and shape[1] == 1 else 1
+    padding = 1 if size else 0
+    op = cs.ConvOperator(weight, size, padding=padding, groups=groups, **options)
+    # As for a layer that does not seem well-conditioned.
+    names = [choice.way.name for choice in auto.candidates(request(op, 1, largest=False))]
+    assert next(name for name in names if name != "lanczos") == way
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(("k", "ways"), [(1, None), (100, ["gram", "dense"])])
+def test_many_values_take_no_iteration(k, ways, largest):
+    weight = torch.randn(20, 10, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    op = ConvOperator(weight, (10, 10), padding=1)
+    names = [choice.way.name for choice in auto.candidates(request(op, k, largest=largest))]
+    assert (names == ways) == (ways is not None)
 
 
 SMOOTH = {

@@ -57,6 +57,8 @@ def test_auto_goes_on_until_a_way_is_certified(dense_is_cheap, monkeypatch):
         # As for a layer whose dense matrix is dear: then the iterations come before it.
         monkeypatch.setitem(auto.DENSE_AT_ONCE, "square", 0.0)
     iterations = [] if dense_is_cheap else ["davidson", "lanczos", "lobpcg"]
+    monkeypatch.setattr(auto, "QR_LIMIT", 0.0)  # as for a layer of too many lines
+    monkeypatch.setattr(auto, "QR_AT_ONCE", 0.0)
     ways = ["capacitance", "gram", *iterations, "dense"]
     for name in ways:
         way = type(auto.WAYS[name])
@@ -105,13 +107,16 @@ def test_without_room_for_a_circulant_the_iterations_have_no_preconditioner(meth
     assert not torch.equal(alone.v, helped.v)
 
 
-@pytest.mark.parametrize("method", ["auto", "dense", "gram", *BY_FACTORS, "davidson", "lobpcg"])
+@pytest.mark.parametrize(
+    "method", ["auto", "dense", "gram", "qr", *BY_FACTORS, "davidson", "lobpcg"]
+)
 def test_methods_name_their_certificate(method):
     result = cs.svds(LARGE["random"].operator(), 1, "SM", method=method, maxiter=2000)
     expected = {
         "auto": "the Lanczos bound for the inverse",
         "dense": "backward error of a dense SVD",
         "gram": "backward error of the Gram matrix",
+        "qr": "backward error of a QR factorization",
         "capacitance": "bound on the error of its solves",
         "augmented": "bound on the error of its solves",
         "davidson": "no bound below",

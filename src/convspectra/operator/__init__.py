@@ -52,6 +52,7 @@ from convspectra.operator._isometric import (
     seen_operator,
 )
 from convspectra.operator._linear_operator import LinearOperatorLike
+from convspectra.operator._lines import Lines, best_lines, elimination_flops
 from convspectra.operator._modules import (
     CONVOLUTION_TYPES,
     LAYER_TYPES,
@@ -95,10 +96,12 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "LinearOperatorLike",
+from convspectra.operator._lines import Lines, best_lines, elimination_flops
     "OuterPadding",
     "Place",
     "Product",
     "add_weight_gradient",
+    "best_lines",
     "block_diagonal",
     "check_array",
     "check_band",
@@ -113,6 +116,7 @@ __all__ = [
     "conv_geometry",
     "convolution_options",
     "derived_operator",
+    "elimination_flops",
     "frobenius_form",
     "from_grid",
     "from_phases",

@@ -1,5 +1,6 @@
 """Algorithms for eigenvalues and singular values that know no convolution, one a file."""
 
+from convspectra.solvers._banded import BandedTriangle
 from convspectra.solvers._batched_lu import (
     differentiable_once,
     inverse_and_logabsdet,
@@ -24,7 +25,13 @@ from convspectra.solvers._quadrature import (
     random_directions,
     tridiagonals,
 )
-from convspectra.solvers._result import NO_BOUND_BELOW, Eigenpairs, LinearMap, SingularTriplets
+from convspectra.solvers._result import (
+    NO_BOUND_BELOW,
+    Eigenpairs,
+    LinearMap,
+    SingularTriplets,
+    joined_triplets,
+)
 from convspectra.solvers._stop import DeflationStop, LanczosStop, Stop
 from convspectra.solvers._tracking import Ends, improved, towards_norm, working_dtype
 from convspectra.solvers._warm_lanczos import warm_lanczos
@@ -33,6 +40,7 @@ __all__ = [
     "BOUND_VECTORS",
     "FAILURE_PROBABILITY",
     "NO_BOUND_BELOW",
+    "BandedTriangle",
     "DeflationStop",
     "Eigenpairs",
     "Ends",
@@ -54,6 +62,7 @@ __all__ = [
     "gram_eigh",
     "improved",
     "inverse_and_logabsdet",
+    "joined_triplets",
     "lanczos",
     "leading_eigenpairs",
     "less",

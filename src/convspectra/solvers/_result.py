@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 LinearMap: TypeAlias = Callable[[Tensor], Tensor]
@@ -105,3 +106,52 @@ class Eigenpairs:
     norm: float
     converged: bool
     products: int
+
+
+def joined_triplets(
+    parts: Sequence[SingularTriplets],
+    places: Sequence[tuple[int, int]],
+    k: int,
+    shape: tuple[int, int],
+) -> SingularTriplets:
+    """The k smallest triplets of a block diagonal matrix from those of its blocks.
+
+    Parameters
+    ----------
+    parts : sequence
+        Of each block its min(k, m, n) smallest triplets. Blocks that are not there are unknown:
+        they may have any smaller values.
+    places : sequence of tuple of int
+        First row and first column of each block.
+    k : int
+    shape : tuple of int
+        Of the whole matrix.
+    """
+    rows: list[list[Tensor]] = [[], []]
+    for part, place in zip(parts, places, strict=True):
+        for side, vectors in enumerate((part.u, part.v)):
+            behind = shape[side] - place[side] - vectors.shape[1]
+            rows[side].append(torch.nn.functional.pad(vectors, (place[side], behind)))
+    s, lower, upper = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("s", "lower", "upper")
+    )
+    order = torch.argsort(s, stable=True)
+    # The i-th least end bounds the i-th least value.
+    lower, upper = lower.sort().values, upper.sort().values
+    complete = sum(part.u.shape[1] for part in parts) == shape[0]
+    others = min([part.others for part in parts] + lower[k:].tolist())
+    logarithms = [part.logabsdet for part in parts if part.logabsdet is not None]
+    residuals = [part.residuals for part in parts if part.residuals is not None]
+    return SingularTriplets(
+        u=torch.cat(rows[0])[order[:k]],
+        s=s[order[:k]],
+        v=torch.cat(rows[1])[order[:k]],
+        lower=lower[:k] if complete else torch.zeros_like(lower[:k]),
+        upper=upper[:k],
+        others=others if complete else 0.0,
+        converged=all(part.converged for part in parts),
+        matvecs=sum(part.matvecs for part in parts),
+        certificate="; ".join(dict.fromkeys(part.certificate for part in parts)),
+        logabsdet=sum(logarithms) if complete and len(logarithms) == len(parts) else None,
+        residuals=torch.cat(residuals)[order[:k]] if len(residuals) == len(parts) else None,
+    )

@@ -24,6 +24,7 @@ from convspectra.spectra.ways import (
     GRAM,
     LANCZOS,
     LOBPCG,
+    QR,
     TRIANGULAR,
     WAYS,
     WELL_CONDITIONED,
@@ -60,6 +61,26 @@ DENSE_WORK_LIMIT = 1e11
 """m n min(m, n) above which M is never dense: its SVD takes 1e12 flops, minutes on two cores."""
 LOOSE = 0.05
 """A largest value whose upper bound is farther off, relatively, is looked for in another way."""
+MANY = 12
+"""min(m, n) over the number of values from which on all of them are computed: with 1,024 to 1,690
+values iterations for 100 take 0.3 to 2 times as long as a dense SVD, for 300 they take 1 to 6."""
+QR_AT_ONCE = 2e10
+"""Flops of a QR factorization, line by line, that come before iterations: a second. At twice of it
+smooth layers of several channels, which iterations do as fast, take longer."""
+QR_LIMIT = 4e12
+"""The same where hardly anything else serves: a layer in one dimension, of one point, or with
+channels of their own. Minutes: beyond it iterations are tried, whatever the layer."""
+QR_OVER_FACTORS = 2.0
+"""Flops of a QR factorization, over those of other factors, up to which it is first: it works on
+smaller matrices, which takes twice as long for each of them, and never fails."""
+MUCH_WIDER = 8
+"""Longer side over the shorter one of a linear layer from which on its Gram matrix is first for the
+smallest value, too: it takes a third of the time of a QR factorization for 768 -> 50257, and as
+long for 768 -> 3072, where it fails more often."""
+ONE_POINT_GRAM = 2000
+"""Flops per entry of a linear layer's Gram matrix up to which it comes before Lanczos, for its
+largest value. Products read the whole matrix: for 768 -> 50257 Lanczos takes 2.6 times as long as
+the 1,641 flops per entry, for 768 -> 3072 and its 3,264 from a third as long to as long."""
 TRIAL_PRODUCTS = 200
 """Products with M that a trial of Lanczos takes, about, if it succeeds: where the factors cost less
 they are first."""
@@ -121,6 +142,21 @@ class _Block:
         return CAPACITANCE.admits(self.op, "SM")
 
     @cached_property
+    def one_point(self) -> bool:
+        return math.prod((*self.op.geometry.input_size, *self.op.geometry.output_size)) == 1
+
+    @cached_property
+    def one_channel(self) -> bool:
+        """Whether the groups are of one input or output channel: factors by a torus often fail."""
+        outputs = self.op.weight.shape[0] // self.op.groups
+        return min(outputs, self.op.weight.shape[1]) == 1 and self.op.groups > 1
+
+    @cached_property
+    def many(self) -> bool:
+        """Whether so many values are asked for that all of them take no longer."""
+        return self.dense_fits and MANY * self.request.k >= self.op.groups * self.small
+
+    @cached_property
     def factors(self) -> float:
         """The cost of the factors of M or K in products with M; inf if they cannot be had."""
         way = CAPACITANCE if self.square else AUGMENTED
@@ -131,12 +167,24 @@ class _Block:
         return cost.flops / product_flops(self.op) if fits else math.inf
 
     @cached_property
+    def triangle(self) -> float:
+        """The cost of R in products with M; inf if it cannot be had or takes minutes."""
+        cost = QR.cost(self.op, "SM")
+        apart = self.one_point or self.one_channel or self.op.geometry.ndim == 1
+        fits = cost.bytes <= self.request.max_bytes
+        fits = fits and cost.flops <= (QR_LIMIT if apart else QR_AT_ONCE)
+        return cost.flops / product_flops(self.op) if fits else math.inf
+
+    @cached_property
     def least_seen(self) -> float:
         """The least singular value that a few steps of Lanczos see, over the largest.
 
         Looked for only where the factors cost more than the iteration that it speaks for.
         """
-        return glimpsed_least(self.request) if self.factors > TRIAL_PRODUCTS else 0.0
+        factors = self.triangle if self.one_channel else min(self.factors, self.triangle)
+        if self.one_point and factors < math.inf:
+            return 0.0
+        return glimpsed_least(self.request) if factors > TRIAL_PRODUCTS else 0.0
 
 
 def candidates(request: Request) -> list[Choice]:
@@ -152,16 +200,27 @@ def choices(request: Request) -> list[Choice]:
         return [Choice(CIRCULANT, "the symbols tell everything", True)]
     if block.work <= SMALL_WORK and block.dense_fits:
         return [Choice(DENSE, "small", True)]
+    if block.many:
+        near_zero = block.request.k > block.small // 2 or not request.largest
+        resolved = block.gram_fits and not (near_zero and block.square)
+        return [
+            Choice(GRAM, "many values, and a Gram matrix resolves most", resolved),
+            Choice(DENSE, "many values", True),
+        ]
     return _largest(block) if request.largest else _smallest(block)
 
 
 def _largest(block: _Block) -> list[Choice]:
-    request, dear = block.request, not block.gram_is_cheap
+    request = block.request
+    small, entries = block.small, block.work / max(block.small, 1)
+    one_point = block.one_point and 2 * small + 9 * small**3 / entries <= ONE_POINT_GRAM
+    at_once = block.gram_is_cheap or (one_point and block.gram_fits)
+    dear = not at_once
     helps = DAVIDSON.admits(block.op, "LM") and circulant_helps(
         block.op, request.k, request.max_bytes
     )
     return [
-        Choice(GRAM, "the Gram matrix is cheap", block.gram_is_cheap),
+        Choice(GRAM, "the Gram matrix is cheap", at_once),
         Choice(DAVIDSON, "the circulant costs less than the products it saves", helps),
         Choice(LANCZOS, "always", True),
         Choice(GRAM, "the Gram matrix fits", block.gram_fits and dear),
@@ -173,24 +232,32 @@ def _smallest(block: _Block) -> list[Choice]:
     factored = block.factors < math.inf
     # Factors of a rectangular layer that cost more than the iterations come after them.
     late = not block.square and block.factors > LANCZOS_PRODUCTS
-    trial = factored and not late and block.least_seen > WELL_CONDITIONED
+    by_qr = block.triangle < math.inf
+    first = by_qr and block.triangle <= QR_OVER_FACTORS * block.factors
+    direct = by_qr or (factored and not late)
+    trial = direct and block.least_seen > WELL_CONDITIONED
     limit = DENSE_AT_ONCE["square" if block.square and factored else "other"]
-    dense_is_cheap = block.dense_fits and block.work <= limit
+    dense_is_cheap = block.dense_fits and (block.work <= limit or block.one_point)
     in_reach = block.least_seen > WITHIN_REACH
     room = circulant_fits(block.op, block.request.max_bytes)
-    dear = not block.gram_is_cheap
+    wide = block.one_point and max(block.op.shape) >= MUCH_WIDER * block.small
+    gram = block.gram_is_cheap and (wide or not by_qr)
     return [
+        Choice(GRAM, "the Gram matrix is cheap", gram and wide),
         Choice(LANCZOS, "well-conditioned, and factors cost more", trial, trial=True),
+        Choice(QR, "line by line it costs less than other factors", first),
         Choice(CAPACITANCE, "square, and the factors fit", block.square and factored),
-        Choice(GRAM, "the Gram matrix is cheap", block.gram_is_cheap),
+        Choice(QR, "line by line it is affordable", by_qr and not first and block.square),
+        Choice(GRAM, "the Gram matrix is cheap", gram and not wide),
         Choice(AUGMENTED, "the factors are cheap", not block.square and not late),
+        Choice(QR, "line by line it is affordable", by_qr and not first and not block.square),
         Choice(DENSE, "a dense SVD is cheap", dense_is_cheap),
         Choice(LANCZOS, "no small value seen", not trial and in_reach, trial=trial),
         Choice(DAVIDSON, "the circulant fits", room, trial=late and factored),
         Choice(AUGMENTED, "the factors fit", late and factored),
         Choice(LANCZOS, "small values seen", not in_reach, trial=trial),
         Choice(LOBPCG, "always", True),
-        Choice(GRAM, "the Gram matrix fits", block.gram_fits and dear),
+        Choice(GRAM, "the Gram matrix fits", block.gram_fits and not gram),
         Choice(DENSE, "M fits", block.dense_fits and not dense_is_cheap),
     ]
 

@@ -188,10 +188,11 @@ def svds(
     which : {"LM", "SM"}
         Largest (descending) or smallest (ascending) of the min(op.shape) singular values.
     return_singular_vectors : bool
-    method : {"auto", "dense", "gram", "circulant", "capacitance", "augmented", "lanczos", \
+    method : {"auto", "dense", "gram", "qr", "circulant", "capacitance", "augmented", "lanczos", \
               "davidson", "lobpcg"}
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
-        forms it; "gram" forms its smaller Gram matrix; "circulant" takes the symbols of a layer
+        forms it; "gram" forms its smaller Gram matrix; "qr", for the smallest values, factors it line
+        by line along an axis: layers of few channels, or in one dimension; "circulant" takes the symbols of a layer
         with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
         for its smallest values, and "augmented" a zero-padded one that is not, by the inverse of
         ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson" and, for the
@@ -234,7 +235,8 @@ def svds(
 
     Notes
     -----
-    Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "capacitance" in two
+    Cost, per block: "dense" 10 m n min(m, n) flops; "gram" 9 min(m, n)^3; "qr" some 27 N
+    (channels N)^3 for 3 x 3 taps in two dimensions, linear in N in one; "capacitance" in two
     dimensions 8/3 (channels N)^3 once for 3 x 3 taps, then some ten solves; "augmented" the same
     for the channels of both sides, the inputs' times stride^d; "lanczos" two convolutions a step,
     "davidson" and "lobpcg" with two FFTs and a product per frequency besides.

@@ -18,6 +18,7 @@ from convspectra.spectra.ways._lanczos import (
 )
 from convspectra.spectra.ways._lobpcg import Lobpcg
 from convspectra.spectra.ways._preconditioned import circulant_fits, circulant_helps
+from convspectra.spectra.ways._qr import Qr
 from convspectra.spectra.ways._triangular import Triangular
 from convspectra.spectra.ways._way import (
     QUESTIONS,
@@ -33,6 +34,8 @@ DENSE = Dense()
 """The dense matrix: every question."""
 GRAM = Gram()
 """The smaller Gram matrix."""
+QR = Qr()
+"""The triangle of a QR factorization, banded in the lines of an axis."""
 CIRCULANT = Circulant()
 """The symbols of a circularly padded layer."""
 TRIANGULAR = Triangular()
@@ -53,6 +56,7 @@ WAYS: dict[str, Way] = {
     for way in (
         DENSE,
         GRAM,
+        QR,
         CIRCULANT,
         TRIANGULAR,
         CAPACITANCE,
@@ -73,6 +77,7 @@ __all__ = [
     "GRAM",
     "LANCZOS",
     "LOBPCG",
+    "QR",
     "QUESTIONS",
     "TRIANGULAR",
     "WAYS",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +13,7 @@ from convspectra.solvers import (
     FAILURE_PROBABILITY,
     DeflationStop,
     ExtremeEigenpairs,
+    LinearMap,
     SingularTriplets,
     extreme_eigenpairs,
     less,
@@ -71,11 +70,17 @@ def smallest_by_inverse(
     with those found projected out.
     """
     # The largest eigenvalues of the inverse Gram matrix, all copies, those found deflated.
-    found = _largest_of_inverse(request, op, factorization)
+    found = largest_of_inverse(
+        request,
+        lambda y: factorization.apply_inverse(y.reshape(-1, *op.output_shape)).flatten(1),
+        lambda x: factorization.apply_inverse_adjoint(x.reshape(-1, *op.input_shape)).flatten(1),
+        op.shape[::-1],
+    )
     # One step of inverse iteration for each side: what is left is small beside s, not the norm.
     rtol = max(REFINEMENT_THRESHOLD, SOLVED * request.tol)
-    u = _solved(partial(factorization.solve_adjoint, rtol=rtol), found.vectors, op.input_shape)
-    v = _solved(partial(factorization.solve, rtol=rtol), u, op.output_shape)
+    x = found.vectors.reshape(-1, *op.input_shape)
+    u = orthonormal(factorization.solve_adjoint(x, rtol).flatten(1))
+    v = orthonormal(factorization.solve(u.reshape(-1, *op.output_shape), rtol).flatten(1))
     # The solves invert M (I + R): a bound on ||R|| bounds what they say of M.
     wrong = factorization.error_bound
     if not math.isfinite(wrong) or wrong >= 0.5:
@@ -115,25 +120,19 @@ def smallest_by_inverse(
     )
 
 
-def _largest_of_inverse(
-    request: Request, op: ConvOperator, factorization: Factorization
+def largest_of_inverse(
+    request: Request, inverse: LinearMap, inverse_adjoint: LinearMap, shape: tuple[int, int]
 ) -> ExtremeEigenpairs:
-    """The largest eigenpairs of ``(M'M)^{-1}`` by Lanczos with deflation."""
-    inverse, inverse_adjoint = factorization.apply_inverse, factorization.apply_inverse_adjoint
+    """The largest eigenpairs of X X', X an inverse of this shape, by Lanczos with deflation."""
 
-    def deflated(v: Tensor) -> Callable[[Tensor], Tensor]:
+    def deflated(v: Tensor) -> LinearMap:
         # Taken out on both sides: the values left may be lost in the rounding of those found.
-        u = _solved(inverse_adjoint, v, op.input_shape) if len(v) else v.new_zeros(0, op.shape[0])
-
-        def inverse_gram(x: Tensor) -> Tensor:
-            y = inverse_adjoint(less(x, v).reshape(-1, *op.input_shape)).flatten(1)
-            return less(inverse(less(y, u).reshape(-1, *op.output_shape)).flatten(1), v)
-
-        return inverse_gram
+        u = orthonormal(inverse_adjoint(v)) if len(v) else v.new_zeros(0, shape[1])
+        return lambda x: less(inverse(less(inverse_adjoint(less(x, v)), u)), v)
 
     return extreme_eigenpairs(
         deflated,
-        op.shape[1],
+        shape[0],
         request.k,
         largest=True,
         stop=DeflationStop(
@@ -144,17 +143,14 @@ def _largest_of_inverse(
             separation=request.separation and 1 - (1 + request.separation) ** -2,
             alone=request.alone,
         ),
-        like=op.weight,
+        like=request.op.weight,
         generator=request.generator,
         full_orthogonalization=True,
         resolution=INVERSE_RESOLUTION,
     )
 
 
-def _solved(solve: Callable[[Tensor], Tensor], rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Orthonormal rows along the solutions for these right-hand sides."""
-    solutions = solve(rows.reshape(-1, *shape)).flatten(1)
-    q, r = torch.linalg.qr(
-        (solutions / torch.linalg.vector_norm(solutions, dim=1, keepdim=True)).mT
-    )
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows along these, which are solutions of any size."""
+    q, r = torch.linalg.qr((rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).mT)
     return (q * r.diagonal().sign()).mT
