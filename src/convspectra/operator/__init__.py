@@ -96,7 +96,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "LinearOperatorLike",
-from convspectra.operator._lines import Lines, best_lines, elimination_flops
+    "Lines",
     "OuterPadding",
     "Place",
     "Product",

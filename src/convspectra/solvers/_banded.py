@@ -140,7 +140,7 @@ class _Block(NamedTuple):
 
 
 def _multiple_of_identity(factor: float, width: int, like: Tensor) -> Tensor:
-    """factor [I 0] for every matrix, (groups, width, columns)."""
+    """Factor [I 0] for every matrix, (groups, width, columns)."""
     rows = factor * torch.eye(width, like.shape[2], dtype=like.dtype, device=like.device)
     return rows.expand(len(like), -1, -1)
 

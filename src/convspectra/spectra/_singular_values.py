@@ -191,12 +191,13 @@ def svds(
     method : {"auto", "dense", "gram", "qr", "circulant", "capacitance", "augmented", "lanczos", \
               "davidson", "lobpcg"}
         Of every independent block of the layer (sub-lattices of dilation, kernel 1, ...). "dense"
-        forms it; "gram" forms its smaller Gram matrix; "qr", for the smallest values, factors it line
-        by line along an axis: layers of few channels, or in one dimension; "circulant" takes the symbols of a layer
-        with circular padding all around; "capacitance" inverts a square zero-padded layer exactly,
-        for its smallest values, and "augmented" a zero-padded one that is not, by the inverse of
-        ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M; "davidson" and, for the
-        smallest values down to rounding, "lobpcg" precondition them by the layer's circulant.
+        forms it; "gram" forms its smaller Gram matrix; "qr", for the smallest values, factors it
+        line by line along an axis: layers of few channels, or in one dimension; "circulant" takes
+        the symbols of a layer with circular padding all around; "capacitance" inverts a square
+        zero-padded layer exactly, for its smallest values, and "augmented" a zero-padded one that
+        is not, by the inverse of ``[[a I, M], [M', 0]]``; "lanczos" needs only products with M;
+        "davidson" and, for the smallest values down to rounding, "lobpcg" precondition them by the
+        layer's circulant.
         "auto" takes the cheapest that can be certified, and goes on to others if it is not; zeros
         by dependent channels, without vectors, it reads off the weight ("structure").
     tol : float
