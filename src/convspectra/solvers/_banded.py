@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T", bound=Hashable)
+"""Whatever tells the rows that begin at a block column."""
 
 STEADY = 4
 """Change of a tail, in eps of the norm, from which on it is taken as steady: a choice. It widens
