@@ -50,10 +50,9 @@ def draw(table: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
 
 def _label(ax: Any, ends: Sequence[tuple[float, float, str]]) -> None:
     """The name of each line beside its last point, moved apart where two would overlap."""
-    lowest = -100.0
+    lowest: dict[float, float] = {}  # names at the ends of lines of one length may overlap
     for y, x, arm in sorted(ends):
-        height = max(y, lowest + 6)
-        lowest = height
+        height = lowest[x] = max(y, lowest.get(x, -100.0) + 6)
         ax.annotate(
             arm, (x, y), xytext=(x * 1.06, height), color=COLORS[arm], va="center", fontsize=8
         )

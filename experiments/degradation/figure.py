@@ -41,11 +41,11 @@ def draw(rows: Sequence[dict[str, str]], stem: Path) -> list[Path]:
                 means.append(100 * sum(values) / len(values))
             ax.plot(epochs, means, "o-", color=color, markersize=3)
             ends.append((means[-1], epochs[-1], arm))
-        lowest = -100.0
+        lowest: dict[int, float] = {}  # names at the ends of lines of one length may overlap
         for y, x, arm in sorted(ends):
-            lowest = max(y, lowest + GAP)
+            height = lowest[x] = max(y, lowest.get(x, -100.0) + GAP)
             ax.annotate(
-                arm, (x, y), xytext=(x + 0.2, lowest), color=COLORS[arm], va="center", fontsize=8
+                arm, (x, y), xytext=(x + 0.2, height), color=COLORS[arm], va="center", fontsize=8
             )
         ax.set_xlim(0.5, last * 1.7)
         ax.set_xticks(range(1, last + 1))
