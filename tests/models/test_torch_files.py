@@ -214,7 +214,7 @@ def test_random_bytes(tmp_path, head):
 
 def test_files_that_are_none(tmp_path):
     refused("no such file", tmp_path / "none.pt")
-    refused("not a file", tmp_path)
+    refused("a folder without model", tmp_path)
     refused("more than the limit of 10", _written(tmp_path / "big.pt", b"x" * 11), max_bytes=10)
     refused("neither", None)
 

@@ -26,6 +26,12 @@ _KNOWN = (
 )
 """End of messages about files of other kinds."""
 
+_KERAS = (
+    "a Keras or other HDF5 file, which is not read here; export the model to ONNX, with "
+    "model.export('model.onnx', format='onnx') of Keras 3 or with tf2onnx, and give that file"
+)
+"""Message for .keras and .h5 files."""
+
 
 def model_kind(path: Path, max_bytes: int) -> str:
     """One of "onnx", "torchscript", "export", "safetensors", "checkpoint".
@@ -41,11 +47,14 @@ def model_kind(path: Path, max_bytes: int) -> str:
         head = file.read(16)
     if head.startswith(b"PK\x03\x04"):
         return _archive_kind(path, max_bytes)
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x89HDF"):
+        raise LoadError(f"{path}: {_KERAS}")
+    length = struct.unpack("<Q", head[:8])[0] if head[8:9] == b"{" else None
+    fits = length is not None and length <= path.stat().st_size - 8
+    if head.startswith(b"\x80") and not fits:  # a header may have this many bytes, too
         return "checkpoint"
-    if len(head) > 8 and head[8:9] == b"{":
-        length = struct.unpack("<Q", head[:8])[0]
-        if length > path.stat().st_size - 8:
+    if length is not None:
+        if not fits:
             raise LoadError(
                 f"{path}: a safetensors file cut short, its header of {length} bytes does not "
                 "fit; copy the file again"
@@ -94,6 +103,8 @@ def _archive_kind(path: Path, max_bytes: int) -> str:
         return "export"
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return "torchscript"
+    if "model.weights.h5" in names:
+        raise LoadError(f"{path}: {_KERAS}")
     if "data.pkl" in names:
         return "checkpoint"
     raise LoadError(f"{path}: a zip archive that holds no model; {_KNOWN}")

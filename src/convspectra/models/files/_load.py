@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from convspectra.models._named_operators import NamedOperator
-from convspectra.models.files._errors import LoadError
+from convspectra.models.files._errors import LoadError, refusing
 from convspectra.models.files._kinds import MAX_BYTES, model_kind
 from convspectra.models.files._torch_files import (
     built,
@@ -18,6 +18,7 @@ from convspectra.models.files._torch_files import (
     exported_operators,
     factory_operators,
     filled_module,
+    folder_operators,
     safetensors_operators,
     script_operators,
 )
@@ -38,7 +39,7 @@ def load_operators(
     ----------
     path : path, or None for the factory's model alone
         ONNX, TorchScript, ``torch.export.save``, safetensors or ``torch.save``; told apart by
-        content.
+        content. A folder with ``model.safetensors``, in one file or several, as Hugging Face has.
     input_shapes : sequence of tuple of int
         One for each input, without the batch, such as ``[(3, 224, 224)]``. A batch of 1 is put in
         front. ONNX inputs that are not given keep the sizes that the file declares.
@@ -112,6 +113,10 @@ def _operators(
     allow_pickle: bool,
     max_bytes: int,
 ) -> list[NamedOperator]:
+    with refusing(path, "cannot be read"):
+        is_folder = path.is_dir()
+    if is_folder:
+        return folder_operators(path, shapes, factory, max_bytes)
     kind = model_kind(path, max_bytes)
     if kind == "onnx":
         return _onnx_operators(path, shapes, max_bytes)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,20 @@ from torch import Tensor, nn
 from convspectra.models._named_operators import NamedOperator, named_operators, traced_operators
 from convspectra.models.files._errors import LoadError, refusing
 from convspectra.models.files._exported_check import check_export
+from convspectra.models.files._kinds import model_kind
 from convspectra.text import sizes
 
-_NESTED = ("state_dict", "model_state_dict", "model", "net")
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "params_ema", "params")
 """Keys under which checkpoints keep the state dict."""
 
-_PREFIX = "module."
-"""In front of every name after (Distributed)DataParallel."""
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""In front of every name after (Distributed)DataParallel, ``torch.compile``, and where a Lightning
+module keeps the model under one of these names.
+"""
+_WHOLE = "model.safetensors"
+"""The file of weights in a folder of Hugging Face's."""
+_COUNTER = "num_batches_tracked"
+"""A buffer of batch normalization that old checkpoints lack, and PyTorch does without."""
 
 _SHOWN = 3
 """Names of keys in a message; a choice: enough to see a pattern."""
@@ -79,6 +89,38 @@ def safetensors_operators(
     return _filled_operators(path, _safetensors(path), shapes, factory)
 
 
+def folder_operators(
+    folder: Path, shapes: Sequence[tuple[int, ...]], factory: str | None, max_bytes: int
+) -> list[NamedOperator]:
+    """The layers of the factory's model with the safetensors of a folder, as Hugging Face has it.
+
+    One file ``model.safetensors``, or several that ``model.safetensors.index.json`` lists.
+    """
+    state: dict[str, Tensor] = {}
+    for path in _shards(folder):
+        kind = model_kind(path, max_bytes)
+        if kind != "safetensors":
+            raise LoadError(f"{path}: expected safetensors, got {kind}; copy the file again")
+        state |= _safetensors(path)
+    return _filled_operators(folder, state, shapes, factory)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index, whole = folder / f"{_WHOLE}.index.json", folder / _WHOLE
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise LoadError(
+            f"{folder}: a folder without {_WHOLE} or {index.name}; give the model file itself"
+        )
+    with refusing(index, "not an index of safetensors files", "copy the folder again"):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} lies in another folder")
+        return [folder / name for name in names]
+
+
 def filled_module(path: Path, kind: str, factory: str, allow_pickle: bool) -> nn.Module:
     """The factory's model with the weights of a file that is a checkpoint or safetensors."""
     content = _safetensors(path) if kind == "safetensors" else _unpickled(path, allow_pickle)
@@ -110,18 +152,32 @@ def built(factory: str) -> nn.Module:
     module_name, colon, function_name = factory.partition(":")
     if not (module_name and colon and function_name):
         raise LoadError(f'{factory}: expected a factory as "package.module:function"')
-    with refusing(factory, "the factory cannot be imported", "check the name and sys.path"):
-        function = importlib.import_module(module_name)
-        for part in function_name.split("."):
-            function = getattr(function, part)
-    with refusing(factory, "the factory failed", "it is called without arguments"):
-        model: Any = function()  # type: ignore[operator]
+    with _current_folder_seen():
+        with refusing(factory, "the factory cannot be imported", "check the name and sys.path"):
+            function = importlib.import_module(module_name)
+            for part in function_name.split("."):
+                function = getattr(function, part)
+        with refusing(factory, "the factory failed", "it is called without arguments"):
+            model: Any = function()  # type: ignore[operator]
     if not isinstance(model, nn.Module):
         raise LoadError(
             f"{factory}: expected the factory to return a torch.nn.Module, "
             f"got {type(model).__name__}"
         )
     return model
+
+
+@contextlib.contextmanager
+def _current_folder_seen() -> Iterator[None]:
+    """Modules of the current folder can be imported, after all others; the path of before then."""
+    folder = str(Path.cwd())
+    added = folder not in sys.path
+    sys.path += [folder] * added
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _unpickled(path: Path, allow_pickle: bool) -> Any:
@@ -161,14 +217,19 @@ def _filled(path: Path, content: Any, factory: str | None) -> nn.Module:
             '"package.module:function"'
         )
     model = built(factory)
-    _check_keys(path, factory, set(model.state_dict()), set(state))
+    expected = set(model.state_dict())
+    state = _without_prefixes(state, expected)
     with refusing(path, f"the weights do not fit the model of {factory}"):
-        model.load_state_dict(state, strict=True)
+        try:  # PyTorch judges: it takes what was saved before some of its buffers were there
+            model.load_state_dict(state, strict=True)
+        except RuntimeError:
+            _check_keys(path, factory, expected, set(state))
+            raise
     return model
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, without the prefix of a DataParallel wrapper."""
+    """The state dict in a checkpoint."""
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -177,15 +238,24 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
         raise LoadError(f"{path}: expected a state dict, got {type(content).__name__}")
     if not all(isinstance(key, str) for key in content):
         raise LoadError(f"{path}: expected a state dict with names as keys")
-    if all(key.startswith(_PREFIX) for key in content):
-        return {key.removeprefix(_PREFIX): value for key, value in content.items()}
     return dict(content)
 
 
+def _without_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """The same without what wrappers put in front of every name, unless the model has it too."""
+    while not expected & set(state):
+        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
 def _check_keys(path: Path, factory: str, expected: set[str], got: set[str]) -> None:
+    missing = {key for key in expected - got if not key.endswith(_COUNTER)}
     parts = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:_SHOWN])}{', ...' * (len(keys) > _SHOWN)}"
-        for what, keys in (("missing", expected - got), ("unexpected", got - expected))
+        for what, keys in (("missing", missing), ("unexpected", got - expected))
         if keys
     ]
     if parts:
