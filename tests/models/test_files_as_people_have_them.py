@@ -116,11 +116,12 @@ def test_a_factory_in_the_current_folder(tmp_path, monkeypatch):
     assert sys.path == before
 
 
-@pytest.mark.parametrize("first", [0x80, 0x08, 0x50, 0x89])
+@pytest.mark.parametrize("first", [0x80, 0x08, 0x50])
 def test_safetensors_with_any_length_of_the_header(tmp_path, first):
     path = tmp_path / "net.safetensors"
     for padding in range(256):
         save_file(trained(), path, {"note": "n" * padding})
         if path.read_bytes()[0] == first:
             break
+    assert path.read_bytes()[0] == first
     is_trained(path)
