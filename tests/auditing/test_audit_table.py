@@ -54,7 +54,7 @@ def test_an_ordinary_layer():
         ("stage1.down", "rank", "1000 of 1024"),
         ("stage1.down", "growth", "minus infinite"),
         ("stage1.conv", "sigma_min", "~3.200e-9"),
-        ("stage1.conv", "condition", "~6.250e8"),
+        ("stage1.conv", "condition", "over 4.999e8"),
         ("stage1.conv", "rank", "not counted"),
         ("stage1.conv", "growth", "-0.4321 ± 0.012"),
         ("stage1.conv", "note", "sigma_min: no enclosure; the weight is shared with stage2.conv"),
@@ -178,3 +178,14 @@ def test_a_printed_value_is_in_its_printed_interval(value, radius):
 def test_kernels_and_paddings_of_a_layer_without_any():
     bare = LayerAudit("a", "b")
     assert (words.kernel(bare), words.padding(bare)) == ("-", "")
+
+
+def test_a_condition_number_without_an_upper_end_is_only_said_to_be_above_one() -> None:
+    """An iteration that did not converge has seen 3.3e-4; the value may be 0."""
+    unknown = certified(3.3e-4, lower=0.0, upper=3.4e-4, converged=False)
+    numbers = conditioning(certified(1.85), unknown, condition_upper=math.inf)
+    assert words.condition(numbers).startswith("over 5")
+    assert words.condition_flag(numbers) == ""
+    assert words.smallest_flag(numbers) == "not converged"
+    sure = conditioning(certified(1.85), certified(1e-3))
+    assert not words.condition(sure).startswith("over")

@@ -3,7 +3,7 @@ from ._comparison import CHANGE_IMPORTANCE, CHANGE_TEXTS, compare
 from ._findings import BAND, PURPOSES, network_facts
 from ._journal import journal_files, remove_journal
 from ._layer_audit import AuditOptions
-from ._numbers import ABSENT, largest, smallest
+from ._numbers import ABSENT, flag, largest, smallest, smallest_flag
 from ._progress import Listener, work_bar
 from ._record import LayerAudit
 from ._report import INCOMPLETE, AuditReport
@@ -28,12 +28,14 @@ __all__ = [
     "circular_line",
     "compare",
     "fact_rows",
+    "flag",
     "journal_files",
     "largest",
     "network_facts",
     "parse_rule",
     "remove_journal",
     "smallest",
+    "smallest_flag",
     "table_row",
     "violations",
     "work_bar",

@@ -102,9 +102,17 @@ def largest(numbers: Conditioning) -> str:
 
 
 def condition(numbers: Conditioning, digits: int = DIGITS) -> str:
-    """A condition number; that of a singular matrix is said to be one."""
+    """A condition number; only what it is above where sigma_min has no lower bound."""
     zero = numbers.singular or numbers.condition == math.inf
+    if unbounded(numbers):
+        return f"over {_rounded(numbers.condition_lower, digits, decimal.ROUND_FLOOR)}"
     return number(numbers.condition, digits) + (SINGULAR if zero else "")
+
+
+def unbounded(numbers: Conditioning) -> bool:
+    """Whether nothing is known above a condition number, and sigma_min is not known to be 0."""
+    known = numbers.singular or numbers.condition == math.inf
+    return numbers.condition_upper == math.inf and not known
 
 
 def condition_within(numbers: Conditioning) -> str:
@@ -114,7 +122,9 @@ def condition_within(numbers: Conditioning) -> str:
 
 
 def condition_flag(numbers: Conditioning) -> str:
-    """The flaw of a condition number: that of its two parts, or ""."""
+    """The flaw of a condition number: that of its parts, or ""."""
+    if unbounded(numbers):  # the text is a bound, which holds
+        return flag(numbers.sigma_max)
     return smallest_flag(numbers) or flag(numbers.sigma_max)
 
 

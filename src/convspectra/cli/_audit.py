@@ -19,11 +19,13 @@ from convspectra.auditing import (
     LayerAudit,
     Listener,
     Rule,
+    flag,
     journal_files,
     largest,
     parse_rule,
     remove_journal,
     smallest,
+    smallest_flag,
     violations,
     work_bar,
 )
@@ -192,7 +194,11 @@ def _progress(console: Console, shown: bool) -> Iterator[Listener]:
             if numbers is None:
                 text = f"skipped: {layer.skipped}"
             else:
-                text = f"sigma_max {largest(numbers)}, sigma_min {smallest(numbers)}"
+                marks = ["~" * bool(f) for f in (flag(numbers.sigma_max), smallest_flag(numbers))]
+                text = (
+                    f"sigma_max {marks[0]}{largest(numbers)}, "
+                    f"sigma_min {marks[1]}{smallest(numbers)}"
+                )
             if shown:
                 say(console, f"{layer.label}: {text}  ({layer.seconds:.1f} s)")
             bar(layer, part)
