@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,12 +115,19 @@ def run_example(model: nn.Module, call: Arguments) -> Any:
     Raises
     ------
     ValueError
-        If the model takes other arguments, or has weights of bfloat16 or float16 and cannot run on
-        the example's type. What else the forward pass raises is left as it is.
+        If the model takes other arguments, has weights of bfloat16 or float16 and cannot run on
+        the example's type, or is nested too deeply. What else the forward pass raises is left as
+        it is.
     """
     _check_arguments(model, call)
     try:
         return call.run(model)
+    except RecursionError as error:
+        raise ValueError(
+            "expected modules whose nesting fits Python's recursion limit of "
+            f"{sys.getrecursionlimit()}, got more, or a forward pass without an end; raise the "
+            "limit with sys.setrecursionlimit"
+        ) from error
     except RuntimeError as error:
         floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
         given = {t.dtype for t in call.tensors() if t.is_floating_point()}

@@ -57,6 +57,16 @@ def signal_flow(model: nn.Module, example_input: Any) -> dict[str, LayerFlow]:
         return layer_flows(recorded_pass(model, example_input).uses)
 
 
+def check_has_data(model: nn.Module) -> None:
+    """Raise a ValueError for a model with parameters or buffers on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and not is_lazy(tensor):
+            raise ValueError(
+                f"expected a model with data, got {name!r} on the meta device; load its weights "
+                "first"
+            )
+
+
 @contextlib.contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; the modes and buffers of before afterwards."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from convspectra.models._example import example_arguments
-from convspectra.models._forward_pass import evaluated, recorded_pass
+from convspectra.models._forward_pass import check_has_data, evaluated, recorded_pass
 from convspectra.models._selection import Selection, is_convolution, modules_of, selected
 from convspectra.operator import (
     LAYER_TYPES,
@@ -145,6 +145,7 @@ def find_layers(
             f"expected layers to include in {type(model).__name__}, got none; its convolutions are "
             f"{[name for name, module in modules_of(model) if is_convolution(name, module)]}"
         )
+    check_has_data(model)
     for name, module in chosen.items():
         if not isinstance(module, LAYER_TYPES):
             names = ", ".join(f"nn.{t.__name__}" for t in LAYER_TYPES)

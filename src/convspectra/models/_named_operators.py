@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convspectra.models._forward_pass import evaluated, recorded_pass
+from convspectra.models._forward_pass import check_has_data, evaluated, recorded_pass
 from convspectra.models._recorder import LAZY, Recorder, Use, is_lazy, not_linear
 from convspectra.models._selection import modules_of, unwrapped
 from convspectra.operator import LAYER_TYPES, ConvOperator
@@ -127,12 +127,7 @@ def named_operators(model: nn.Module, example_input: Any) -> list[NamedOperator]
     lazy = {name: type(module).__name__ for name, module in modules_of(model) if _is_lazy(module)}
     if lazy:
         model = copy.deepcopy(model)  # its forward pass makes the weights
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta and not is_lazy(tensor):
-            raise ValueError(
-                f"expected a model with data, got {name!r} on the meta device; "
-                "load its weights first"
-            )
+    check_has_data(model)
     with evaluated(model):
         return traced_operators(model, example_input, lazy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,11 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     }
     try:
         frozen = copy.deepcopy(model, computed)
+    except RecursionError as error:
+        raise ValueError(
+            "expected modules whose nesting fits Python's recursion limit of "
+            f"{sys.getrecursionlimit()}, got more; raise the limit with sys.setrecursionlimit"
+        ) from error
     except Exception as error:
         raise ValueError(
             f"expected a model that can be copied, {type(model).__name__} cannot: {error}; remove "

@@ -48,7 +48,13 @@ def convolution_options(module: nn.Module, input_size: Any = None) -> tuple[Tens
     base = next((t for t in LAYER_TYPES if isinstance(module, t)), None)
     if base is None:
         names = ", ".join(f"nn.{t.__name__}" for t in LAYER_TYPES)
-        raise ValueError(f"expected one of {names}, got {type(module).__name__}")
+        kind = type(module)
+        if "quantized" in kind.__module__:
+            raise ValueError(
+                f"expected a layer with floating weights, one of {names}, got the quantized "
+                f"{kind.__module__}.{kind.__name__}; give the model from before its quantization"
+            )
+        raise ValueError(f"expected one of {names}, got {kind.__name__}")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise ValueError(
             f"expected a module with its weight in place, got the lazy {type(module).__name__}; "
