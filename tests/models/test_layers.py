@@ -257,7 +257,7 @@ REFUSED = [
         lambda: find_layers(
             Given(nn.Conv2d(3, 3, 3, device="meta"), lambda layer, x: layer(x.to("meta"))), X
         ),
-        "layer 'layer': .* meta device",
+        r"a model with data, got 'layer\.weight' on the meta device",
     ),
 ]
 

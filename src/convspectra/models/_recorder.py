@@ -217,6 +217,8 @@ class Recorder(TorchDispatchMode):
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
+        if not self.frames:  # what is called after an error that came before the module
+            return
         *outside, frame = self.frames
         if output is not None and frame.whole and not any(outer.whole for outer in outside):
             self.taken.add(name)
