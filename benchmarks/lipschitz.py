@@ -24,6 +24,7 @@ from benchmarks.lipschitz_networks import NETWORKS, trained
 from benchmarks.peers import circular, reshaped_weight
 from benchmarks.report import Row
 from common.measure import machine, timed
+from convspectra.models import example_arguments
 from convspectra.network._frozen import undisturbed
 from convspectra.network._lipschitz import Network
 from convspectra.network._lipschitz_maps import LinearMap, Norm
@@ -165,7 +166,7 @@ def eclipse(start: Node, end: Node, like: Tensor) -> float:
 
 def rows_of(name: str, model: nn.Module, images: Tensor, ascent: int) -> Iterator[Row]:
     """What everybody says of one network; ours last."""
-    segment = Segment(model, (images[:1],), None, None, None, torch.float64)
+    segment = Segment(model, example_arguments(images[:1]), None, None, None, torch.float64)
     like = torch.zeros((), dtype=torch.float64)
     with undisturbed(images.device):
         start, end = traced(segment.model, segment.inputs, segment.selected)
