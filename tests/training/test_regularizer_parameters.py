@@ -127,5 +127,5 @@ def test_a_model_without_data_is_refused(device):
         nn.Module.__init__(model)
         model.a = nn.Conv2d(2, 2, 3, padding=1)
     model.forward = lambda x: model.a(x.to("meta"))
-    with pytest.raises(ValueError, match=r"^layer 'a': expected a weight with data, got .* meta"):
+    with pytest.raises(ValueError, match=r"^expected a model with data, got 'a\.weight' .* meta"):
         SpectralRegularizer(model, torch.zeros(1, 2, *SIZE, device=device))
