@@ -104,3 +104,10 @@ def test_groups_of_unlike_scale_by_their_gram_matrices(seed: int) -> None:
     weight = torch.from_numpy(np.concatenate([singular, small]))[:, :, None]
     found = cs.svds(cs.ConvOperator(weight, 1, groups=2), 1, "SM", method="gram")
     assert float(found.lower) <= 1e-13  # the group of rank 11 has a value of 0
+
+
+def test_an_iteration_that_does_not_converge_bounds_the_smallest_value_from_above() -> None:
+    """The vectors of this one had a norm of 1e-9, and the value was as much too small."""
+    found = [outcome for outcome in outcomes(692, 0) if outcome.way.startswith("SM")]
+    assert "SM davidson" in {outcome.way for outcome in found}
+    assert not [outcome for outcome in found if outcome.missed], found

@@ -49,7 +49,12 @@ class Request:
 
 
 def refined(tall: Product, vectors: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of orthonormal rows."""
+    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of independent rows.
+
+    The rows are made orthonormal once more: those of an iteration that did not converge may be far
+    from it, and values of M above the smallest ones would come out below them.
+    """
+    vectors = torch.linalg.qr(vectors.mT).Q.mT
     images = tall.apply(vectors)
     left, s, right = torch.linalg.svd(images, full_matrices=False)
     if not largest:
