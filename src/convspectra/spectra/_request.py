@@ -49,12 +49,16 @@ class Request:
 
 
 def refined(tall: Product, vectors: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of independent rows.
+    """Triplets (u, s, v) from Rayleigh-Ritz with M itself in the span of nearly orthonormal rows.
 
-    The rows are made orthonormal once more: those of an iteration that did not converge may be far
-    from it, and values of M above the smallest ones would come out below them.
+    Those of an iteration that did not converge may be far from it, and values would come out below
+    the smallest of M: they are made orthonormal first.
     """
-    vectors = torch.linalg.qr(vectors.mT).Q.mT
+    gram = vectors @ vectors.mT
+    if not torch.allclose(
+        gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rtol=0, atol=1e-6
+    ):
+        vectors = torch.linalg.qr(vectors.mT).Q.mT
     images = tall.apply(vectors)
     left, s, right = torch.linalg.svd(images, full_matrices=False)
     if not largest:
