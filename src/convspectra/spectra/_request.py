@@ -55,9 +55,8 @@ def refined(tall: Product, vectors: Tensor, largest: bool) -> tuple[Tensor, Tens
     the smallest of M: they are made orthonormal first.
     """
     gram = vectors @ vectors.mT
-    if not torch.allclose(
-        gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), rtol=0, atol=1e-6
-    ):
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if not torch.allclose(gram, identity, rtol=0, atol=1e-6):
         vectors = torch.linalg.qr(vectors.mT).Q.mT
     images = tall.apply(vectors)
     left, s, right = torch.linalg.svd(images, full_matrices=False)
